@@ -1,0 +1,1 @@
+"""Networks: embeddings, transformers, autoencoders and text encoders."""

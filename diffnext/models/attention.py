@@ -1,0 +1,117 @@
+"""What attention may look at: causal blocks of frames, and earlier frames kept in a cache.
+
+Shapes: B batch, H heads, L tokens, d head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+__all__ = ["BlockCausalMask", "KVCache", "LayerKVCache"]
+
+
+@dataclass(frozen=True)
+class BlockCausalMask:
+    """Tokens see their own block and every earlier one: bidirectional inside a frame, causal over.
+
+    Attributes:
+        lengths: Tokens of each block, in order.
+    """
+
+    lengths: tuple[int, ...]
+
+    @classmethod
+    def of_frames(cls, num_frames: int, frame_tokens: int, num_condition: int) -> BlockCausalMask:
+        """One block a frame; the condition tokens in front belong to the first."""
+        first = num_condition + frame_tokens
+        return cls(lengths=(first,) + (frame_tokens,) * (num_frames - 1))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Masked attention, one prefix of keys a block: no dense mask, half of the products.
+
+        Args:
+            q: Queries, (B, H, L, d), L the sum of ``lengths``.
+            k: Keys, same shape.
+            v: Values, same shape.
+
+        Returns:
+            (B, H, L, d).
+
+        Raises:
+            ValueError: If the token counts differ.
+        """
+        if q.size(2) != sum(self.lengths) or k.size(2) != q.size(2):
+            raise ValueError(
+                f"blocks of {self.lengths} tokens do not cover {q.size(2)} queries and "
+                f"{k.size(2)} keys"
+            )
+        ends = accumulate(self.lengths)
+        outputs = [
+            F.scaled_dot_product_attention(queries, k[:, :, :end], v[:, :, :end])
+            for queries, end in zip(q.split(self.lengths, dim=2), ends, strict=True)
+        ]
+        return torch.cat(outputs, dim=2)
+
+    def dense(self, dtype: torch.dtype, device: torch.device | str | None = None) -> Tensor:
+        """The additive mask (L, L): 0 where a query may look, -inf elsewhere."""
+        lengths = torch.tensor(self.lengths, device=device)
+        block = torch.arange(len(self.lengths), device=device).repeat_interleave(lengths)
+        visible = block[:, None] >= block[None, :]
+        return torch.zeros(visible.shape, dtype=dtype, device=device).masked_fill(
+            ~visible, float("-inf")
+        )
+
+
+class LayerKVCache:
+    """Keys and values of one layer, in buffers allocated for the whole video.
+
+    Args:
+        capacity: Most tokens that will ever be held.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.length = 0
+        self._buffer: Tensor | None = None
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Add tokens and return everything held.
+
+        Args:
+            k: New keys (B, H, L, d), positions already applied.
+            v: New values, same shape.
+
+        Returns:
+            All keys and values so far, (B, H, length, d).
+
+        Raises:
+            ValueError: If the tokens do not fit.
+        """
+        end = self.length + k.size(2)
+        if end > self.capacity:
+            raise ValueError(f"the key/value cache holds {self.capacity} tokens, {end} needed")
+        if self._buffer is None:
+            self._buffer = k.new_empty(2, *k.shape[:2], self.capacity, k.size(3))
+        self._buffer[0, :, :, self.length : end] = k
+        self._buffer[1, :, :, self.length : end] = v
+        self.length = end
+        keys, values = self._buffer[:, :, :, :end]
+        return keys, values
+
+
+class KVCache:
+    """Keys and values of all layers of one encoder, for one video.
+
+    Args:
+        depth: Number of layers.
+        capacity: Most tokens a layer will hold.
+    """
+
+    def __init__(self, depth: int, capacity: int) -> None:
+        self.layers: Sequence[LayerKVCache] = [LayerKVCache(capacity) for _ in range(depth)]

@@ -1,0 +1,164 @@
+"""The diffusion head: an MLP that denoises each token on its own (MAR, arXiv:2406.11838).
+
+Shapes: B batch, N tokens of the frame, n tokens at work, D condition width, Dd head width,
+p patch size, C latent channels.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from diffnext.models.embeddings import (
+    PatchEmbed,
+    gather_tokens,
+    scatter_tokens,
+    timestep_features,
+)
+from diffnext.models.normalization import AdaLayerNorm, AdaLayerNormZero
+from diffnext.models.vision_transformer import run_checkpointed
+
+__all__ = ["DiffusionBlock", "DiffusionMLP", "Projector", "TimeCondEmbed"]
+
+
+class Projector(nn.Module):
+    """Two-layer perceptron with SiLU.
+
+    Args:
+        dim: Input width.
+        mlp_dim: Hidden width; ``dim`` when None.
+        out_dim: Output width; ``dim`` when None.
+    """
+
+    def __init__(self, dim: int, mlp_dim: int | None = None, out_dim: int | None = None) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, mlp_dim or dim)
+        self.fc2 = nn.Linear(mlp_dim or dim, out_dim or dim)
+        self.activation = nn.SiLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., dim) to (..., out_dim)."""
+        return self.fc2(self.activation(self.fc1(x)))
+
+
+class DiffusionBlock(nn.Module):
+    """Gated residual MLP whose norm follows the condition.
+
+    Args:
+        dim: Token width Dd.
+
+    Attributes:
+        mlp_checkpointing: Recompute the block's two stages in backward.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.mlp_checkpointing = False
+        self.norm1 = AdaLayerNormZero(dim, num_stats=3, eps=1e-6)
+        self.proj = Projector(dim)
+        self.norm2 = nn.LayerNorm(dim)
+
+    def forward(self, x: Tensor, z: Tensor) -> Tensor:
+        """Tokens (B, n, Dd) under condition ``z``, same shape or (B, 1, Dd)."""
+        h, (gate,) = run_checkpointed(self.mlp_checkpointing, self.norm1, x, z)
+        h = run_checkpointed(self.mlp_checkpointing, self.proj, h)
+        return x + gate * self.norm2(h)
+
+
+class TimeCondEmbed(nn.Module):
+    """Sum of the condition and the diffusion timestep, both projected to the head width.
+
+    Args:
+        cond_dim: Condition width D.
+        embed_dim: Head width Dd.
+        freq_dim: Width of the timestep features.
+    """
+
+    def __init__(self, cond_dim: int, embed_dim: int, freq_dim: int = 256) -> None:
+        super().__init__()
+        self.freq_dim = freq_dim
+        self.timestep_proj = Projector(freq_dim, embed_dim, embed_dim)
+        self.condition_proj = Projector(cond_dim, embed_dim, embed_dim)
+
+    def get_freq_embed(self, timestep: Tensor, dtype: torch.dtype) -> Tensor:
+        """Features of timesteps (...,): (..., freq_dim)."""
+        return timestep_features(timestep, self.freq_dim, dtype)
+
+    def embed_timestep(self, timestep: Tensor, dtype: torch.dtype) -> Tensor:
+        """Projected timesteps, (B,) -> (B, 1, Dd) or per token (B, n) -> (B, n, Dd)."""
+        if timestep.ndim == 1:
+            timestep = timestep.unsqueeze(1)
+        return self.timestep_proj(self.get_freq_embed(timestep, dtype))
+
+    def forward(self, timestep: Tensor, z: Tensor) -> Tensor:
+        """Embed.
+
+        Args:
+            timestep: (B,) for all tokens, or one a token (B, n).
+            z: Condition, (B, n, D).
+
+        Returns:
+            (B, n, Dd).
+        """
+        return self.condition_proj(z) + self.embed_timestep(timestep, z.dtype)
+
+
+class DiffusionMLP(nn.Module):
+    """Per-token denoiser.
+
+    Args:
+        depth: Number of blocks.
+        embed_dim: Head width Dd.
+        cond_dim: Condition width D.
+        patch_size: Side p of a patch.
+        image_dim: Latent channels C.
+    """
+
+    def __init__(
+        self, depth: int, embed_dim: int, cond_dim: int, patch_size: int = 2, image_dim: int = 4
+    ) -> None:
+        super().__init__()
+        self.patch_embed = PatchEmbed(image_dim, embed_dim, patch_size)
+        self.time_cond_embed = TimeCondEmbed(cond_dim, embed_dim)
+        self.blocks = nn.ModuleList(DiffusionBlock(embed_dim) for _ in range(depth))
+        self.norm = AdaLayerNorm(embed_dim, eps=1e-6)
+        self.head = nn.Linear(embed_dim, patch_size**2 * image_dim)
+
+    def forward(
+        self, x: Tensor, timestep: Tensor, z: Tensor, pred_ids: Tensor | None = None
+    ) -> Tensor:
+        """Predict noise or velocity.
+
+        Args:
+            x: Noisy latents, (B, C, h, w).
+            timestep: Diffusion timestep, (B,) or one a token (B, N).
+            z: Condition of every token, (B, N, D).
+            pred_ids: Tokens to work on, (B, n, 1); all when None.
+
+        Returns:
+            Predictions in patches, (B, N, p*p*C); where ``pred_ids`` leaves tokens out, the
+            patches of ``x`` itself.
+        """
+        patches = self.patch_embed.patchify(x)
+        if pred_ids is None:
+            return self.denoise(patches, self.time_cond_embed(timestep, z))
+        if timestep.ndim == 2:
+            timestep = timestep.gather(1, pred_ids.squeeze(-1))
+        z = self.time_cond_embed(timestep, gather_tokens(z, pred_ids))
+        prediction = self.denoise(gather_tokens(patches, pred_ids), z)
+        return scatter_tokens(patches, pred_ids, prediction.to(patches.dtype))
+
+    def denoise(self, patches: Tensor, z: Tensor) -> Tensor:
+        """Predict from noisy patches.
+
+        Args:
+            patches: (B, n, p*p*C).
+            z: Embedded time and condition, (B, n, Dd).
+
+        Returns:
+            (B, n, p*p*C).
+        """
+        y = self.patch_embed.embed_patches(patches)
+        for block in self.blocks:
+            y = block(y, z)
+        return self.head(self.norm(y, z))

@@ -1,0 +1,91 @@
+"""Block-causal attention on PyTorch's FlexAttention kernels; not used by the released models.
+
+Shapes: B batch, H heads, L tokens, d head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["FlexAttentionCausal2D"]
+
+
+class FlexAttentionCausal2D(nn.Module):
+    """Causal attention that is bidirectional inside each segment of tokens.
+
+    Without flags every segment is bidirectional inside; with flags only those whose flag is true.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.offsets: list[int] = []
+        self.flags: list[bool] | None = None
+        self._block_masks: dict[Any, Any] = {}
+
+    def set_offsets(self, offsets: Sequence[int], flags: Sequence[bool] | None = None) -> None:
+        """Set where segments begin and end.
+
+        Args:
+            offsets: Ascending ends of the segments; a leading 0 is added when missing.
+            flags: Whether each segment is bidirectional inside; missing ones are false.
+        """
+        offsets = list(offsets)
+        self.offsets = offsets if offsets[:1] == [0] else [0, *offsets]
+        self.flags = None if flags is None else list(flags)
+        self._block_masks = {}
+
+    def set_offsets_by_lens(self, lens: Sequence[int], flags: Sequence[bool] | None = None) -> None:
+        """Set segments by their lengths."""
+        self.set_offsets([0, *accumulate(lens)], flags)
+
+    def get_mask_mod(self, device: torch.device | str | None = None) -> Callable[..., Tensor]:
+        """The visibility rule in FlexAttention's form, (b, h, q, k) -> bool."""
+        lengths = torch.tensor(self.offsets, device=device).diff()
+        count = len(lengths)
+        segment = torch.arange(count, device=device).repeat_interleave(lengths)
+        flags = [True] * count if self.flags is None else self.flags + [False] * count
+        is_open = torch.tensor(flags[:count], device=device)[segment]
+
+        def mask_mod(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            return (q >= k) | ((segment[q] == segment[k]) & is_open[q])
+
+        return mask_mod
+
+    def get_attn_func(self) -> Callable[..., Tensor]:
+        """PyTorch's flex attention, compiled.
+
+        Raises:
+            NotImplementedError: If this PyTorch has none.
+        """
+        try:
+            from torch.nn.attention.flex_attention import flex_attention
+        except ImportError as error:
+            raise NotImplementedError("flex attention needs torch 2.5 or later") from error
+        return torch.compile(flex_attention)
+
+    def get_block_mask(self, q: Tensor) -> Any:
+        """The block mask for queries (B, H, L, d), kept for each length and device.
+
+        Raises:
+            ValueError: If no segments are set, or they do not cover the queries.
+        """
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        length = q.size(2)
+        if not self.offsets or self.offsets[-1] != length:
+            raise ValueError(f"segments end at {self.offsets[-1:]}, but there are {length} tokens")
+        key = (length, q.device)
+        if key not in self._block_masks:
+            self._block_masks[key] = create_block_mask(
+                self.get_mask_mod(q.device), None, None, length, length, device=q.device
+            )
+        return self._block_masks[key]
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attend; all of (B, H, L, d)."""
+        return self.get_attn_func()(q, k, v, block_mask=self.get_block_mask(q))

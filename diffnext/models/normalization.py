@@ -1,0 +1,98 @@
+"""Layer norms whose scale and shift come from a condition (AdaLN, DiT, arXiv:2212.09748).
+
+Shapes: B batch, L tokens, D width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["AdaLayerNorm", "AdaLayerNormSingle", "AdaLayerNormZero"]
+
+
+def _plain_norm(dim: int, eps: float | None) -> nn.Module:
+    """Layer norm without parameters; the identity when ``eps`` is falsy."""
+    return nn.LayerNorm(dim, eps=eps, elementwise_affine=False) if eps else nn.Identity()
+
+
+class AdaLayerNormZero(nn.Module):
+    """Adaptive layer norm that also returns further statistics, such as gates.
+
+    Args:
+        dim: Token width.
+        rank: Width of a low-rank bottleneck before the projection; none when None or 0.
+        num_stats: How many vectors to project; the first two are scale and shift.
+        eps: Of the norm; None switches the norm off.
+    """
+
+    def __init__(
+        self, dim: int, rank: int | None = None, num_stats: int = 2, eps: float | None = 1e-6
+    ) -> None:
+        super().__init__()
+        self.num_stats = num_stats
+        self.lora = nn.Linear(dim, rank, bias=False) if rank else nn.Identity()
+        self.proj = nn.Linear(rank or dim, num_stats * dim)
+        self.norm = _plain_norm(dim, eps)
+        self.activation = nn.SiLU()
+
+    def forward(self, x: Tensor, z: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Normalise ``x`` (B, L, D) by condition ``z``, broadcastable to it.
+
+        Returns:
+            norm(x) * (1 + scale) + shift, and the other statistics.
+        """
+        stats = self.proj(self.lora(self.activation(z))).chunk(self.num_stats, dim=-1)
+        scale, shift, *others = stats
+        return self.norm(x) * (1 + scale) + shift, tuple(others)
+
+
+class AdaLayerNorm(AdaLayerNormZero):
+    """Adaptive layer norm with scale and shift only.
+
+    Args:
+        dim: Token width.
+        rank: As for :class:`AdaLayerNormZero`.
+        eps: As for :class:`AdaLayerNormZero`.
+    """
+
+    def __init__(self, dim: int, rank: int | None = None, eps: float | None = 1e-6) -> None:
+        super().__init__(dim, rank=rank, num_stats=2, eps=eps)
+
+    def forward(self, x: Tensor, z: Tensor) -> Tensor:
+        """norm(x) * (1 + scale(z)) + shift(z)."""
+        return super().forward(x, z)[0]
+
+
+class AdaLayerNormSingle(nn.Module):
+    """Adaptive layer norm around statistics projected once for all layers (arXiv:2310.00426).
+
+    Args:
+        dim: Token width.
+        num_stats: How many vectors; the first two are scale and shift.
+        eps: Of the norm; None switches the norm off.
+    """
+
+    def __init__(self, dim: int, num_stats: int = 2, eps: float | None = 1e-6) -> None:
+        super().__init__()
+        self.dim = dim
+        self.num_stats = num_stats
+        self.bias = nn.Parameter(torch.randn(num_stats, dim) / dim**0.5)
+        self.norm = _plain_norm(dim, eps)
+
+    def forward(self, x: Tensor, z: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Normalise ``x`` (B, L, D).
+
+        Args:
+            x: Tokens.
+            z: Shared statistics (B, 1, num_stats * D), or one vector (B, 1, D) for all of them.
+
+        Returns:
+            norm(x) * (1 + scale) + shift, and the other statistics.
+        """
+        if z.size(-1) == self.dim:
+            stats = (z + self.bias).chunk(self.num_stats, dim=-2)
+        else:
+            stats = (z + self.bias.flatten()).chunk(self.num_stats, dim=-1)
+        scale, shift, *others = stats
+        return self.norm(x) * (1 + scale) + shift, tuple(others)

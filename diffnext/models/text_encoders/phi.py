@@ -1,0 +1,113 @@
+"""The Phi language model as a text encoder: its last hidden states.
+
+Shapes: B batch, S tokens, d width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PhiConfig, PreTrainedModel
+from transformers import PhiModel as _PhiModel
+from transformers.modeling_outputs import BaseModelOutput
+from transformers.models.phi.modeling_phi import (
+    PhiAttention,
+    PhiMLP,
+    apply_rotary_pos_emb,
+    rotate_half,
+)
+from transformers.models.phi.modeling_phi import PhiDecoderLayer as PhiLayer
+from transformers.models.phi.modeling_phi import PhiRotaryEmbedding as PhiCache
+
+from diffnext.models.modeling_utils import check_loading_info
+
+__all__ = [
+    "PhiAttention",
+    "PhiCache",
+    "PhiEncoderModel",
+    "PhiFlashAttention2",
+    "PhiLayer",
+    "PhiMLP",
+    "PhiModel",
+    "PhiPreTrainedModel",
+    "apply_rotary_emb",
+    "apply_rotary_emb_torch",
+    "rotate_half",
+]
+
+# Names of the original for what transformers does; it picks attention kernels by itself.
+PhiFlashAttention2 = PhiAttention
+apply_rotary_emb = apply_rotary_pos_emb
+apply_rotary_emb_torch = apply_rotary_pos_emb
+
+
+class PhiModel(_PhiModel):
+    """transformers' Phi decoder stack."""
+
+
+class PhiPreTrainedModel(PreTrainedModel):
+    """Loading and saving of Phi models; weights must fit exactly."""
+
+    config_class = PhiConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["PhiDecoderLayer"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    # The language-modelling head is never used: folders without it are complete.
+    _keys_to_ignore_on_load_missing = [r"^lm_head\."]
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Load a model folder, sharded or not.
+
+        Args:
+            pretrained_model_name_or_path: Folder or Hub id.
+            *args: As for transformers' method.
+            **kwargs: As for transformers' method.
+
+        Raises:
+            RuntimeError: If weights are missing or unknown; the message lists the keys.
+        """
+        wants_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+        )
+        check_loading_info(cls.__name__, pretrained_model_name_or_path, info)
+        return (model, info) if wants_info else model
+
+
+class PhiEncoderModel(PhiPreTrainedModel):
+    """Phi without a language-modelling loss: hidden states of a prompt.
+
+    Args:
+        config: transformers' ``PhiConfig``.
+    """
+
+    def __init__(self, config: PhiConfig) -> None:
+        super().__init__(config)
+        self.model = PhiModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutput:
+        """Encode tokens, padded on the right.
+
+        Args:
+            input_ids: (B, S).
+            attention_mask: Ignored: attention is causal, so padding reaches no real token.
+            inputs_embeds: Token embeddings (B, S, d) in place of ids.
+            **kwargs: Ignored.
+
+        Returns:
+            ``last_hidden_state`` (B, S, d), after the final norm.
+        """
+        outputs = self.model(input_ids=input_ids, inputs_embeds=inputs_embeds, use_cache=False)
+        return BaseModelOutput(last_hidden_state=outputs.last_hidden_state)

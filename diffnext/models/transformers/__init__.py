@@ -1,0 +1,1 @@
+"""The NOVA transformer and its task-independent base."""

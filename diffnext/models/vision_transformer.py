@@ -1,0 +1,269 @@
+"""The transformer behind both encoders: post-norm blocks, optional condition and known tokens.
+
+Shapes: B batch, N tokens of the frame, k known tokens, Lc condition tokens, D width, H heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from diffnext.models.attention import BlockCausalMask, KVCache, LayerKVCache
+from diffnext.models.embeddings import (
+    PatchEmbed,
+    RotaryEmbed3D,
+    Rotation,
+    gather_tokens,
+    scatter_tokens,
+)
+from diffnext.models.flex_attention import FlexAttentionCausal2D
+
+__all__ = ["MLP", "Attention", "Block", "VisionTransformer", "set_checkpointing"]
+
+
+def run_checkpointed(enabled: bool, fn: Callable[..., Any], *args: Any) -> Any:
+    """Call ``fn``; when enabled, drop its activations and recompute them in backward."""
+    if enabled and torch.is_grad_enabled():
+        return checkpoint(fn, *args, use_reentrant=False)
+    return fn(*args)
+
+
+def set_checkpointing(blocks: Iterable[nn.Module], enabled: bool) -> None:
+    """Switch the activation checkpointing of the blocks' MLPs on or off."""
+    for block in blocks:
+        block.mlp_checkpointing = enabled
+
+
+class MLP(nn.Module):
+    """Two-layer perceptron with GELU.
+
+    Args:
+        dim: Token width.
+        mlp_ratio: Hidden width over token width.
+    """
+
+    def __init__(self, dim: int, mlp_ratio: float = 4) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, int(dim * mlp_ratio))
+        self.fc2 = nn.Linear(int(dim * mlp_ratio), dim)
+        self.activation = nn.GELU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map tokens (..., D) to tokens."""
+        return self.fc2(self.activation(self.fc1(x)))
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention.
+
+    Args:
+        dim: Token width D.
+        num_heads: Number of heads H.
+        qkv_bias: Whether queries, keys and values have a bias.
+
+    Raises:
+        ValueError: If the heads do not divide the width.
+    """
+
+    def __init__(self, dim: int, num_heads: int, qkv_bias: bool = True) -> None:
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(
+                f"the width {dim} is not a multiple of the number of heads {num_heads}"
+            )
+        self.num_heads = num_heads
+        self.head_dim = dim // num_heads
+        self.qkv = nn.Linear(dim, dim * 3, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(
+        self,
+        x: Tensor,
+        rotation: Rotation | None = None,
+        mask: BlockCausalMask | None = None,
+        cache: LayerKVCache | None = None,
+    ) -> Tensor:
+        """Attend.
+
+        Args:
+            x: Tokens, (B, L, D).
+            rotation: Turns queries and keys by position.
+            mask: Causality between blocks; everything is visible when None.
+            cache: Earlier tokens to look at too; the new ones are added to it.
+
+        Returns:
+            (B, L, D).
+        """
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, L, d) each
+        if rotation is not None:
+            q = rotation(q)
+            k = rotation(k)
+        if cache is not None:
+            k, v = cache.append(k, v)
+        attend = F.scaled_dot_product_attention if mask is None else mask.attend
+        return self.proj(attend(q, k, v).transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    """Transformer block with the norm at the end of each residual branch (arXiv:2111.09883).
+
+    Args:
+        dim: Token width.
+        num_heads: Number of heads.
+        mlp_ratio: Hidden width of the MLP over token width.
+        qkv_bias: Whether queries, keys and values have a bias.
+
+    Attributes:
+        attn_checkpointing: Recompute the attention branch in backward.
+        mlp_checkpointing: Recompute the MLP branch in backward.
+    """
+
+    def __init__(
+        self, dim: int, num_heads: int, mlp_ratio: float = 4, qkv_bias: bool = True
+    ) -> None:
+        super().__init__()
+        self.attn_checkpointing = False
+        self.mlp_checkpointing = False
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn = Attention(dim, num_heads, qkv_bias=qkv_bias)
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = MLP(dim, mlp_ratio=mlp_ratio)
+
+    def forward(
+        self,
+        x: Tensor,
+        rotation: Rotation | None = None,
+        mask: BlockCausalMask | None = None,
+        cache: LayerKVCache | None = None,
+    ) -> Tensor:
+        """Tokens (B, L, D) to tokens; arguments as for :class:`Attention`."""
+        x = x + run_checkpointed(
+            self.attn_checkpointing, self._attention_branch, x, rotation, mask, cache
+        )
+        return x + run_checkpointed(self.mlp_checkpointing, self._mlp_branch, x)
+
+    def _attention_branch(
+        self,
+        x: Tensor,
+        rotation: Rotation | None,
+        mask: BlockCausalMask | None,
+        cache: LayerKVCache | None,
+    ) -> Tensor:
+        return self.norm1(self.attn(x, rotation, mask, cache))
+
+    def _mlp_branch(self, x: Tensor) -> Tensor:
+        return self.norm2(self.mlp(x))
+
+
+class VisionTransformer(nn.Module):
+    """Encoder of frames; with known tokens, its first blocks see only those (MAE-like).
+
+    Args:
+        depth: Number of blocks.
+        embed_dim: Token width D.
+        num_heads: Number of heads.
+        mlp_ratio: Hidden width of the MLPs over token width.
+        patch_size: Side of a patch.
+        image_size: Latent size (height, width), or a side; informative.
+        image_dim: Latent channels.
+        encoder_depth: Blocks that see only known tokens; half of all when None.
+    """
+
+    def __init__(
+        self,
+        depth: int,
+        embed_dim: int,
+        num_heads: int,
+        mlp_ratio: float = 4,
+        patch_size: int = 2,
+        image_size: int | Sequence[int] = 32,
+        image_dim: int = 4,
+        encoder_depth: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.embed_dim = embed_dim
+        self.image_size = image_size
+        self.image_dim = image_dim
+        self.encoder_depth = depth // 2 if encoder_depth is None else encoder_depth
+        self.patch_embed = PatchEmbed(image_dim, embed_dim, patch_size)
+        self.pos_embed = nn.Identity()
+        self.rope = RotaryEmbed3D(embed_dim // num_heads)
+        self.blocks = nn.ModuleList(
+            Block(embed_dim, num_heads, mlp_ratio=mlp_ratio) for _ in range(depth)
+        )
+        self.norm = nn.LayerNorm(embed_dim)
+        self.mixer = nn.Identity()
+        self.flex_attn = FlexAttentionCausal2D()
+
+    def forward(
+        self,
+        x: Tensor | tuple[Tensor, Tensor],
+        c: Tensor | None = None,
+        prev_ids: Tensor | None = None,
+        pos: Tensor | None = None,
+        mask: BlockCausalMask | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """Encode one frame, or several laid end to end.
+
+        Args:
+            x: Latents (B, C, h, w) or tokens (B, N, D); a pair also carries ``prev_ids``.
+            c: Condition tokens put in front, (B, Lc, D).
+            prev_ids: Known tokens, (B, k, 1), k may be 0. The first ``encoder_depth`` blocks see
+                these and the condition alone; the rest see all.
+            pos: Rotary positions (B or 1, N, 3); none are applied when None.
+            mask: Causality between frames.
+            cache: Keys and values of earlier frames, filled on the way.
+
+        Returns:
+            (B, N, D).
+        """
+        if isinstance(x, tuple):
+            x, prev_ids = x
+        if self.encoder_depth == 0:
+            prev_ids = None
+        tokens = self.pos_embed(self.patch_embed(x))
+        num_condition = 0 if c is None else c.size(1)
+        full_rotation = self._rotation(pos, num_condition)
+        if prev_ids is None:
+            x = tokens if c is None else torch.cat([c, tokens], dim=1)
+            x = self._run_blocks(x, 0, len(self.blocks), full_rotation, mask, cache)
+            return self.norm(x[:, num_condition:])
+
+        known_rotation = self._rotation(pos, num_condition, prev_ids)
+        known = gather_tokens(tokens, prev_ids)  # (B, k, D)
+        x = known if c is None else torch.cat([c, known], dim=1)
+        x = self._run_blocks(x, 0, self.encoder_depth, known_rotation, mask, cache)
+        updated_c, known = x.split([num_condition, prev_ids.size(1)], dim=1)
+        x = scatter_tokens(tokens.to(known.dtype), prev_ids, known)
+        x = torch.cat([updated_c, x], dim=1)
+        x = self._run_blocks(x, self.encoder_depth, len(self.blocks), full_rotation, mask, cache)
+        return self.norm(x[:, num_condition:])
+
+    def _rotation(
+        self, pos: Tensor | None, num_condition: int, ids: Tensor | None = None
+    ) -> Rotation | None:
+        if pos is None:
+            return None
+        ids = None if ids is None else ids.expand(-1, -1, 3)
+        return self.rope.get_func(pos, pad=num_condition, ids=ids)
+
+    def _run_blocks(
+        self,
+        x: Tensor,
+        start: int,
+        end: int,
+        rotation: Rotation | None,
+        mask: BlockCausalMask | None,
+        cache: KVCache | None,
+    ) -> Tensor:
+        for index in range(start, end):
+            layer_cache = None if cache is None else cache.layers[index]
+            x = self.blocks[index](x, rotation, mask, layer_cache)
+        return x

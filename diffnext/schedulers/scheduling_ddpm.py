@@ -1,0 +1,147 @@
+"""Denoising diffusion probabilistic models (arXiv:2006.11239).
+
+Shapes: B batch, N tokens; samples are (B, ...), channels second.
+"""
+
+from __future__ import annotations
+
+import diffusers
+import torch
+from diffusers.schedulers.scheduling_ddpm import (
+    DDPMSchedulerOutput,
+    betas_for_alpha_bar,
+    rescale_zero_terminal_snr,
+)
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+__all__ = [
+    "DDPMScheduler",
+    "DDPMSchedulerOutput",
+    "betas_for_alpha_bar",
+    "rescale_zero_terminal_snr",
+]
+
+
+class DDPMScheduler(diffusers.DDPMScheduler):
+    """diffusers' DDPM scheduler without clipping, as NOVA was trained and sampled with.
+
+    ``clip_sample`` and ``thresholding`` are accepted and do nothing, and the step before t is
+    t - K // n whatever the spacing.
+
+    The arguments are those of diffusers' class.
+    """
+
+    def previous_timestep(self, timestep: int | Tensor) -> int | Tensor:
+        """The timestep after ``timestep`` in sampling order; -1 or below past the end."""
+        if self.custom_timesteps:
+            return super().previous_timestep(timestep)
+        num_steps = self.num_inference_steps or self.config.num_train_timesteps
+        return timestep - self.config.num_train_timesteps // num_steps
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: int | Tensor,
+        sample: Tensor,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        return_dict: bool = True,
+    ) -> DDPMSchedulerOutput | tuple[Tensor]:
+        """One reverse step, equations 7 and 11 of the paper.
+
+        Args:
+            model_output: Prediction of ``config.prediction_type``, shaped like ``sample``; twice
+                the channels when the variance is learned.
+            timestep: Where ``sample`` is.
+            sample: (B, C, ...).
+            generator: Source of the noise added at every timestep above 0.
+            return_dict: Whether to wrap the result in a named output.
+
+        Returns:
+            ``prev_sample``, shaped like ``sample``.
+        """
+        t = int(timestep)
+        previous = self.previous_timestep(t)
+        predicted_variance = None
+        if self.variance_type in ("learned", "learned_range"):
+            model_output, predicted_variance = model_output.split(sample.shape[1], dim=1)
+        abar = self.alphas_cumprod[t]
+        abar_prev = self.alphas_cumprod[previous] if previous >= 0 else self.one
+        alpha = abar / abar_prev
+        x0 = self._predict_original(model_output, sample, abar)
+        x0_weight = abar_prev**0.5 * (1 - alpha) / (1 - abar)
+        sample_weight = alpha**0.5 * (1 - abar_prev) / (1 - abar)
+        prev_sample = x0_weight * x0 + sample_weight * sample
+        if t > 0:
+            noise = randn_tensor(
+                model_output.shape,
+                generator=generator,
+                device=model_output.device,
+                dtype=model_output.dtype,
+            )
+            prev_sample = prev_sample + self._noise_std(t, predicted_variance) * noise
+        return DDPMSchedulerOutput(prev_sample=prev_sample) if return_dict else (prev_sample,)
+
+    def _predict_original(self, model_output: Tensor, sample: Tensor, abar: Tensor) -> Tensor:
+        prediction_type = self.config.prediction_type
+        if prediction_type == "epsilon":
+            return (sample - (1 - abar) ** 0.5 * model_output) / abar**0.5
+        if prediction_type == "sample":
+            return model_output
+        if prediction_type == "v_prediction":
+            return abar**0.5 * sample - (1 - abar) ** 0.5 * model_output
+        raise ValueError(
+            f"prediction_type must be epsilon, sample or v_prediction, got {prediction_type!r}"
+        )
+
+    def _noise_std(self, t: int, predicted_variance: Tensor | None) -> Tensor:
+        """Standard deviation of the noise of one step."""
+        if self.variance_type == "fixed_large_log":
+            raise ValueError(
+                "variance_type 'fixed_large_log' has no real standard deviation: use 'fixed_large'"
+            )
+        value = self._get_variance(t, predicted_variance=predicted_variance)
+        if self.variance_type == "fixed_small_log":
+            return value  # diffusers has taken the root already
+        if self.variance_type == "learned_range":
+            return torch.exp(0.5 * value)
+        return value**0.5
+
+    def sample_timesteps(
+        self, size: int | tuple[int, ...], device: torch.device | str | None = None
+    ) -> Tensor:
+        """Draw training timesteps, uniform int64 of the given shape."""
+        size = (size,) if isinstance(size, int) else tuple(size)
+        return torch.randint(0, self.config.num_train_timesteps, size, device=device)
+
+    def corrupt(
+        self, original_samples: Tensor, noise: Tensor, index: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Noisy data at each timestep of ``index``, and ``index`` itself (as the timestep)."""
+        return self.add_noise(original_samples, noise, index), index
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """Move data toward noise: x_t = sqrt(abar) x + sqrt(1 - abar) noise.
+
+        Args:
+            original_samples: Clean data, (B, ...).
+            noise: Same shape.
+            timesteps: Over any leading dimensions, such as (B,) or (B, N).
+
+        Returns:
+            Noisy data, same shape and dtype.
+        """
+        signal, spread = self._training_levels(timesteps, original_samples)
+        return signal * original_samples + spread * noise
+
+    def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """v = sqrt(abar) noise - sqrt(1 - abar) x (arXiv:2202.00512); shapes of `add_noise`."""
+        signal, spread = self._training_levels(timesteps, sample)
+        return signal * noise - spread * sample
+
+    def _training_levels(self, timesteps: Tensor, sample: Tensor) -> tuple[Tensor, Tensor]:
+        """sqrt(abar) and sqrt(1 - abar), broadcastable to ``sample`` and in its dtype."""
+        timesteps = timesteps.to(sample.device)
+        abar = self.alphas_cumprod.to(device=sample.device, dtype=sample.dtype)[timesteps]
+        abar = abar.reshape(*timesteps.shape, *[1] * (sample.ndim - timesteps.ndim))
+        return abar**0.5, (1 - abar) ** 0.5
