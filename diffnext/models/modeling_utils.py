@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from diffusers.models.modeling_utils import ModelMixin
-
 # What `from_pretrained(output_loading_info=True)` reports besides a fitting state dict.
 _MISFITS = {
     "missing_keys": "missing from the weights",
@@ -34,8 +32,8 @@ def check_loading_info(name: str, path: Any, info: dict[str, Any]) -> None:
         raise RuntimeError(f"The weights in {path} do not fit {name}:\n" + "\n".join(lines))
 
 
-class StrictModelMixin(ModelMixin):
-    """diffusers' ``ModelMixin`` that refuses weights with missing or unexpected keys."""
+class StrictLoadingMixin:
+    """Put before diffusers' ``ModelMixin``, refuses weights with missing or unexpected keys."""
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:

@@ -12,6 +12,7 @@ import torch
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
     FlowMatchEulerDiscreteSchedulerOutput,
 )
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
 __all__ = ["FlowMatchEulerDiscreteScheduler", "FlowMatchEulerDiscreteSchedulerOutput"]
@@ -23,7 +24,8 @@ def _training_sigmas(num_train_timesteps: int, shift: float) -> Tensor:
     return shift * levels / (1 + (shift - 1) * levels)
 
 
-class FlowMatchEulerDiscreteScheduler(diffusers.FlowMatchEulerDiscreteScheduler):
+# diffusers finds a class's loader by the base class in the namespace of its module.
+class FlowMatchEulerDiscreteScheduler(diffusers.FlowMatchEulerDiscreteScheduler, SchedulerMixin):
     """diffusers' flow-matching scheduler with a training side of its own.
 
     The training tables run from sigma 1 down and stay as they are whatever is sampled meanwhile.

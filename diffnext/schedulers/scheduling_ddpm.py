@@ -12,6 +12,7 @@ from diffusers.schedulers.scheduling_ddpm import (
     betas_for_alpha_bar,
     rescale_zero_terminal_snr,
 )
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
@@ -23,7 +24,8 @@ __all__ = [
 ]
 
 
-class DDPMScheduler(diffusers.DDPMScheduler):
+# diffusers finds a class's loader by the base class in the namespace of its module.
+class DDPMScheduler(diffusers.DDPMScheduler, SchedulerMixin):
     """diffusers' DDPM scheduler without clipping, as NOVA was trained and sampled with.
 
     ``clip_sample`` and ``thresholding`` are accepted and do nothing, and the step before t is
@@ -135,7 +137,7 @@ class DDPMScheduler(diffusers.DDPMScheduler):
         return signal * original_samples + spread * noise
 
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """v = sqrt(abar) noise - sqrt(1 - abar) x (arXiv:2202.00512); shapes of `add_noise`."""
+        """Velocity, sqrt(abar) noise - sqrt(1 - abar) x (arXiv:2202.00512)."""
         signal, spread = self._training_levels(timesteps, sample)
         return signal * noise - spread * sample
 

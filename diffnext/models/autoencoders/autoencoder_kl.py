@@ -11,6 +11,7 @@ import diffusers
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.autoencoders.vae import Encoder
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
+from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
@@ -20,12 +21,13 @@ from diffnext.models.autoencoders.modeling_utils import (
     IdentityDistribution,
     LatentScalingMixin,
 )
-from diffnext.models.modeling_utils import StrictModelMixin
+from diffnext.models.modeling_utils import StrictLoadingMixin
 
 __all__ = ["AutoencoderKL"]
 
 
-class AutoencoderKL(LatentScalingMixin, StrictModelMixin, diffusers.AutoencoderKL):
+# diffusers finds a class's loader by the base class in the namespace of its module.
+class AutoencoderKL(LatentScalingMixin, StrictLoadingMixin, diffusers.AutoencoderKL, ModelMixin):
     """KL-regularised image autoencoder (latent diffusion, arXiv:2112.10752).
 
     diffusers' class with this package's defaults, float32 posteriors and single-frame videos.

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
 
 from diffnext.models.diffusion_mlp import DiffusionMLP
 from diffnext.models.embeddings import (
@@ -17,7 +18,7 @@ from diffnext.models.embeddings import (
     TextEmbed,
     VideoPosEmbed,
 )
-from diffnext.models.modeling_utils import StrictModelMixin
+from diffnext.models.modeling_utils import StrictLoadingMixin
 from diffnext.models.normalization import AdaLayerNorm
 from diffnext.models.transformers.transformer_3d import Transformer3DModel
 from diffnext.models.vision_transformer import VisionTransformer
@@ -136,7 +137,7 @@ def image_decoder(
     )
 
 
-class NOVATransformer3DModel(Transformer3DModel, StrictModelMixin, ConfigMixin):
+class NOVATransformer3DModel(StrictLoadingMixin, Transformer3DModel, ModelMixin, ConfigMixin):
     """NOVA by its config (arXiv:2412.14169).
 
     Args:

@@ -1,0 +1,5 @@
+"""NOVA pipelines."""
+
+from diffnext.pipelines.nova.pipeline_nova import NOVAPipeline
+
+__all__ = ["NOVAPipeline"]

@@ -1,0 +1,124 @@
+"""What all pipelines share: loading, registering components, outputs."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from diffusers.utils import BaseOutput
+
+from diffnext.pipelines.release_folder import (
+    BASE_FOLDER_FILE,
+    INDEX_FILE,
+    find_folder,
+    import_libraries,
+    link_release_folder,
+    read_json,
+    resolve_index,
+)
+
+__all__ = ["NOVAPipelineOutput", "PipelineMixin", "cosine_set_sizes"]
+
+_HUB_ARGUMENTS = (
+    "cache_dir",
+    "force_download",
+    "local_files_only",
+    "proxies",
+    "revision",
+    "token",
+)
+
+
+@dataclass
+class NOVAPipelineOutput(BaseOutput):
+    """Result of a pipeline; only the field that was produced is a key.
+
+    Attributes:
+        images: Pictures: a list of PIL images, uint8 (B, H, W, 3), or a tensor (B, 3, H, W).
+        frames: Videos: uint8 (B, F, H, W, 3) or a tensor (B, 3, F, H, W); also latents of
+            pictures and videos, (B, C, T, h, w).
+    """
+
+    images: Any = None
+    frames: Any = None
+
+
+class PipelineMixin:
+    """Loads release folders; put before diffusers' ``DiffusionPipeline``."""
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
+    ) -> Any:
+        """Load a release folder, a training checkpoint or a Hub repository.
+
+        Shims that only name classes of this package are followed without running them, so that
+        ``trust_remote_code`` is needed for foreign code alone.
+
+        Args:
+            pretrained_model_name_or_path: Folder or Hub id.
+            **kwargs: As for diffusers' ``DiffusionPipeline.from_pretrained``: ``torch_dtype``,
+                ``trust_remote_code``, components to use instead, ...
+
+        Raises:
+            FileNotFoundError: If the folder or one of its components is missing.
+            RuntimeError: If weights do not fit their model; the message lists them.
+        """
+        hub_kwargs = {name: kwargs.pop(name) for name in _HUB_ARGUMENTS if name in kwargs}
+        folder = find_folder(pretrained_model_name_or_path, **hub_kwargs)
+        index = resolve_index(folder)
+        import_libraries(index)
+        is_complete = not (folder / BASE_FOLDER_FILE).exists()
+        if is_complete and index == read_json(folder / INDEX_FILE):
+            return super().from_pretrained(folder, **kwargs)
+        with tempfile.TemporaryDirectory(prefix="diffnext-") as assembled:
+            link_release_folder(folder, Path(assembled), index)
+            pipeline = super().from_pretrained(assembled, **kwargs)
+        pipeline.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
+        return pipeline
+
+    def register_module(self, model_or_path: Any, name: str) -> Any:
+        """Record a component, so that saving and moving the pipeline includes it.
+
+        Args:
+            model_or_path: The component, or None.
+            name: Its name.
+
+        Returns:
+            The component.
+
+        Raises:
+            TypeError: For a path: load the component with its class first.
+        """
+        if isinstance(model_or_path, (str, os.PathLike)):
+            raise TypeError(
+                f"{name} must be an object, got the path {str(model_or_path)!r}: load it with "
+                "its class's from_pretrained"
+            )
+        self.register_modules(**{name: model_or_path})
+        return model_or_path
+
+
+def cosine_set_sizes(num_steps: int, num_tokens: int) -> np.ndarray:
+    """How many tokens each autoregressive step predicts (MaskGIT, arXiv:2202.04200).
+
+    Args:
+        num_steps: Number of steps.
+        num_tokens: Tokens of a frame.
+
+    Returns:
+        (num_steps,) int64, growing along a cosine, sum ``num_tokens``; small frames in many
+        steps have zeros.
+
+    Raises:
+        ValueError: If there is no step.
+    """
+    if num_steps < 1:
+        raise ValueError(f"num_inference_steps must be at least 1, got {num_steps}")
+    hidden = np.cos(0.5 * np.pi * np.arange(num_steps + 1) / num_steps) * num_tokens
+    hidden = np.round(hidden).astype(np.int64)
+    return hidden[:-1] - hidden[1:]

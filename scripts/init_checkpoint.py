@@ -1,0 +1,214 @@
+"""Write a release folder with a freshly initialised NOVA, ready to be trained from scratch.
+
+    python scripts/init_checkpoint.py --config configs/nova_tiny_t2i.yaml --output DIR --tiny
+    python scripts/init_checkpoint.py --config configs/nova_d48w1024_sdxl1024.yaml --output DIR \
+        --vae SDXL_VAE --text-encoder PHI2 --tokenizer PHI2_TOKENIZER
+
+The transformer is built from `pipeline.paths.module_config.transformer` of the config; the frozen
+components are copied. With --tiny they are small: a random Phi and a byte-level tokenizer, which
+tell prompts apart, and the fitted image autoencoder of assets/vae-tiny.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from omegaconf import OmegaConf
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PhiConfig, PreTrainedTokenizerFast
+
+from diffnext.models.text_encoders.phi import PhiEncoderModel
+from diffnext.models.transformers.transformer_nova import NOVATransformer3DModel
+from diffnext.pipelines.release_folder import INDEX_FILE, read_json, write_json, write_shim
+
+TINY_VAE = Path(__file__).resolve().parent.parent / "assets" / "vae-tiny"
+PAD_TOKEN = "<|pad|>"
+
+# Captions to learn word pieces from; other text falls back to smaller pieces and to bytes.
+TOKENIZER_CORPUS = """
+a an the of on in at by with and or to from near above below under over left right behind before
+one two three four small large big tiny bright dark quiet calm misty sunny night day morning
+red green blue yellow orange purple pink brown black white grey gold silver
+circle square triangle star ring cross ellipse shape background moving turning growing
+mountain mountains lake river sea sky sun moon stars clouds trees forest hill field snow fog
+city tower towers skyline window windows light lights street bridge boat balloon house
+picture photo painting image video scene landscape reflection water colourful colour
+short long text caption describes shows there is are stands
+"""
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", type=Path, required=True, help="training config (YAML)")
+    parser.add_argument("--output", type=Path, required=True, help="folder to write; must be new")
+    parser.add_argument("--tiny", action="store_true", help="small frozen components")
+    parser.add_argument("--vae", type=Path, help="folder of the autoencoder to copy")
+    parser.add_argument("--text-encoder", type=Path, help="folder of the Phi text encoder to copy")
+    parser.add_argument("--tokenizer", type=Path, help="folder of the tokenizer to copy")
+    parser.add_argument(
+        "--scheduler",
+        choices=("flow", "ddpm"),
+        default="flow",
+        help="how tokens are denoised (default: flow matching)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the initial weights (default: 0)")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Write the folder; returns the exit code."""
+    args = parse_args(argv)
+    try:
+        write_checkpoint(args)
+    except (ValueError, OSError, KeyError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"Wrote {args.output}")
+    return 0
+
+
+def write_checkpoint(args: argparse.Namespace) -> None:
+    """Write everything beside the output and move it into place at the end.
+
+    Raises:
+        ValueError: If the parts do not fit together, or the output exists.
+    """
+    if args.output.exists() and (not args.output.is_dir() or any(args.output.iterdir())):
+        raise ValueError(f"--output {args.output} exists: name a new folder or remove it")
+    config = OmegaConf.to_container(OmegaConf.load(args.config), resolve=True)
+    model_config = config["pipeline"]["paths"]["module_config"]["transformer"]
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=args.output.parent, prefix=".init-") as temporary:
+        folder = Path(temporary) / args.output.name
+        torch.manual_seed(args.seed)
+        index = {
+            "_class_name": "NOVAPipeline",
+            "scheduler": write_scheduler(folder / "scheduler", args.scheduler),
+            "vae": write_vae(folder / "vae", args, config["pipeline"]["target"], model_config),
+        }
+        if model_config.get("text_token_dim"):
+            index["tokenizer"] = write_tokenizer(folder / "tokenizer", args)
+            index["text_encoder"] = write_text_encoder(folder / "text_encoder", args, model_config)
+        index["transformer"] = write_transformer(folder / "transformer", model_config)
+        write_json(folder / INDEX_FILE, index)
+        if args.output.exists():
+            args.output.rmdir()
+        folder.rename(args.output)
+
+
+def write_scheduler(folder: Path, name: str) -> list[str]:
+    """Write a sampling scheduler; returns its index entry."""
+    if name == "flow":
+        scheduler = FlowMatchEulerDiscreteScheduler()
+    else:
+        scheduler = DDPMScheduler(clip_sample=False)
+    scheduler.save_pretrained(folder)
+    return ["diffusers", type(scheduler).__name__]
+
+
+def write_vae(
+    folder: Path, args: argparse.Namespace, target: str, model_config: dict[str, Any]
+) -> list[str]:
+    """Copy the autoencoder that the pipeline's kind needs; returns its index entry."""
+    is_video = target.rsplit(".", 1)[-1] == "NOVATrainT2VPipeline"
+    class_name = "AutoencoderKLOpenSora" if is_video else "AutoencoderKL"
+    source = args.vae or (TINY_VAE if args.tiny and not is_video else None)
+    if source is None:
+        raise ValueError(f"{target} needs --vae, the folder of an {class_name}")
+    vae_config = read_json(source / "config.json")
+    if vae_config.get("_class_name", class_name) != class_name:
+        raise ValueError(f"{target} needs an {class_name}, {source} is {vae_config['_class_name']}")
+    stride = 2 ** (len(vae_config["block_out_channels"]) - 1)
+    wanted = {"latent_channels": model_config["image_dim"], "stride": model_config["image_stride"]}
+    found = {"latent_channels": vae_config["latent_channels"], "stride": stride}
+    if wanted != found:
+        raise ValueError(f"the config needs an autoencoder with {wanted}, {source} has {found}")
+    shutil.copytree(source, folder)
+    return [write_shim(folder, "vae", class_name), class_name]
+
+
+def write_tokenizer(folder: Path, args: argparse.Namespace) -> list[str]:
+    """Copy or learn the tokenizer; returns its index entry."""
+    if args.tokenizer:
+        shutil.copytree(args.tokenizer, folder)
+        name = read_json(folder / "tokenizer_config.json").get("tokenizer_class")
+        return ["transformers", name or "PreTrainedTokenizerFast"]
+    if not args.tiny:
+        raise ValueError("--tokenizer is needed, or --tiny for a small one")
+    tiny_tokenizer().save_pretrained(folder)
+    return ["transformers", "PreTrainedTokenizerFast"]
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer with a pad token; the empty prompt has no tokens."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=1024,
+        special_tokens=[PAD_TOKEN],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(TOKENIZER_CORPUS.split(), trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD_TOKEN)
+
+
+def write_text_encoder(
+    folder: Path, args: argparse.Namespace, model_config: dict[str, Any]
+) -> list[str]:
+    """Copy or initialise the text encoder; returns its index entry."""
+    width = model_config["text_token_dim"]
+    if args.text_encoder:
+        found = read_json(args.text_encoder / "config.json")["hidden_size"]
+        if found != width:
+            raise ValueError(
+                f"text_token_dim is {width}, but the states of {args.text_encoder} are {found} wide"
+            )
+        shutil.copytree(args.text_encoder, folder)
+    elif args.tiny:
+        tiny_text_encoder(width).save_pretrained(folder)
+    else:
+        raise ValueError("--text-encoder is needed, or --tiny for a small one")
+    return [write_shim(folder, "text_encoder", "PhiEncoderModel"), "PhiEncoderModel"]
+
+
+def tiny_text_encoder(width: int) -> PhiEncoderModel:
+    """A random Phi; random features tell prompts apart, which is enough to learn from."""
+    vocab_size = len(tiny_tokenizer())
+    return PhiEncoderModel(
+        PhiConfig(
+            vocab_size=vocab_size,
+            hidden_size=width,
+            intermediate_size=4 * width,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=512,
+            # Wide enough that a word moves the states as much as in a trained encoder.
+            initializer_range=0.2,
+            pad_token_id=0,
+            bos_token_id=0,
+            eos_token_id=0,
+        )
+    )
+
+
+def write_transformer(folder: Path, model_config: dict[str, Any]) -> list[str]:
+    """Initialise and save NOVA; returns its index entry."""
+    model = NOVATransformer3DModel(**model_config)
+    model.save_pretrained(folder)
+    return [write_shim(folder, "transformer", type(model).__name__), type(model).__name__]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
