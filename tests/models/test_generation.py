@@ -1,0 +1,253 @@
+"""Generation: equal results however it is asked for, and clear refusals."""
+
+import copy
+
+import pytest
+import torch
+
+from diffnext.models.guidance_scaler import GuidanceScaler
+from diffnext.schedulers.scheduling_cfm import FlowMatchEulerDiscreteScheduler
+from diffnext.schedulers.scheduling_ddpm import DDPMScheduler
+from tests.tiny import generation_inputs, make_model, make_prompts
+
+
+def test_same_seed_gives_the_same_latents():
+    model = make_model()
+    first = model(generation_inputs())["x"]
+    assert torch.equal(first, model(generation_inputs())["x"])
+    assert first.shape == (2, 4, 1, 8, 12)
+    assert not torch.equal(first, model(generation_inputs(seed=1))["x"])
+
+
+def test_per_sample_generators_make_samples_independent_of_their_neighbours():
+    model = make_model()
+    prompts = make_prompts(3)
+    null = model.text_embed.weight[:7]
+
+    def generate(rows, scheduler):
+        model.sample_scheduler = scheduler
+        generators = [torch.Generator().manual_seed(100 + row) for row in rows]
+        inputs = generation_inputs(batch=len(rows), generator=generators)
+        inputs["prompt"] = [prompts[row] for row in rows] + [null] * len(rows)
+        return model(inputs)["x"]
+
+    for scheduler in (FlowMatchEulerDiscreteScheduler(), DDPMScheduler()):
+        together = generate([0, 1, 2], scheduler)
+        for row in range(3):
+            alone = generate([row], scheduler)
+            torch.testing.assert_close(together[row : row + 1], alone, atol=1e-4, rtol=0)
+
+
+def test_every_token_is_predicted_once(monkeypatch):
+    model = make_model()
+    seen = []
+    denoise = model.denoise
+
+    def record(z, noise, ids, *args):
+        seen.append(ids)
+        return denoise(z, noise, ids, *args)
+
+    monkeypatch.setattr(model, "denoise", record)
+    model(generation_inputs(num_preds=[3, 0, 21]))
+    for row in torch.cat(seen, dim=1).squeeze(-1):
+        assert sorted(row.tolist()) == list(range(24))
+
+
+def test_prediction_order_is_stable_under_ties():
+    from diffnext.models.transformers.transformer_3d import draw_order
+
+    order = draw_order(1, 4096, torch.Generator().manual_seed(0), torch.empty(0, dtype=torch.half))
+    scores = torch.rand(
+        1, 4096, 1, generator=torch.Generator().manual_seed(0), dtype=torch.half
+    ).flatten()
+    assert len(scores.unique()) < 4096  # half precision does have ties
+    pairs = zip(order.flatten().tolist(), order.flatten().tolist()[1:], strict=False)
+    assert all((scores[a], a) < (scores[b], b) for a, b in pairs)
+
+
+def test_inputs_stay_as_they_are():
+    model = make_model(frames=3)
+    inputs = generation_inputs(max_latent_length=3, motion_flow=[2.0, 3.0])
+    inputs["latents"] = [torch.randn(2, 4, 8, 12)]
+    inputs["x"] = torch.randn(2, 4, 8, 12)
+    inputs["c"] = [torch.randn(4, 1, 64)]
+    before = copy.deepcopy({key: inputs[key] for key in inputs if key != "generator"})
+    model(inputs)
+    assert set(inputs) == set(before) | {"generator"}
+    for key, value in before.items():
+        torch.testing.assert_close(inputs[key], value, atol=0, rtol=0)
+
+
+def test_given_frames_are_seen_and_kept():
+    model = make_model(frames=4)
+    first = model(generation_inputs(max_latent_length=4, motion_flow=5))["x"]
+    given = list(first[:, :, :2].unbind(2))
+    order = generation_inputs(max_latent_length=4, motion_flow=5, latents=given)
+    continued = model(order)["x"]
+    assert continued.shape == first.shape
+    assert torch.equal(continued[:, :, :2], first[:, :, :2])
+
+
+def video_states(model, frames, c):
+    """States the video encoder gives to image generation, one frame after the other."""
+    model.eval()
+    states = []
+
+    def record(given, *args):
+        states.append(given)
+        return torch.zeros(len(frames), 4, 8, 12)
+
+    model.generate_frame = record
+    given = list(frames.unbind(2))
+    inputs = generation_inputs(
+        batch=len(frames),
+        guidance_scale=1.0,
+        c=[c],
+        latents=given[:-1],
+        max_latent_length=len(given),
+    )
+    inputs.pop("prompt")
+    model(inputs)
+    del model.generate_frame
+    return states[0]
+
+
+@pytest.mark.parametrize("options", [{}, {"rotary_pos_embed": True}, {"video_mixer_rank": 8}])
+@torch.no_grad()
+def test_cached_frames_equal_teacher_forcing(options):
+    model = make_model(frames=3, **options)
+    frames = torch.randn(2, 4, 3, 8, 12)
+    c = torch.randn(2, 5, 64)
+    forced = model.encode_video(frames, c).unflatten(0, (2, 3))[:, 2]
+    torch.testing.assert_close(video_states(model, frames, c), forced, atol=1e-5, rtol=1e-5)
+
+
+def test_generation_after_training_and_training_after_generation():
+    model = make_model(frames=3)
+
+    def train(frames):
+        x = torch.randn(1, 4, frames, 8, 12)
+        losses = model.train()({"x": x, "prompt": make_prompts(1), "motion_flow": [5]})
+        sum(losses.values()).backward()
+
+    with torch.inference_mode():
+        model(generation_inputs(max_latent_length=3, motion_flow=5))
+    train(3)
+    train(2)  # another length: nothing of the first may be left
+    model.eval()(generation_inputs(max_latent_length=3, motion_flow=5))
+
+
+def test_a_model_can_change_dtype_between_calls():
+    model = make_model(frames=3)
+    model(generation_inputs(max_latent_length=2))
+    latents = model.to(torch.float64)(generation_inputs(max_latent_length=2))["x"]
+    assert latents.dtype == torch.float64
+
+
+def test_rotary_angles_survive_half_precision():
+    model = make_model(rotary_pos_embed=True)
+    rope = model.image_encoder.rope
+    exact = rope.get_func(rope.get_pos(1, 1, (64, 64))).cos
+    model.half()
+    assert torch.equal(rope.get_func(rope.get_pos(1, 1, (64, 64))).cos, exact)
+
+
+def test_num_preds_must_cover_the_frame():
+    with pytest.raises(ValueError, match="sum to the 24 tokens of a frame, got 23"):
+        make_model()(generation_inputs(num_preds=[2, 21]))
+
+
+def test_condition_rows_must_match_the_batch():
+    with pytest.raises(ValueError, match="need 4 condition rows, got 3"):
+        make_model()(generation_inputs(prompt=make_prompts(3)))
+
+
+def test_more_given_frames_than_the_video_has_are_refused():
+    latents = [torch.zeros(2, 4, 8, 12)] * 2
+    with pytest.raises(ValueError, match="2 latent frames are given, but max_latent_length is 1"):
+        make_model()(generation_inputs(latents=latents))
+
+
+def test_given_frames_of_another_batch_are_refused():
+    with pytest.raises(ValueError, match=r"must be \(2, 4, 8, 12\), got \(1, 4, 8, 12\)"):
+        make_model()(generation_inputs(latents=[torch.zeros(1, 4, 8, 12)]))
+
+
+def test_a_model_without_any_condition_is_refused():
+    inputs = generation_inputs()
+    inputs.pop("prompt")
+    with pytest.raises(ValueError, match="a prompt or ready condition tokens are needed"):
+        make_model()(inputs)
+
+
+@pytest.mark.parametrize("minimum", [0, 0.5, 2.0])
+def test_guidance_may_grow_through_one(minimum):
+    latents = make_model()(generation_inputs(min_guidance_scale=minimum))["x"]
+    assert torch.isfinite(latents).all()
+
+
+def test_image_guidance_without_guidance_changes_nothing():
+    model = make_model()
+    plain = model(generation_inputs(guidance_scale=1.0))["x"]
+    extra = model(generation_inputs(guidance_scale=1.0, image_guidance_scale=2.0))["x"]
+    assert torch.equal(plain, extra)
+
+
+def test_spatiotemporal_guidance_changes_nothing_beyond_rounding():
+    model = make_model()
+    plain = model(generation_inputs())["x"]
+    extra = model(generation_inputs(spatiotemporal_guidance_scale=0.7))["x"]
+    torch.testing.assert_close(plain, extra, atol=1e-4, rtol=1e-4)
+
+
+def test_image_guidance_of_a_video_runs():
+    model = make_model(frames=3)
+    inputs = generation_inputs(max_latent_length=2, image_guidance_scale=1.5, motion_flow=5)
+    assert model(inputs)["x"].shape == (2, 4, 2, 8, 12)
+
+
+def test_one_motion_value_serves_every_sample():
+    model = make_model(frames=3)
+    single = model(generation_inputs(max_latent_length=2, motion_flow=4, fps=12))["x"]
+    listed = model(generation_inputs(max_latent_length=2, motion_flow=[4, 4], fps=[12, 12]))["x"]
+    assert torch.equal(single, listed)
+
+
+def test_truncated_guidance_equals_none_below_the_timestep():
+    model = make_model()
+    always = model(generation_inputs(guidance_trunc=2000))["x"]
+    inputs = generation_inputs(guidance_scale=1.0)
+    inputs["prompt"] = make_prompts(4)[:2]
+    torch.testing.assert_close(always, model(inputs)["x"], atol=1e-5, rtol=1e-5)
+
+
+def test_rows_that_are_not_predicted_cannot_leak():
+    model = make_model()
+    z = torch.randn(1, 24, 64)
+    steps = model.prepare_steps(3, z)
+    noise = torch.randn(1, 4, 8, 12)
+    ids = torch.tensor([[[0], [7]]])
+    clean = model.denoise(z, noise, ids, steps, GuidanceScaler())
+    noise[:, :, 6:, 10:] = float("inf")  # token 23
+    assert torch.equal(model.denoise(z, noise, ids, steps, GuidanceScaler()), clean)
+
+
+def test_diffusers_schedulers_sample_the_same():
+    import diffusers
+
+    model = make_model()
+    ours = model(generation_inputs())["x"]
+    model.sample_scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    torch.testing.assert_close(model(generation_inputs())["x"], ours)
+    model.sample_scheduler = DDPMScheduler()
+    ours = model(generation_inputs(num_diffusion_steps=4))["x"]
+    model.sample_scheduler = diffusers.DDPMScheduler(clip_sample=False)
+    theirs = model(generation_inputs(num_diffusion_steps=4))["x"]
+    torch.testing.assert_close(theirs, ours)
+
+
+def test_a_class_conditional_model_generates():
+    model = make_model(text_token_dim=None, text_token_len=None)
+    inputs = generation_inputs(c=[model.label_embed(torch.tensor([1, 2, 1000, 1000]))])
+    inputs.pop("prompt")
+    assert model(inputs)["x"].shape == (2, 4, 1, 8, 12)
