@@ -3,14 +3,8 @@
 import torch
 
 from diffnext.models.autoencoders.autoencoder_kl import AutoencoderKL
-from diffnext.models.transformers import transformer_nova as nova
+from diffnext.models.transformers.transformer_nova import NOVATransformer3DModel
 from diffnext.schedulers.scheduling_cfm import FlowMatchEulerDiscreteScheduler
-
-TINY_ARCH = ("tiny_v64", "tiny_i64", "tiny_d64")
-
-nova.VIDEO_ENCODERS.register("tiny_v64", nova.video_encoder, depth=2, embed_dim=64, num_heads=2)
-nova.IMAGE_ENCODERS.register("tiny_i64", nova.image_encoder, depth=2, embed_dim=64, num_heads=2)
-nova.IMAGE_DECODERS.register("tiny_d64", nova.image_decoder, depth=2, embed_dim=48)
 
 
 def make_model(frames=1, seed=0, **overrides):
@@ -24,9 +18,9 @@ def make_model(frames=1, seed=0, **overrides):
         "text_token_len": 7,
         "image_base_size": [4, 6],
         "video_base_size": [frames, 2, 3],
-        "arch": TINY_ARCH,
+        "arch": ["vit_d2w64", "vit_d4w64", "mlp_d2w64"],
     }
-    model = nova.NOVATransformer3DModel(**{**config, **overrides}).eval()
+    model = NOVATransformer3DModel(**{**config, **overrides}).eval()
     model.sample_scheduler = FlowMatchEulerDiscreteScheduler()
     model.noise_scheduler = FlowMatchEulerDiscreteScheduler()
     return model

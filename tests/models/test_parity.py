@@ -7,10 +7,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from diffnext.models.transformers import transformer_nova as nova
 from diffnext.schedulers.scheduling_cfm import FlowMatchEulerDiscreteScheduler
 from tests.tiny import make_model
 
 FOLDER = Path(__file__).parent.parent / "parity"
+ARCH = ("recorded_v64", "recorded_i64", "recorded_d48")
+
+encoder_size = {"depth": 2, "embed_dim": 64, "num_heads": 2}
+nova.VIDEO_ENCODERS.register(ARCH[0], nova.video_encoder, **encoder_size)
+nova.IMAGE_ENCODERS.register(ARCH[1], nova.image_encoder, **encoder_size)
+nova.IMAGE_DECODERS.register(ARCH[2], nova.image_decoder, depth=2, embed_dim=48)
 
 
 def load(name, prefix):
@@ -19,7 +26,7 @@ def load(name, prefix):
 
 
 def load_model(name, **overrides):
-    model = make_model(frames=3, **overrides)
+    model = make_model(frames=3, arch=ARCH, **overrides)
     model.load_state_dict({key: value.float() for key, value in load(name, "w.").items()})
     return model
 

@@ -1,0 +1,1 @@
+"""Record datasets, transforms and loaders."""

@@ -1,0 +1,73 @@
+"""Example pipelines: from a decoded record to what a batch is made of."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from diffnext.data.flex_transforms import ParseAnnotations, ParseLatents
+
+
+class Worker(ABC):
+    """The example pipeline of a loader.
+
+    Random choices are drawn from a generator of their own for each position of the stream of
+    examples, so that neither the number of processes nor a restart changes them.
+
+    Attributes:
+        seed: Seed of the random choices.
+    """
+
+    seed: int = 1337
+
+    @abstractmethod
+    def get_outputs(
+        self, example: Mapping[str, Any], uniform: Callable[[], float] | None = None
+    ) -> dict[str, list[Any]]:
+        """Transform one example; see ``FeaturePipe.get_outputs``."""
+
+    def process(self, example: Mapping[str, Any], position: int) -> dict[str, list[Any]]:
+        """Transform the example that is number ``position`` of the stream."""
+        generator = np.random.default_rng((self.seed, position))
+        return self.get_outputs(example, generator.random)
+
+
+class FeaturePipe:
+    """Transforms cached latents, captions and labels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parse_latents = ParseLatents()
+        self.parse_annotations = ParseAnnotations()
+
+    def get_outputs(
+        self, example: Mapping[str, Any], uniform: Callable[[], float] | None = None
+    ) -> dict[str, list[Any]]:
+        """Transform one example.
+
+        Args:
+            example: Decoded record; see ``flex_transforms``. ``flow`` is its motion strength.
+            uniform: Source of numbers in [0, 1), NumPy's global generator by default.
+
+        Returns:
+            Lists of one element: ``latents`` (array), ``prompt`` (label, or else caption) and, if
+            the example has a flow, ``motion_flow`` (float).
+
+        Raises:
+            ValueError: If the example lacks latents, or both caption and label, or an array does
+                not fill its shape.
+        """
+        latents = self.parse_latents(example)
+        label, caption = self.parse_annotations(example, uniform)
+        outputs = {
+            "latents": [latents],
+            "prompt": [caption if label is None else label],
+        }
+        if "flow" in example:
+            outputs["motion_flow"] = [example["flow"]]
+        return outputs
+
+
+class FeatureWorker(FeaturePipe, Worker):
+    """Example pipeline of ``FeatureDataLoader``."""

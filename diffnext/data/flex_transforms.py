@@ -1,0 +1,122 @@
+"""Transforms of decoded records: latents, labels and captions.
+
+Keys of an example:
+
+    moments   bytes   VAE posterior mean and log-variance, float16, C order
+    codes     bytes   VQ codes, int32, C order; used only if there are no moments
+    shape     ints    shape of that array, without a batch dimension
+    caption   str, or {"data": bytes, "shape": ints}: cached text states, float16, (L, D)
+    text      the same, for a short caption; optional, may be empty
+    label     int     class; optional
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+
+Caption: TypeAlias = str | np.ndarray
+
+LATENT_DTYPES = {"moments": np.dtype(np.float16), "codes": np.dtype(np.int32)}
+TEXT_DTYPE = np.dtype(np.float16)
+FIRST_SENTENCE = re.compile(r".*?[.!?](?=\s)")  # the dot stops at the end of the first line
+
+
+class Transform:
+    """Base of the transforms."""
+
+    @staticmethod
+    def filter_outputs(*outputs: Any) -> Any:
+        """Drop what is None; return the only survivor bare, several as a list."""
+        outputs = [output for output in outputs if output is not None]
+        return outputs[0] if len(outputs) == 1 else outputs
+
+
+class ParseLatents(Transform):
+    """Turns the bytes of ``moments``, or else of ``codes``, into an array."""
+
+    def __call__(self, example: Mapping[str, Any]) -> np.ndarray:
+        """Return the latents.
+
+        Returns:
+            Read-only view of the bytes in the shape of ``example["shape"]``; float16 moments or
+            int32 codes.
+
+        Raises:
+            ValueError: If there are no latents or no shape, or the bytes do not fill the shape.
+        """
+        for name, dtype in LATENT_DTYPES.items():
+            if name in example:
+                if "shape" not in example:
+                    raise ValueError(f"an example with {name!r} needs a 'shape'")
+                return _view_array(name, example[name], example["shape"], dtype)
+        raise ValueError(f"an example needs 'moments' or 'codes', got {sorted(example)}")
+
+
+class ParseAnnotations(Transform):
+    """Chooses between the long and the short caption, and finds the label.
+
+    Args:
+        short_prob: Probability of the short caption.
+    """
+
+    def __init__(self, short_prob: float = 0.5) -> None:
+        self.short_prob = short_prob
+
+    def __call__(
+        self, example: Mapping[str, Any], uniform: Callable[[], float] | None = None
+    ) -> tuple[int | None, Caption | None]:
+        """Return the label and the caption.
+
+        Args:
+            example: See the module.
+            uniform: Source of numbers in [0, 1), NumPy's global generator by default. It is asked
+                only if there is a choice: once, and never for a text caption beside a label.
+
+        Returns:
+            The label or None, and the caption: text, cached states (L, D), or None.
+
+        Raises:
+            ValueError: If there is neither a caption nor a label, or cached states do not fill
+                their shape.
+        """
+        label = example.get("label")
+        caption = example.get("caption")
+        if caption is None and label is None:
+            raise ValueError(f"an example needs a 'caption' or a 'label', got {sorted(example)}")
+        uniform = np.random.random_sample if uniform is None else uniform
+        if isinstance(caption, Mapping):
+            return label, self._choose_states(caption, example.get("text"), uniform)
+        if label is None:
+            return None, self._choose_text(caption, example.get("text"), uniform)
+        return label, caption
+
+    def _choose_states(
+        self, caption: Mapping[str, Any], text: Any, uniform: Callable[[], float]
+    ) -> np.ndarray:
+        has_text = isinstance(text, Mapping) and len(text.get("data", b"")) > 0
+        if has_text and uniform() < self.short_prob:
+            return _view_array("text", text["data"], text["shape"], TEXT_DTYPE)
+        return _view_array("caption", caption["data"], caption["shape"], TEXT_DTYPE)
+
+    def _choose_text(self, caption: str, text: str | None, uniform: Callable[[], float]) -> str:
+        short_caption = text or _first_sentence(caption)
+        if short_caption and uniform() < self.short_prob:
+            return short_caption
+        return caption
+
+
+def _first_sentence(caption: str) -> str:
+    match = FIRST_SENTENCE.match(caption)
+    return match.group() if match else caption
+
+
+def _view_array(name: str, data: bytes, shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+    expected_bytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    if len(data) != expected_bytes:
+        raise ValueError(
+            f"{name!r} of shape {tuple(shape)} must be stored as {dtype.name}, "
+            f"{expected_bytes} bytes, but has {len(data)} bytes"
+        )
+    return np.frombuffer(data, dtype).reshape(shape)

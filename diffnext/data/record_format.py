@@ -1,0 +1,409 @@
+"""Encoding of one record: a small, fixed part of the protobuf wire format.
+
+A record is one serialized ``FeatureMap`` of the ``codewithgpu`` record format, version 1::
+
+    message Feature {
+      oneof kind {
+        bytes s = 1;                  // BYTES and STRING
+        float f = 2;                  // FLOAT32
+        int64 i = 3;                  // INT64
+        FeatureList feature_list = 4;
+        FeatureMap feature_map = 5;
+      }
+    }
+    message FeatureList { repeated Feature container = 1; }
+    message FeatureMap { map<string, Feature> container = 1; }
+
+A descriptor says which type each feature has: a type name, a list of one descriptor, or a dict of
+descriptors. What is absent from a record reads as the default of its type.
+
+Source: https://protobuf.dev/programming-guides/encoding
+"""
+
+import math
+import operator
+import struct
+from collections.abc import Iterator, Mapping
+from numbers import Real
+from typing import Any, TypeAlias
+
+import numpy as np
+
+Descriptor: TypeAlias = "str | list[Descriptor] | dict[str, Descriptor]"
+Span: TypeAlias = tuple[int, int]  # first byte, one past the last byte
+
+TYPE_NAMES = {
+    "bytes": "BYTES",
+    "string": "STRING",
+    "float": "FLOAT32",
+    "float32": "FLOAT32",
+    "float64": "FLOAT32",
+    "int": "INT64",
+    "int32": "INT64",
+    "int64": "INT64",
+}
+DEFAULTS = {"BYTES": b"", "STRING": "", "FLOAT32": 0.0, "INT64": 0}
+
+VARINT = 0
+FIXED64 = 1
+DELIMITED = 2
+FIXED32 = 5
+
+STRING_FIELD = 1
+FLOAT_FIELD = 2
+INTEGER_FIELD = 3
+LIST_FIELD = 4
+MAP_FIELD = 5
+FIELD_NAMES = {
+    STRING_FIELD: "bytes",
+    FLOAT_FIELD: "a float",
+    INTEGER_FIELD: "an integer",
+    LIST_FIELD: "a list",
+    MAP_FIELD: "a map",
+}
+FIELD_WIRE_TYPES = {
+    STRING_FIELD: DELIMITED,
+    FLOAT_FIELD: FIXED32,
+    INTEGER_FIELD: VARINT,
+    LIST_FIELD: DELIMITED,
+    MAP_FIELD: DELIMITED,
+}
+SCALAR_FIELDS = {
+    "BYTES": STRING_FIELD,
+    "STRING": STRING_FIELD,
+    "FLOAT32": FLOAT_FIELD,
+    "INT64": INTEGER_FIELD,
+}
+CONTAINER_FIELD = 1
+KEY_FIELD = 1
+VALUE_FIELD = 2
+
+
+class RecordError(ValueError):
+    """A record, or a dataset of records, is not what the format asks for."""
+
+
+def normalize_features(features: Mapping[str, Any]) -> dict[str, Descriptor]:
+    """Return a descriptor with the type names as they are stored.
+
+    Args:
+        features: Feature name to type name (any letter case), list of one type, or nested mapping.
+
+    Returns:
+        A new dict; the argument is left as it is.
+
+    Raises:
+        RecordError: If a type is unknown, or a list does not hold exactly one type.
+    """
+    if not isinstance(features, Mapping):
+        raise RecordError(f"features must map names to types, got {features!r}")
+    return _normalize_map(features, "")
+
+
+def _normalize_map(features: Mapping[str, Any], path: str) -> dict[str, Descriptor]:
+    normalized = {}
+    for name, kind in features.items():
+        if not isinstance(name, str):
+            raise RecordError(f"feature names must be strings, got {name!r}")
+        normalized[name] = _normalize_type(kind, _join(path, name))
+    return normalized
+
+
+def _normalize_type(kind: Any, path: str) -> Descriptor:
+    if isinstance(kind, Mapping):
+        return _normalize_map(kind, path)
+    if isinstance(kind, (list, tuple)):
+        if len(kind) != 1:
+            raise RecordError(f"feature {path!r}: a list names exactly one type, got {kind!r}")
+        return [_normalize_type(kind[0], f"{path}[]")]
+    if isinstance(kind, str) and kind.lower() in TYPE_NAMES:
+        return TYPE_NAMES[kind.lower()]
+    known = ", ".join(TYPE_NAMES)
+    raise RecordError(f"feature {path!r}: unknown type {kind!r}; known types are {known}")
+
+
+def encode_example(example: Mapping[str, Any], features: Mapping[str, Descriptor]) -> bytes:
+    """Serialize one example.
+
+    Args:
+        example: Feature name to value. Lists, tuples and arrays are list features.
+        features: Normalized descriptor.
+
+    Returns:
+        The serialized ``FeatureMap``.
+
+    Raises:
+        KeyError: If the names of the example are not those of the descriptor.
+        TypeError: If a value does not have the declared type.
+        RecordError: If an integer does not fit in 64 bits.
+    """
+    return _encode_map(example, features, "")
+
+
+def _encode_map(example: Any, features: Mapping[str, Descriptor], path: str) -> bytes:
+    if not isinstance(example, Mapping):
+        raise _wrong_type(path, "a mapping", example)
+    _check_names(example, features, path)
+    entries = []
+    for name, value in example.items():
+        feature = _encode_feature(value, features[name], _join(path, name))
+        entry = _delimited(KEY_FIELD, name.encode()) + _delimited(VALUE_FIELD, feature)
+        entries.append(_delimited(CONTAINER_FIELD, entry))
+    return b"".join(entries)
+
+
+def _check_names(example: Mapping[str, Any], features: Mapping[str, Descriptor], path: str) -> None:
+    place = f" in {path!r}" if path else ""
+    unknown = sorted(str(name) for name in example if name not in features)
+    if unknown:
+        raise KeyError(f"undeclared features {unknown}{place}; declared are {sorted(features)}")
+    missing = sorted(name for name in features if name not in example)
+    if missing:
+        raise KeyError(f"missing features {missing}{place}; every declared feature needs a value")
+
+
+def _encode_feature(value: Any, kind: Descriptor, path: str) -> bytes:
+    if isinstance(kind, dict):
+        entries = _encode_map(value, kind, path)
+        return _delimited(MAP_FIELD, entries) if entries else b""
+    if isinstance(kind, list):
+        items = _encode_list(value, kind[0], path)
+        return _delimited(LIST_FIELD, items) if items else b""
+    if kind == "BYTES":
+        return _delimited(STRING_FIELD, _as_bytes(value, path))
+    if kind == "STRING":
+        if not isinstance(value, str):
+            raise _wrong_type(path, "a string", value)
+        return _delimited(STRING_FIELD, value.encode())
+    if kind == "FLOAT32":
+        return _tag(FLOAT_FIELD, FIXED32) + _pack_float(_as_float(value, path))
+    return _tag(INTEGER_FIELD, VARINT) + _varint(_as_unsigned(value, path))
+
+
+def _encode_list(values: Any, kind: Descriptor, path: str) -> bytes:
+    is_sequence = isinstance(values, (list, tuple)) or (
+        isinstance(values, np.ndarray) and values.ndim > 0
+    )
+    if not is_sequence:
+        raise _wrong_type(path, "a list, a tuple or an array", values)
+    items = []
+    for i, value in enumerate(values):
+        items.append(_delimited(CONTAINER_FIELD, _encode_feature(value, kind, f"{path}[{i}]")))
+    return b"".join(items)
+
+
+def _as_bytes(value: Any, path: str) -> bytes:
+    if isinstance(value, np.ndarray):
+        return value.tobytes()  # C order, as the readers of arrays expect
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        return bytes(value)
+    raise _wrong_type(path, "bytes or an array", value)
+
+
+def _as_float(value: Any, path: str) -> float:
+    if isinstance(value, np.ndarray) and value.ndim == 0:
+        value = value.item()
+    if not isinstance(value, Real):
+        raise _wrong_type(path, "a number", value)
+    return float(value)
+
+
+def _pack_float(value: float) -> bytes:
+    try:
+        return struct.pack("<f", value)
+    except OverflowError:  # beyond single precision, which stores it as infinity
+        return struct.pack("<f", math.copysign(math.inf, value))
+
+
+def _as_unsigned(value: Any, path: str) -> int:
+    """Return an integer as the unsigned number with the same 64 bits."""
+    try:
+        integer = operator.index(value)
+    except TypeError:
+        raise _wrong_type(path, "an integer", value) from None
+    if not -(2**63) <= integer < 2**63:
+        raise RecordError(f"feature {path!r}: {integer} does not fit in 64 bits")
+    return integer % 2**64
+
+
+def _wrong_type(path: str, expected: str, value: Any) -> TypeError:
+    place = f"feature {path!r}" if path else "an example"
+    return TypeError(f"{place} must be {expected}, got {type(value).__name__} {value!r:.80}")
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
+def _tag(field: int, wire_type: int) -> bytes:
+    return _varint(field << 3 | wire_type)
+
+
+def _delimited(field: int, payload: bytes) -> bytes:
+    return _tag(field, DELIMITED) + _varint(len(payload)) + payload
+
+
+def _varint(value: int) -> bytes:
+    """Return seven bits per byte, lowest first; the high bit marks that more follow."""
+    encoded = bytearray()
+    while value > 0x7F:
+        encoded.append(value & 0x7F | 0x80)
+        value >>= 7
+    encoded.append(value)
+    return bytes(encoded)
+
+
+def decode_example(buffer: Any, span: Span, features: Mapping[str, Descriptor]) -> dict[str, Any]:
+    """Decode the record that lies at ``span`` of ``buffer``.
+
+    Args:
+        buffer: Bytes, or a memory map; nothing but the values themselves is copied out of it.
+        span: First byte of the record and one past its last byte.
+        features: Normalized descriptor.
+
+    Returns:
+        A value for every declared feature; absent ones get the default of their type.
+
+    Raises:
+        RecordError: If the bytes are no such record.
+    """
+    return _decode_map(buffer, span, features, "")
+
+
+def _decode_map(
+    buffer: Any, span: Span, features: Mapping[str, Descriptor], path: str
+) -> dict[str, Any]:
+    values = {}
+    for entry in _read_repeated(buffer, span):
+        name, value_span = _decode_entry(buffer, entry)
+        if name in features:
+            values[name] = _decode_feature(buffer, value_span, features[name], _join(path, name))
+    return {
+        name: values[name] if name in values else _default(kind) for name, kind in features.items()
+    }
+
+
+def _decode_entry(buffer: Any, span: Span) -> tuple[str, Span]:
+    name = ""
+    value_span = (span[1], span[1])
+    for field, wire_type, content in _read_fields(buffer, span):
+        if field not in (KEY_FIELD, VALUE_FIELD):
+            continue
+        if wire_type != DELIMITED:
+            raise RecordError(f"map field {field} has wire type {wire_type}")
+        if field == KEY_FIELD:
+            name = _decode_text(buffer, content)
+        else:
+            value_span = content
+    return name, value_span
+
+
+def _decode_feature(buffer: Any, span: Span, kind: Descriptor, path: str) -> Any:
+    expected = _field_of(kind)
+    content = _read_member(buffer, span, expected, path)
+    if content is None:
+        return _default(kind)
+    if isinstance(kind, dict):
+        return _decode_map(buffer, content, kind, path)
+    if isinstance(kind, list):
+        items = _read_repeated(buffer, content)
+        return [
+            _decode_feature(buffer, item, kind[0], f"{path}[{i}]") for i, item in enumerate(items)
+        ]
+    if kind == "BYTES":
+        return bytes(buffer[content[0] : content[1]])
+    if kind == "STRING":
+        return _decode_text(buffer, content)
+    if kind == "FLOAT32":
+        return struct.unpack_from("<f", buffer, content[0])[0]
+    return content - 2**64 if content >= 2**63 else content
+
+
+def _read_member(buffer: Any, span: Span, expected: int, path: str) -> Span | int | None:
+    """Return the content of the one member a Feature holds, None for an empty Feature."""
+    member = None
+    for field, wire_type, content in _read_fields(buffer, span):
+        if field not in FIELD_NAMES:
+            continue
+        if field != expected:
+            raise RecordError(
+                f"feature {path!r} holds {FIELD_NAMES[field]}, "
+                f"but METADATA declares {FIELD_NAMES[expected]}"
+            )
+        if wire_type != FIELD_WIRE_TYPES[field]:
+            raise RecordError(f"feature {path!r} has wire type {wire_type}")
+        member = content
+    return member
+
+
+def _read_repeated(buffer: Any, span: Span) -> Iterator[Span]:
+    """Yield the items of a FeatureList or the entries of a FeatureMap."""
+    for field, wire_type, content in _read_fields(buffer, span):
+        if field != CONTAINER_FIELD:
+            continue
+        if wire_type != DELIMITED:
+            raise RecordError(f"container item has wire type {wire_type}")
+        yield content
+
+
+def _read_fields(buffer: Any, span: Span) -> Iterator[tuple[int, int, Any]]:
+    """Yield (field number, wire type, integer or span) for each field of a message."""
+    position, end = span
+    while position < end:
+        key, position = _read_varint(buffer, position, end)
+        field, wire_type = key >> 3, key & 7
+        if wire_type == VARINT:
+            content, position = _read_varint(buffer, position, end)
+            yield field, wire_type, content
+            continue
+        size, position = _read_size(buffer, position, end, wire_type)
+        if size > end - position:
+            raise RecordError(f"field {field} needs {size} bytes, {end - position} are left")
+        yield field, wire_type, (position, position + size)
+        position += size
+
+
+def _read_size(buffer: Any, position: int, end: int, wire_type: int) -> tuple[int, int]:
+    if wire_type == DELIMITED:
+        return _read_varint(buffer, position, end)
+    if wire_type == FIXED32:
+        return 4, position
+    if wire_type == FIXED64:
+        return 8, position
+    raise RecordError(f"unknown wire type {wire_type}")
+
+
+def _read_varint(buffer: Any, position: int, end: int) -> tuple[int, int]:
+    value = 0
+    for shift in range(0, 70, 7):
+        if position >= end:
+            raise RecordError("the message ends inside a number")
+        byte = buffer[position]
+        position += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value % 2**64, position
+    raise RecordError("a number is longer than 10 bytes")
+
+
+def _decode_text(buffer: Any, span: Span) -> str:
+    try:
+        return bytes(buffer[span[0] : span[1]]).decode()
+    except UnicodeDecodeError as error:
+        raise RecordError(f"text is not UTF-8: {error}") from error
+
+
+def _field_of(kind: Descriptor) -> int:
+    if isinstance(kind, dict):
+        return MAP_FIELD
+    if isinstance(kind, list):
+        return LIST_FIELD
+    return SCALAR_FIELDS[kind]
+
+
+def _default(kind: Descriptor) -> Any:
+    if isinstance(kind, dict):
+        return {name: _default(nested) for name, nested in kind.items()}
+    if isinstance(kind, list):
+        return []
+    return DEFAULTS[kind]

@@ -1,0 +1,389 @@
+"""Record datasets: a folder of examples with random access.
+
+A dataset is a flat folder in the format of the ``codewithgpu`` package, version 1::
+
+    METADATA        JSON object: entries, features, version
+    00000.index     one line "<byte offset> <byte length>" for each example
+    00000.data      the records back to back
+    00001.index     further shards, if there are more than ``max_examples`` examples
+    ...
+
+Neither ``codewithgpu`` nor ``protobuf`` is needed to write or to read one.
+"""
+
+import bisect
+import itertools
+import json
+import logging
+import mmap
+import operator
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from io import BufferedWriter
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from diffnext.data.record_format import (
+    Descriptor,
+    RecordError,
+    decode_example,
+    encode_example,
+    normalize_features,
+)
+
+__all__ = ["RecordDataset", "RecordError", "RecordWriter"]
+
+logger = logging.getLogger(__name__)
+
+FORMAT_VERSION = 1
+METADATA_NAME = "METADATA"
+
+
+class RecordWriter:
+    """Writes the examples of a new dataset.
+
+    METADATA is written by ``close()``, also at the end of a ``with`` block that failed, so that
+    what was written until then stays readable. Without it a folder is no dataset.
+
+    Args:
+        path: Existing folder that holds no dataset yet.
+        features: Feature name to type: ``bytes``, ``string``, ``float``, ``int`` (also with their
+            bit widths; stored as 32-bit floats and 64-bit integers), a list of one type, or a
+            nested mapping.
+        max_examples: Examples per shard.
+        zfill_width: Digits of a shard name.
+
+    Raises:
+        FileNotFoundError: If the folder does not exist.
+        RecordError: If a type is unknown, or the folder already holds records.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        features: Mapping[str, Any],
+        max_examples: int = 2**63 - 1,
+        zfill_width: int = 5,
+    ) -> None:
+        if max_examples < 1:
+            raise ValueError(f"max_examples must be at least 1, got {max_examples}")
+        self.path = Path(path)
+        self.features = normalize_features(features)
+        self.max_examples = max_examples
+        self.zfill_width = zfill_width
+        self._entries = 0
+        self._data: BufferedWriter | None = None
+        self._index: BufferedWriter | None = None
+        self._closed = False
+        _check_new_dataset(self.path)
+
+    def write(self, example: Mapping[str, Any]) -> None:
+        """Append one example.
+
+        Args:
+            example: A value for every declared feature. Lists, tuples and arrays are list
+                features; an array in a ``bytes`` feature is stored in C order.
+
+        Raises:
+            KeyError: If a name is undeclared or missing.
+            TypeError: If a value does not have the declared type.
+            RecordError: If an integer does not fit in 64 bits, or the shard file exists.
+            RuntimeError: If the writer is closed.
+        """
+        if self._closed:
+            raise RuntimeError(f"cannot write to {self.path}: the writer is closed")
+        record = encode_example(example, self.features)
+        if self._entries % self.max_examples == 0:
+            self._open_shard(self._entries // self.max_examples)
+        offset = self._data.tell()
+        self._data.write(record)
+        self._index.write(b"%d %d\n" % (offset, len(record)))
+        self._entries += 1
+
+    def close(self) -> None:
+        """Close the files and write METADATA, unless no example was written."""
+        if self._closed:
+            return
+        self._closed = True
+        self._close_shard()
+        if self._entries:
+            self._write_metadata()
+
+    def __enter__(self) -> "RecordWriter":
+        return self
+
+    def __exit__(
+        self,
+        error_type: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _open_shard(self, number: int) -> None:
+        self._close_shard()
+        stem = str(number).zfill(self.zfill_width)
+        try:
+            self._data = open(self.path / f"{stem}.data", "xb")
+            self._index = open(self.path / f"{stem}.index", "xb")
+        except FileExistsError as error:
+            raise RecordError(f"{error.filename} already exists") from error
+
+    def _close_shard(self) -> None:
+        for file in (self._data, self._index):
+            if file is not None:
+                file.close()
+        self._data = None
+        self._index = None
+
+    def _write_metadata(self) -> None:
+        metadata = {
+            "entries": self._entries,
+            "features": self.features,
+            "version": FORMAT_VERSION,
+        }
+        temporary = self.path / f"{METADATA_NAME}.tmp"
+        with open(temporary, "w", encoding="utf-8") as file:
+            json.dump(metadata, file, indent=2)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, self.path / METADATA_NAME)
+
+
+def _check_new_dataset(path: Path) -> None:
+    if not path.is_dir():
+        raise FileNotFoundError(f"the dataset folder {path} does not exist")
+    for name in sorted(os.listdir(path)):
+        if name == METADATA_NAME or name.endswith((".index", ".data")):
+            raise RecordError(f"{path} already holds records ({name}); write to an empty folder")
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """One pair of files."""
+
+    data_path: Path
+    data_size: int  # bytes
+    spans: np.ndarray  # (examples, 2) int64: byte offset, byte length
+
+
+class RecordDataset:
+    """Reads the examples of a dataset, in any order.
+
+    The dataset has a cursor, which ``read()``, iteration and ``dataset[i]`` move, and can be
+    pickled: the copy opens the files anew, with the cursor at the first example.
+
+    Args:
+        path: Dataset folder.
+
+    Raises:
+        FileNotFoundError: If METADATA or a data file is missing.
+        RecordError: If METADATA or an index is malformed, the number of index lines is not the
+            one METADATA tells, or a data file is shorter than its index says.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self._entries, self.features = _read_metadata(self.path)
+        self._shards = [_read_shard(index_path) for index_path in _index_paths(self.path)]
+        sizes = [len(shard.spans) for shard in self._shards]
+        self._ends = list(itertools.accumulate(sizes))
+        self._maps: dict[int, mmap.mmap] = {}
+        self._cursor = 0
+        self._closed = False
+        self._check_entries()
+        self._check_spans()
+
+    @property
+    def size(self) -> int:
+        """Number of examples."""
+        return self._entries
+
+    def __len__(self) -> int:
+        return self._entries
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Return example ``index`` and move the cursor behind it.
+
+        Raises:
+            IndexError: If there is no such example.
+            RecordError: If its record is corrupt.
+        """
+        self.seek(index)
+        return self.read()
+
+    def __iter__(self) -> "RecordDataset":
+        return self
+
+    def __next__(self) -> dict[str, Any]:
+        return self.read()
+
+    def read(self) -> dict[str, Any]:
+        """Return the example at the cursor and move on.
+
+        Raises:
+            StopIteration: At the end.
+            RecordError: If the record is corrupt.
+            RuntimeError: If the dataset is closed.
+        """
+        if self._closed:
+            raise RuntimeError(f"cannot read {self.path}: the dataset is closed")
+        if self._cursor >= self._entries:
+            raise StopIteration
+        index = self._cursor
+        self._cursor += 1
+        return self._decode(index)
+
+    def seek(self, index: int) -> None:
+        """Move the cursor to example ``index``; negative ones count from the end.
+
+        Raises:
+            IndexError: If there is no such example.
+        """
+        position = operator.index(index)
+        if position < 0:
+            position += self._entries
+        if not 0 <= position < self._entries:
+            raise IndexError(f"{self.path} has {self._entries} examples, no example {index}")
+        self._cursor = position
+
+    def tell(self) -> int:
+        """Return the index of the next example ``read()`` returns."""
+        return self._cursor
+
+    def reset(self) -> None:
+        """Move the cursor to the first example."""
+        self._cursor = 0
+
+    def close(self) -> None:
+        """Release the files."""
+        self._closed = True
+        for data in self._maps.values():
+            data.close()
+        self._maps.clear()
+
+    def describe(self, index: int) -> str:
+        """Return file and number of an example, for messages."""
+        shard_number, local_index = self._locate(index)
+        data_path = self._shards[shard_number].data_path
+        return f"example {index} (number {local_index} in {data_path})"
+
+    def __enter__(self) -> "RecordDataset":
+        return self
+
+    def __exit__(
+        self,
+        error_type: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __reduce__(self) -> tuple[type["RecordDataset"], tuple[Path]]:
+        return RecordDataset, (self.path,)  # memory maps cannot travel to another process
+
+    def _locate(self, index: int) -> tuple[int, int]:
+        shard_number = bisect.bisect_right(self._ends, index)
+        shard_start = self._ends[shard_number] - len(self._shards[shard_number].spans)
+        return shard_number, index - shard_start
+
+    def _decode(self, index: int) -> dict[str, Any]:
+        shard_number, local_index = self._locate(index)
+        offset, length = self._shards[shard_number].spans[local_index].tolist()
+        buffer = self._open_map(shard_number)
+        try:
+            return decode_example(buffer, (offset, offset + length), self.features)
+        except RecordError as error:
+            raise RecordError(f"{self.describe(index)} is corrupt: {error}") from error
+
+    def _open_map(self, shard_number: int) -> mmap.mmap | bytes:
+        shard = self._shards[shard_number]
+        if shard.data_size == 0:
+            return b""  # an empty file cannot be mapped
+        if shard_number not in self._maps:
+            with open(shard.data_path, "rb") as file:
+                self._maps[shard_number] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        return self._maps[shard_number]
+
+    def _check_entries(self) -> None:
+        indexed = self._ends[-1] if self._ends else 0
+        if indexed != self._entries:
+            raise RecordError(
+                f"{self.path}: METADATA tells {self._entries} examples, "
+                f"{len(self._shards)} index files list {indexed}"
+            )
+
+    def _check_spans(self) -> None:
+        for shard, shard_end in zip(self._shards, self._ends, strict=True):
+            ends = shard.spans.sum(axis=1)
+            beyond = np.flatnonzero(ends > shard.data_size)
+            if len(beyond):
+                local_index = int(beyond[0])
+                index = shard_end - len(shard.spans) + local_index
+                raise RecordError(
+                    f"{shard.data_path} is truncated: example {index} (number {local_index} in "
+                    f"the file) ends at byte {ends[local_index]}, the file has "
+                    f"{shard.data_size} bytes"
+                )
+
+
+def _read_metadata(path: Path) -> tuple[int, dict[str, Descriptor]]:
+    """Return the number of examples and the descriptor."""
+    metadata_path = path / METADATA_NAME
+    if not metadata_path.is_file():
+        raise FileNotFoundError(f"{path} is not a dataset: it has no {METADATA_NAME}")
+    try:
+        metadata = json.loads(metadata_path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RecordError(f"{metadata_path} is not JSON: {error}") from error
+    if not isinstance(metadata, dict):
+        raise RecordError(f"{metadata_path} must hold a JSON object, got {metadata!r:.80}")
+    if metadata.get("version") != FORMAT_VERSION:
+        raise RecordError(
+            f"{metadata_path}: format version must be {FORMAT_VERSION}, "
+            f"got {metadata.get('version')!r}"
+        )
+    entries = metadata.get("entries")
+    if not isinstance(entries, int) or entries < 0:
+        raise RecordError(f"{metadata_path}: entries must be a count, got {entries!r}")
+    try:
+        return entries, normalize_features(metadata.get("features"))
+    except RecordError as error:
+        raise RecordError(f"{metadata_path}: {error}") from error
+
+
+def _index_paths(path: Path) -> list[Path]:
+    """Return the index files by shard number: 99999 before 100000."""
+    return sorted(path.glob("*.index"), key=_shard_order)
+
+
+def _shard_order(path: Path) -> tuple[bool, int, str]:
+    if path.stem.isdecimal():
+        return False, int(path.stem), path.stem
+    return True, 0, path.stem  # names that are no numbers come last, by letter
+
+
+def _read_shard(index_path: Path) -> _Shard:
+    data_path = index_path.with_suffix(".data")
+    if not data_path.is_file():
+        raise FileNotFoundError(f"{index_path} has no data file {data_path.name} beside it")
+    lines = index_path.read_bytes().splitlines()
+    spans = [_parse_span(line, index_path, number) for number, line in enumerate(lines)]
+    return _Shard(
+        data_path=data_path,
+        data_size=data_path.stat().st_size,
+        spans=np.array(spans, dtype=np.int64).reshape(-1, 2),
+    )
+
+
+def _parse_span(line: bytes, index_path: Path, number: int) -> tuple[int, int]:
+    fields = line.split()
+    if len(fields) != 2 or not all(field.isdigit() for field in fields):
+        raise RecordError(
+            f"{index_path}, example {number}: expected '<offset> <length>', got {line!r:.80}"
+        )
+    return int(fields[0]), int(fields[1])

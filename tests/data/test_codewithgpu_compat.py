@@ -1,0 +1,116 @@
+"""The codewithgpu package beside diffnext, with the protobuf that is installed."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from diffnext.data.records import RecordDataset, RecordWriter
+
+GUIDE_SNIPPET = """
+import codewithgpu
+features = {{"moments": "bytes", "caption": "string", "shape": ["int64"], "flow": "float64"}}
+writer = codewithgpu.RecordWriter({folder!r}, features)
+for _ in range(3):
+    writer.write({{"shape": (1, 2), "moments": b"xxxx", "caption": "long", "flow": 5}})
+writer.close()
+print(codewithgpu.RecordDataset({folder!r})[2])
+"""
+EXAMPLE = {"moments": b"xxxx", "caption": "long", "shape": [1, 2], "flow": 5.0}
+
+
+def run_python(code):
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
+
+
+@pytest.fixture
+def codewithgpu():
+    """Skip without the packages, which need not be imported here."""
+    pytest.importorskip("google.protobuf")
+    pytest.importorskip("codewithgpu")
+
+
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import codewithgpu, diffnext",
+        "import diffnext, codewithgpu",
+        "import diffnext.data.records; from codewithgpu.data.record import RecordWriter",
+    ],
+)
+def test_the_snippet_of_the_guide_works_in_both_import_orders(codewithgpu, tmp_path, imports):
+    printed = run_python(imports + GUIDE_SNIPPET.format(folder=str(tmp_path)))
+    assert printed == str(EXAMPLE)
+    assert list(RecordDataset(tmp_path)) == [EXAMPLE] * 3
+
+
+def test_codewithgpu_reads_what_we_write(codewithgpu, tmp_path):
+    features = {"ids": [["int"]], "cached": {"data": "bytes", "shape": ["int"]}, "flow": "float"}
+    example = {
+        "ids": [[-1, 2**63 - 1], []],
+        "cached": {"data": b"\x00\xff", "shape": [1]},
+        "flow": -0.5,
+    }
+    with RecordWriter(tmp_path, features, max_examples=2) as writer:
+        for _ in range(5):
+            writer.write(example)
+    code = f"import diffnext, codewithgpu; print(codewithgpu.RecordDataset({str(tmp_path)!r})[4])"
+    assert run_python(code) == str(example)
+
+
+def test_importing_diffnext_imports_neither_package():
+    names = "('codewithgpu', 'google.protobuf', 'torch', 'numpy')"
+    code = f"import diffnext, sys; print([name for name in {names} if name in sys.modules])"
+    assert run_python(code) == "[]"
+
+
+def test_importing_the_record_reader_does_not_import_torch():
+    code = "import diffnext.data.records, sys; print('torch' in sys.modules)"
+    assert run_python(code) == "False"
+
+
+def test_installing_again_adds_no_second_hook():
+    code = (
+        "import sys, diffnext; from diffnext.data.codewithgpu_compat import install; "
+        "before = len(sys.meta_path); install(); print(len(sys.meta_path) - before)"
+    )
+    assert run_python(code) == "0"
+
+
+def write_fake_codewithgpu(folder: Path, message_module: str) -> None:
+    """Make a package with the modules the hook touches."""
+    data = folder / "codewithgpu" / "data"
+    data.mkdir(parents=True)
+    (folder / "codewithgpu" / "__init__.py").write_text("from codewithgpu.data import record\n")
+    (data / "__init__.py").write_text("")
+    (data / "record_pb2.py").write_text(message_module)
+    (data / "record.py").write_text(
+        "try:\n    from codewithgpu.data import record_pb2\n"
+        "except TypeError:\n    record_pb2 = 'broken'\n"
+    )
+
+
+@pytest.mark.parametrize("imports", ["diffnext, codewithgpu", "codewithgpu, diffnext"])
+def test_message_classes_that_load_are_left_alone(tmp_path, imports):
+    write_fake_codewithgpu(tmp_path, "FeatureMap = 'its own'")
+    code = (
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import {imports}; "
+        "print(codewithgpu.data.record.record_pb2.FeatureMap)"
+    )
+    assert run_python(code) == "its own"
+
+
+@pytest.mark.parametrize("imports", ["diffnext, codewithgpu", "codewithgpu, diffnext"])
+def test_without_protobuf_the_package_is_left_alone(tmp_path, imports):
+    write_fake_codewithgpu(tmp_path, "raise TypeError('Descriptors cannot be created directly')")
+    code = (
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r}); "
+        "sys.modules['google.protobuf'] = None; "
+        f"import {imports}; print(codewithgpu.data.record.record_pb2)"
+    )
+    assert run_python(code) == "broken"

@@ -1,0 +1,409 @@
+"""Loaders of training batches, in this process and in others."""
+
+import json
+import multiprocessing
+import os
+import pickle
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from diffnext.data.flex_loaders import DataLoader, FeatureDataLoader
+from diffnext.data.flex_pipelines import Worker
+from diffnext.data.records import RecordDataset, RecordError
+from tests.data.guide_examples import make_example
+
+
+def numbers_of(batch):
+    """Return the numbers of the examples in a batch."""
+    return batch[0]["latents"][:, 0, 0, 0].astype(int).tolist()
+
+
+def take(loader, count):
+    return [loader.next()[0] for _ in range(count)]
+
+
+def assert_same_batches(batches, others):
+    assert len(batches) == len(others)
+    for batch, other in zip(batches, others, strict=True):
+        assert batch.keys() == other.keys()
+        assert np.array_equal(batch["latents"], other["latents"])
+        assert batch["prompt"] == other["prompt"]
+        assert batch["motion_flow"] == other["motion_flow"]
+
+
+@pytest.fixture
+def two_cpus(monkeypatch):
+    """Allow two processes whatever the machine has."""
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1}, raising=False)
+
+
+def test_a_batch_is_a_plain_dict_in_a_list(make_dataset):
+    with FeatureDataLoader(make_dataset(5), batch_size=3) as loader:
+        batches = loader.next()
+    assert isinstance(batches, list)
+    (batch,) = batches
+    assert type(batch) is dict
+    assert list(batch) == ["latents", "prompt", "motion_flow"]
+    assert batch["latents"].shape == (3, 2, 3, 4)
+    assert batch["latents"].dtype == np.float16
+    assert batch["latents"].flags.writeable
+    numbers = batch["latents"][:, 0, 0, 0].tolist()
+    assert batch["motion_flow"] == numbers
+    for number, prompt in zip(numbers, batch["prompt"], strict=True):
+        assert prompt in (f"Long caption {number:.0f}.", f"Short {number:.0f}")
+
+
+def test_next_iteration_and_call_are_the_same(make_dataset):
+    folder = make_dataset(5)
+    with FeatureDataLoader(folder) as loader, FeatureDataLoader(folder) as other:
+        assert iter(loader) is loader
+        batches = [loader.next()[0], next(loader)[0], loader()[0]]
+        assert_same_batches(batches, take(other, 3))
+
+
+def test_examples_come_in_the_order_of_the_reference_reader(make_dataset):
+    with FeatureDataLoader(make_dataset(5), batch_size=4) as loader:
+        numbers = [number for _ in range(5) for number in numbers_of(loader.next())]
+    assert numbers == [4, 1, 3, 0, 2, 2, 3, 4, 1, 0, 0, 2, 4, 3, 1, 2, 4, 0, 1, 3]
+
+
+def test_shard_id_selects_the_shard_and_is_added_to_the_seed(make_dataset):
+    folder = make_dataset(20)
+    with FeatureDataLoader(folder, shard_id=1, num_shards=2, seed=10, batch_size=10) as loader:
+        numbers = numbers_of(loader.next())
+    expected = np.arange(10, 20)
+    generator = np.random.RandomState(11)
+    for i in range(10):
+        j = i + generator.randint(0, 10 - i)
+        expected[[i, j]] = expected[[j, i]]
+    assert numbers == expected.tolist()
+
+
+def test_without_shuffling_examples_come_in_file_order(make_dataset):
+    with FeatureDataLoader(make_dataset(5, max_examples=2), shuffle=False, batch_size=4) as loader:
+        assert numbers_of(loader.next()) == [0, 1, 2, 3]
+        assert numbers_of(loader.next()) == [4, 0, 1, 2]
+
+
+def test_both_captions_are_chosen(make_dataset):
+    with FeatureDataLoader(make_dataset(16), batch_size=40) as loader:
+        prompts = loader.next()[0]["prompt"]
+    short = sum(prompt.startswith("Short") for prompt in prompts)
+    assert 10 < short < 30
+
+
+@pytest.mark.parametrize("num_workers", [1, 2, 8])
+def test_batches_do_not_depend_on_the_number_of_processes(make_dataset, num_workers):
+    folder = make_dataset(11)
+    with (
+        FeatureDataLoader(folder, batch_size=3) as here,
+        FeatureDataLoader(folder, batch_size=3, num_workers=num_workers) as elsewhere,
+    ):
+        assert_same_batches(take(here, 12), take(elsewhere, 12))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("start_method", ["spawn", "forkserver"])
+def test_batches_do_not_depend_on_the_start_method(make_dataset, two_cpus, start_method):
+    folder = make_dataset(11)
+    options = {"batch_size": 3, "num_workers": 2, "start_method": start_method}
+    with (
+        FeatureDataLoader(folder, batch_size=3) as here,
+        FeatureDataLoader(folder, **options) as it,
+    ):
+        assert_same_batches(take(here, 5), take(it, 5))
+
+
+def test_what_a_spawned_process_needs_can_be_pickled(make_dataset):
+    with FeatureDataLoader(make_dataset(3)) as loader:
+        pickle.loads(pickle.dumps((loader.dataset, loader._worker)))
+
+
+def test_loading_leaves_the_global_generators_alone(make_dataset, two_cpus):
+    torch.manual_seed(0)
+    np.random.seed(0)
+    expected = torch.rand(1).item(), np.random.rand()
+    torch.manual_seed(0)
+    np.random.seed(0)
+    with FeatureDataLoader(make_dataset(5), num_workers=2) as loader:
+        take(loader, 3)
+    assert (torch.rand(1).item(), np.random.rand()) == expected
+
+
+def test_closing_stops_the_processes(make_dataset, two_cpus):
+    loader = FeatureDataLoader(make_dataset(5), num_workers=2)
+    loader.next()
+    assert len(multiprocessing.active_children()) == 2
+    loader.close()
+    loader.close()
+    assert multiprocessing.active_children() == []
+    with pytest.raises(RuntimeError, match="closed"):
+        loader.next()
+
+
+def test_a_script_ends_without_closing_its_loader(make_dataset):
+    code = (
+        "from diffnext.data.flex_loaders import FeatureDataLoader\n"
+        f"loader = FeatureDataLoader({make_dataset(5)!r}, num_workers=2)\n"
+        "print(len(loader.next()))\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (result.returncode, result.stdout) == (0, "1\n"), result.stderr
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_restored_loader_continues_the_stream(make_dataset, two_cpus, num_workers):
+    folder = make_dataset(11)
+    options = {"batch_size": 4, "initial_fill": 5, "num_workers": num_workers}
+    with FeatureDataLoader(folder, **options) as loader:
+        take(loader, 7)
+        state = json.loads(json.dumps(loader.state_dict()))
+        expected = take(loader, 6)
+    with FeatureDataLoader(folder, **options) as restored:
+        take(restored, 2)
+        restored.load_state_dict(state)
+        assert restored.state_dict() == state
+        assert_same_batches(take(restored, 6), expected)
+
+
+def test_restoring_reads_no_example(make_dataset):
+    class CountingDataset(RecordDataset):
+        reads = 0
+
+        def __getitem__(self, index):
+            self.reads += 1
+            return super().__getitem__(index)
+
+    folder = make_dataset(11)
+    with FeatureDataLoader(folder, dataset_getter=CountingDataset, batch_size=2) as loader:
+        loader.load_state_dict({**loader.state_dict(), "consumed": 1001})
+        loader.next()
+        assert loader.dataset.reads == 2
+        assert loader.state_dict()["consumed"] == 1003
+
+
+def test_a_restored_loader_may_have_another_batch_size(make_dataset):
+    folder = make_dataset(11)
+    with FeatureDataLoader(folder, batch_size=2) as loader:
+        take(loader, 3)
+        state = loader.state_dict()
+        expected = [number for _ in range(3) for number in numbers_of(loader.next())]
+    with FeatureDataLoader(folder, batch_size=6) as restored:
+        restored.load_state_dict(state)
+        assert numbers_of(restored.next()) == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"seed": 5}, "seed 1337 -> 5"),
+        ({"num_shards": 2}, "num_shards 1 -> 2"),
+        ({"shuffle": False}, "shuffle True -> False"),
+        ({"initial_fill": 3}, "initial_fill 1024 -> 3"),
+    ],
+)
+def test_the_state_of_another_stream_is_refused(make_dataset, options, message):
+    folder = make_dataset(11)
+    with FeatureDataLoader(folder) as loader, FeatureDataLoader(folder, **options) as other:
+        with pytest.raises(ValueError, match=message):
+            other.load_state_dict(loader.state_dict())
+
+
+def test_the_state_of_another_dataset_is_refused(make_dataset):
+    loader, other = FeatureDataLoader(make_dataset(11)), FeatureDataLoader(make_dataset(12))
+    with pytest.raises(ValueError, match="num_examples 11 -> 12"):
+        other.load_state_dict(loader.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"bacth_size": 2}, TypeError, "'bacth_size'; did you mean 'batch_size'"),
+        ({"partition_id": 0}, TypeError, "unknown loader argument 'partition_id'"),
+        ({"batch_size": 0}, ValueError, "batch_size must be at least 1, got 0"),
+        ({"batch_size": "2"}, TypeError, "batch_size must be a whole number, got '2'"),
+        ({"batch_size": 2.0}, TypeError, "batch_size must be a whole number"),
+        ({"num_workers": -1}, ValueError, "num_workers must be at least 0"),
+        ({"queue_depth": 0}, ValueError, "queue_depth must be at least 1"),
+        ({"initial_fill": 0}, ValueError, "initial_fill must be at least 1"),
+        ({"seed": -1}, ValueError, "seed must be at least 0"),
+        ({"timeout": -1}, ValueError, "timeout must not be negative"),
+        ({"start_method": "thread"}, ValueError, "start_method must be one of"),
+        ({"max_examples": 4}, ValueError, "max_examples must be the 5 examples"),
+        ({"num_shards": 4, "shard_id": 3}, ValueError, "fill only 3 of 4 shards"),
+        ({"num_shards": 2, "shard_id": 2}, ValueError, "shard_id must lie in"),
+    ],
+)
+def test_a_wrong_argument_is_refused_at_construction(make_dataset, options, error, message):
+    with pytest.raises(error, match=message):
+        FeatureDataLoader(make_dataset(5), **options)
+
+
+def test_arguments_of_the_original_without_effect_are_accepted(make_dataset):
+    with FeatureDataLoader(make_dataset(5), max_examples=5, prefetch_count=50) as loader:
+        assert len(loader.next()) == 1
+
+
+def test_a_folder_without_metadata_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="METADATA"):
+        FeatureDataLoader(tmp_path)
+
+
+def test_a_truncated_dataset_is_refused_at_construction(make_dataset):
+    folder = make_dataset(5)
+    with open(Path(folder) / "00000.data", "r+b") as file:
+        file.truncate(100)
+    with pytest.raises(RecordError, match="truncated: example"):
+        FeatureDataLoader(folder)
+
+
+def test_a_dataset_of_codes_is_refused_at_construction(make_dataset):
+    example = {"codes": np.zeros(4, np.int32), "shape": (4,), "label": 1}
+    folder = make_dataset([example], {"codes": "bytes", "shape": ["int64"], "label": "int64"})
+    with pytest.raises(ValueError, match="VQ 'codes', which no training pipeline can use"):
+        FeatureDataLoader(folder)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_corrupt_record_is_an_error_of_next(make_dataset, two_cpus, num_workers):
+    folder = make_dataset(5, max_examples=3)
+    data_path = Path(folder) / "00001.data"
+    content = bytearray(data_path.read_bytes())
+    content[len(content) // 2 : len(content) // 2 + 8] = b"\xff" * 8  # start of example 4
+    data_path.write_bytes(content)
+    with FeatureDataLoader(folder, shuffle=False, num_workers=num_workers) as loader:
+        take(loader, 4)
+        for _ in range(2):
+            with pytest.raises(RecordError, match=r"example 4 \(number 1 in .*00001.data\) is"):
+                loader.next()
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_latents_of_another_dtype_are_an_error_of_next(make_dataset, two_cpus, num_workers):
+    examples = [make_example(number) for number in range(3)]
+    examples[1]["moments"] = examples[1]["moments"].astype(np.float32)
+    with FeatureDataLoader(
+        make_dataset(examples), shuffle=False, num_workers=num_workers
+    ) as loader:
+        loader.next()
+        with pytest.raises(RecordError, match=r"example 1 .*00000.data\): 'moments' .* float16"):
+            loader.next()
+
+
+def test_an_example_without_caption_and_label_is_an_error_of_next(make_dataset):
+    features = {"moments": "bytes", "shape": ["int64"]}
+    examples = [{"moments": b"\0\0", "shape": (1,)}]
+    with FeatureDataLoader(make_dataset(examples, features)) as loader:
+        with pytest.raises(RecordError, match="example 0 .* needs a 'caption' or a 'label'"):
+            loader.next()
+
+
+def test_latents_of_several_shapes_need_lists(make_dataset):
+    folder = make_dataset([make_example(0), make_example(1, shape=(2, 5, 4))])
+    options = {"shuffle": False, "batch_size": 2}
+    with FeatureDataLoader(folder, **options) as loader:
+        expected = r"\(2, 3, 4\) and \(2, 5, 4\) in one batch; pass contiguous=False"
+        with pytest.raises(RecordError, match=expected) as failure:
+            loader.next()
+    assert "example 0 " in str(failure.value)
+    assert "example 1 " in str(failure.value)
+    with FeatureDataLoader(folder, contiguous=False, **options) as loader:
+        latents = loader.next()[0]["latents"]
+    assert [array.shape for array in latents] == [(2, 3, 4), (2, 5, 4)]
+    assert all(array.flags.writeable for array in latents)
+
+
+def test_cached_captions_and_labels_become_prompts(make_dataset):
+    states = np.ones((3, 2), dtype=np.float16)
+    features = {
+        "moments": "bytes",
+        "shape": ["int64"],
+        "caption": {"data": "bytes", "shape": ["int64"]},
+    }
+    example = {
+        "moments": b"\0\0",
+        "shape": (1,),
+        "caption": {"data": states, "shape": states.shape},
+    }
+    with FeatureDataLoader(make_dataset([example], features)) as loader:
+        (prompt,) = loader.next()[0]["prompt"]
+    assert np.array_equal(prompt, states)
+    assert prompt.flags.writeable
+
+    features = {"moments": "bytes", "shape": ["int64"], "label": "int64"}
+    example = {"moments": b"\0\0", "shape": (1,), "label": 0}
+    with FeatureDataLoader(make_dataset([example], features), batch_size=2) as loader:
+        batch = loader.next()[0]
+    assert batch["prompt"] == [0, 0]
+    assert "motion_flow" not in batch
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
+def test_a_killed_process_is_an_error_and_the_stream_can_go_on(make_dataset, two_cpus):
+    folder = make_dataset(7)
+    with FeatureDataLoader(folder, batch_size=2) as reference:
+        expected = take(reference, 50)
+    with FeatureDataLoader(folder, batch_size=2, num_workers=2, timeout=20) as loader:
+        take(loader, 3)
+        with pytest.raises(RuntimeError, match="worker|no batch"):
+            os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+            take(loader, 40)
+        batches_taken = loader.state_dict()["consumed"] // 2
+        assert 3 <= batches_taken < 43
+        following = take(loader, 5)
+    assert_same_batches(following, expected[batches_taken : batches_taken + 5])
+
+
+class StuckDataset(RecordDataset):
+    """Never returns an example."""
+
+    def __getitem__(self, index):
+        multiprocessing.Event().wait()
+
+
+def test_a_stuck_process_is_an_error_after_the_timeout(make_dataset):
+    loader = FeatureDataLoader(
+        make_dataset(3), dataset_getter=StuckDataset, num_workers=1, timeout=0.5
+    )
+    with pytest.raises(RuntimeError, match="no batch at position 0 .*timed out"):
+        loader.next()
+
+
+class NumberWorker(Worker):
+    """A pipeline of another project."""
+
+    def get_outputs(self, example, uniform=None):
+        return {"latents": [np.array(example["flow"])], "draw": [uniform()]}
+
+
+def test_another_pipeline_can_be_loaded(make_dataset):
+    with DataLoader(make_dataset(4), NumberWorker, batch_size=4, shuffle=False) as loader:
+        first, second = loader.next()[0], loader.next()[0]
+    assert first["latents"].tolist() == [0, 1, 2, 3]
+    assert len(set(first["draw"] + second["draw"])) == 8
+
+
+class ListDataset(list):
+    """A dataset with nothing but a length and examples."""
+
+    def __init__(self, path):
+        super().__init__(
+            {**make_example(n), "moments": make_example(n)["moments"].tobytes()} for n in range(3)
+        )
+
+
+def test_another_dataset_can_be_loaded(tmp_path):
+    options = {"shuffle": False, "batch_size": 3, "dataset_getter": ListDataset}
+    with FeatureDataLoader(tmp_path, **options) as loader:
+        assert numbers_of(loader.next()) == [0, 1, 2]
+        loader.dataset[1]["moments"] = b""
+        with pytest.raises(RecordError, match="example 1 of .*: 'moments' of shape"):
+            loader.next()

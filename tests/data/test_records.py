@@ -1,0 +1,281 @@
+"""Datasets of records on disk."""
+
+import json
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from diffnext.data.records import RecordDataset, RecordError, RecordWriter
+
+
+def write_numbers(folder, count, **options):
+    folder.mkdir(exist_ok=True)
+    with RecordWriter(folder, {"number": "int"}, **options) as writer:
+        for number in range(count):
+            writer.write({"number": number})
+    return folder
+
+
+def numbers(dataset):
+    return [example["number"] for example in dataset]
+
+
+def test_files_are_those_of_the_reference(tmp_path):
+    features = {
+        "moments": "bytes",
+        "caption": "string",
+        "text": "string",
+        "shape": ["int64"],
+        "flow": "float64",
+    }
+    with RecordWriter(tmp_path, features) as writer:
+        for _ in range(3):
+            writer.write(
+                {"moments": b"x" * 90, "caption": "a", "text": "", "shape": (1, 9, 5), "flow": 5}
+            )
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "00000.data",
+        "00000.index",
+        "METADATA",
+    ]
+    metadata = (tmp_path / "METADATA").read_text()
+    stored_features = {
+        "moments": "BYTES",
+        "caption": "STRING",
+        "text": "STRING",
+        "shape": ["INT64"],
+        "flow": "FLOAT32",
+    }
+    expected = {"entries": 3, "features": stored_features, "version": 1}
+    assert metadata == json.dumps(expected, indent=2)
+    length = (tmp_path / "00000.data").stat().st_size // 3
+    index = (tmp_path / "00000.index").read_text()
+    assert index == f"0 {length}\n{length} {length}\n{2 * length} {length}\n"
+
+
+def test_examples_are_read_in_the_order_written_over_several_shards(tmp_path):
+    write_numbers(tmp_path, 7, max_examples=3)
+    assert sorted(path.name for path in tmp_path.glob("*.index")) == [
+        "00000.index",
+        "00001.index",
+        "00002.index",
+    ]
+    with RecordDataset(tmp_path) as dataset:
+        assert len(dataset) == dataset.size == 7
+        assert numbers(dataset) == list(range(7))
+        assert [dataset[i]["number"] for i in (6, 0, 3, 2, -1)] == [6, 0, 3, 2, 6]
+
+
+def test_the_cursor_follows_reads_seeks_and_indexing(tmp_path):
+    dataset = RecordDataset(write_numbers(tmp_path, 5))
+    assert dataset.read() == {"number": 0}
+    assert dataset.tell() == 1
+    assert dataset[3] == {"number": 3}
+    assert dataset.tell() == 4
+    assert numbers(dataset) == [4]
+    with pytest.raises(StopIteration):
+        dataset.read()
+    dataset.seek(2)
+    assert numbers(dataset) == [2, 3, 4]
+    dataset.reset()
+    assert dataset.read() == {"number": 0}
+
+
+@pytest.mark.parametrize("index", [5, -6])
+def test_an_index_out_of_range_is_refused(tmp_path, index):
+    dataset = RecordDataset(write_numbers(tmp_path, 5))
+    with pytest.raises(IndexError, match=f"5 examples, no example {index}"):
+        dataset[index]
+
+
+def test_a_pickled_dataset_reads_the_same(tmp_path):
+    dataset = RecordDataset(write_numbers(tmp_path, 5, max_examples=2))
+    assert dataset[4] == {"number": 4}
+    copy = pickle.loads(pickle.dumps(dataset))
+    assert numbers(copy) == list(range(5))
+
+
+def test_a_closed_dataset_and_a_closed_writer_refuse(tmp_path):
+    dataset = RecordDataset(write_numbers(tmp_path / "a", 2))
+    dataset.close()
+    dataset.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        dataset[0]
+    (tmp_path / "b").mkdir()
+    writer = RecordWriter(tmp_path / "b", {"a": "int"})
+    writer.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        writer.write({"a": 1})
+
+
+def test_shards_are_read_by_number_and_not_by_letter(tmp_path):
+    write_numbers(tmp_path, 12, max_examples=1, zfill_width=1)
+    assert numbers(RecordDataset(tmp_path)) == list(range(12))
+
+
+def test_shard_names_may_hold_the_word_index(tmp_path):
+    folder = write_numbers(tmp_path / "my.index.folder", 2)
+    (folder / "00000.index").rename(folder / "a.index.b.index")
+    (folder / "00000.data").rename(folder / "a.index.b.data")
+    assert numbers(RecordDataset(folder)) == [0, 1]
+
+
+def test_the_writer_leaves_the_descriptor_of_the_caller_alone(tmp_path):
+    features = {"shape": ["int64"], "flow": "float64"}
+    RecordWriter(tmp_path, features)
+    assert features == {"shape": ["int64"], "flow": "float64"}
+
+
+def test_a_writer_without_examples_writes_nothing(tmp_path):
+    RecordWriter(tmp_path, {"a": "int"}).close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dataset_cannot_be_written_over(tmp_path):
+    write_numbers(tmp_path, 2)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(RecordError, match="already holds records"):
+        RecordWriter(tmp_path, {"number": "int"})
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_two_writers_cannot_share_a_folder(tmp_path):
+    first = RecordWriter(tmp_path, {"number": "int"})
+    second = RecordWriter(tmp_path, {"number": "int"})
+    first.write({"number": 1})
+    with pytest.raises(RecordError, match="00000.data already exists"):
+        second.write({"number": 2})
+
+
+def test_the_folder_of_a_writer_must_exist(tmp_path):
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        RecordWriter(tmp_path / "none", {"a": "int"})
+
+
+def test_a_refused_example_leaves_no_trace(tmp_path):
+    with RecordWriter(tmp_path, {"a": "int", "b": "bytes"}) as writer:
+        writer.write({"a": 1, "b": b"1"})
+        with pytest.raises(TypeError):
+            writer.write({"a": 2, "b": "not bytes"})
+        with pytest.raises(KeyError):
+            writer.write({"a": 2})
+        writer.write({"a": 3, "b": b"3"})
+    assert [example["a"] for example in RecordDataset(tmp_path)] == [1, 3]
+
+
+def test_what_was_written_before_a_failure_stays_readable(tmp_path):
+    with (
+        pytest.raises(KeyboardInterrupt),
+        RecordWriter(tmp_path, {"number": "int"}) as writer,
+    ):
+        writer.write({"number": 4})
+        raise KeyboardInterrupt
+    assert numbers(RecordDataset(tmp_path)) == [4]
+    assert not (tmp_path / "METADATA.tmp").exists()
+
+
+def test_a_folder_whose_writer_was_killed_is_no_dataset(tmp_path):
+    writer = RecordWriter(tmp_path, {"number": "int"})
+    writer.write({"number": 4})
+    with pytest.raises(FileNotFoundError, match="METADATA"):
+        RecordDataset(tmp_path)
+
+
+def test_a_truncated_data_file_is_refused_with_file_example_and_sizes(tmp_path):
+    write_numbers(tmp_path, 5, max_examples=2)
+    data_path = tmp_path / "00001.data"
+    content = data_path.read_bytes()
+    data_path.write_bytes(content[:-1])
+    expected = (
+        rf"00001.data is truncated: example 3 \(number 1 in the file\) ends at byte "
+        rf"{len(content)}, the file has {len(content) - 1} bytes"
+    )
+    with pytest.raises(RecordError, match=expected):
+        RecordDataset(tmp_path)
+
+
+def test_an_empty_data_file_is_refused(tmp_path):
+    write_numbers(tmp_path, 2)
+    (tmp_path / "00000.data").write_bytes(b"")
+    with pytest.raises(RecordError, match="example 0 .* the file has 0 bytes"):
+        RecordDataset(tmp_path)
+
+
+def test_a_lost_index_line_is_refused(tmp_path):
+    write_numbers(tmp_path, 3)
+    index_path = tmp_path / "00000.index"
+    index_path.write_bytes(index_path.read_bytes().split(b"\n", 1)[1])
+    with pytest.raises(RecordError, match="METADATA tells 3 examples, 1 index files list 2"):
+        RecordDataset(tmp_path)
+
+
+@pytest.mark.parametrize("line", ["0", "0 x", "0 5 7", "-1 5", "0 5.0"])
+def test_a_malformed_index_line_is_refused(tmp_path, line):
+    write_numbers(tmp_path, 2)
+    index_path = tmp_path / "00000.index"
+    index_path.write_text(index_path.read_text().splitlines()[0] + f"\n{line}\n")
+    with pytest.raises(RecordError, match="00000.index, example 1: expected"):
+        RecordDataset(tmp_path)
+
+
+def test_a_missing_data_file_is_refused(tmp_path):
+    write_numbers(tmp_path, 2)
+    (tmp_path / "00000.data").unlink()
+    with pytest.raises(FileNotFoundError, match="no data file 00000.data"):
+        RecordDataset(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ("{", "not JSON"),
+        ("[]", "JSON object"),
+        ('{"entries": 2, "features": {"number": "INT64"}, "version": 2}', "version must be 1"),
+        ('{"entries": "2", "features": {"number": "INT64"}, "version": 1}', "must be a count"),
+        ('{"entries": 2, "features": {"number": "INT8"}, "version": 1}', "unknown type 'INT8'"),
+        ('{"entries": 2, "version": 1}', "must map names to types"),
+    ],
+)
+def test_malformed_metadata_is_refused(tmp_path, metadata, message):
+    write_numbers(tmp_path, 2)
+    (tmp_path / "METADATA").write_text(metadata)
+    with pytest.raises(RecordError, match=message) as failure:
+        RecordDataset(tmp_path)
+    assert "METADATA" in str(failure.value)
+
+
+def test_a_corrupt_record_is_refused_with_file_and_example(tmp_path):
+    write_numbers(tmp_path, 5, max_examples=2)
+    data_path = tmp_path / "00001.data"
+    content = bytearray(data_path.read_bytes())
+    content[len(content) // 2] = 0xFF  # first byte of example 3
+    data_path.write_bytes(content)
+    dataset = RecordDataset(tmp_path)
+    assert dataset[2] == {"number": 2}
+    with pytest.raises(RecordError, match=r"example 3 \(number 1 in .*00001.data\) is corrupt"):
+        dataset[3]
+    assert dataset[4] == {"number": 4}
+
+
+def test_empty_records_are_read_as_defaults(tmp_path):
+    with RecordWriter(tmp_path, {}) as writer:
+        writer.write({})
+        writer.write({})
+    assert (tmp_path / "00000.data").stat().st_size == 0
+    assert list(RecordDataset(tmp_path)) == [{}, {}]
+
+
+def test_array_payloads_survive_a_round_trip(tmp_path):
+    moments = np.random.default_rng(0).normal(size=(8, 16, 16)).astype(np.float16)
+    with RecordWriter(tmp_path, {"moments": "bytes", "shape": ["int64"]}) as writer:
+        writer.write({"moments": moments, "shape": moments.shape})
+    example = RecordDataset(Path(tmp_path))[0]
+    restored = np.frombuffer(example["moments"], np.float16).reshape(example["shape"])
+    assert np.array_equal(restored, moments)
+
+
+def test_sizes_of_the_writer_are_checked(tmp_path):
+    with pytest.raises(ValueError, match="max_examples must be at least 1, got 0"):
+        RecordWriter(tmp_path, {"a": "int"}, max_examples=0)

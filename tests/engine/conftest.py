@@ -1,0 +1,139 @@
+"""A release folder with a model of a few thousand weights, and records to train it on."""
+
+import runpy
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from diffusers import FlowMatchEulerDiscreteScheduler
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PhiConfig, PreTrainedTokenizerFast
+
+from diffnext.data.records import RecordWriter
+from diffnext.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffnext.models.text_encoders.phi import PhiEncoderModel
+from diffnext.models.transformers.transformer_nova import NOVATransformer3DModel
+from diffnext.pipelines import NOVAPipeline
+
+ROOT = Path(__file__).parents[2]
+TRANSFORMER = {
+    "image_dim": 4,
+    "image_size": [64, 64],
+    "image_stride": 8,
+    "text_token_dim": 32,
+    "text_token_len": 8,
+    "rotary_pos_embed": True,
+    "video_base_size": [1, 2, 2],
+    "image_base_size": [4, 4],
+    "arch": ["vit_d2w64", "vit_d4w64", "mlp_d2w64"],
+}
+WORDS = ("a", "red", "green", "blue", "circle", "square", "star")
+
+
+@dataclass(frozen=True)
+class TinyRun:
+    """Paths of one run, and the command line that starts it."""
+
+    base: Path
+    dataset: Path
+    output: Path
+
+    def arguments(self, *overrides: str) -> list[str]:
+        transformer = "pipeline.paths.module_config.transformer"
+        return [
+            f"config={ROOT / 'configs' / 'nova_shapes_t2i.yaml'}",
+            f"pipeline.paths.pretrained_path={self.base}",
+            f"experiment.output_dir={self.output}",
+            f"train_dataloader.params.dataset={self.dataset}",
+            *(f"{transformer}.{key}={value}" for key, value in TRANSFORMER.items()),
+            "wandb=null",
+            "training.batch_size=2",
+            "training.progress_bar=false",
+            "lr_scheduler.params.warmup_steps=0",
+            "experiment.log_every=1",
+            *overrides,
+        ]
+
+    def train(self, *overrides: str) -> None:
+        """Run scripts/train.py in this process."""
+        AcceleratorState._reset_state(reset_partial_state=True)
+        runpy.run_path(str(ROOT / "scripts" / "train.py"))["main"](self.arguments(*overrides))
+
+    def checkpoint(self, step: int) -> Path:
+        return self.output / "checkpoints" / f"checkpoint-{step}"
+
+    def ema_checkpoint(self, step: int) -> Path:
+        return self.output / "ema_checkpoints" / f"checkpoint-{step}"
+
+    def log(self) -> str:
+        """All log files of the output folder, oldest first."""
+        return "".join(path.read_text() for path in sorted(self.output.glob("logs/*.log")))
+
+
+def save_base_folder(folder: Path) -> None:
+    torch.manual_seed(0)
+    vocabulary = {word: index for index, word in enumerate(["[PAD]", "[UNK]", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    phi = PhiConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+    )
+    pipeline = NOVAPipeline(
+        transformer=NOVATransformer3DModel(**TRANSFORMER),
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=AutoencoderKL(
+            block_out_channels=(32, 32, 32, 32), layers_per_block=1, latent_channels=4
+        ),
+        text_encoder=PhiEncoderModel(phi),
+        tokenizer=PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]"
+        ),
+    )
+    pipeline.save_pretrained(folder)
+
+
+def write_dataset(folder: Path, entries: int = 12) -> None:
+    """Moments that differ from example to example, with almost no variance."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    features = {"moments": "bytes", "caption": "string", "shape": ["int64"]}
+    with RecordWriter(str(folder), features) as writer:
+        for index in range(entries):
+            mean = rng.normal(size=(4, 8, 8))
+            moments = np.concatenate([mean, np.full((4, 8, 8), -10.0)]).astype(np.float16)
+            color, shape = WORDS[1 + index % 3], WORDS[4 + index // 3 % 3]
+            caption = f"a {color} {shape}"
+            writer.write({"moments": moments.tobytes(), "shape": moments.shape, "caption": caption})
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("base") / "nova-tiny"
+    save_base_folder(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_dataset(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("data") / "records"
+    write_dataset(folder)
+    return folder
+
+
+@pytest.fixture
+def tiny_run(tiny_base, tiny_dataset, tmp_path) -> TinyRun:
+    return TinyRun(tiny_base, tiny_dataset, tmp_path / "run")
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate_state():
+    """Each test starts accelerate anew."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)

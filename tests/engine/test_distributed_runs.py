@@ -1,0 +1,118 @@
+"""Runs through launchers: several processes, DeepSpeed ZeRO-2, and changes between them."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parents[2]
+WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
+ZERO2 = [
+    *("-m", "accelerate.commands.launch"),
+    *("--config_file", str(ROOT / "accelerate_configs" / "1_gpus_zero2.yaml")),
+    *("--main_process_port", "0"),
+]
+LAUNCHERS = {
+    "plain": [],
+    "plain_x2": ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0"],
+    "zero2": ZERO2,
+    "zero2_x2": [*ZERO2, "--num_processes=2"],
+}
+
+pytestmark = pytest.mark.slow
+
+
+def launch(run, launcher, *overrides):
+    if "zero2" in launcher:
+        pytest.importorskip("deepspeed")
+    arguments = run.arguments("training.max_train_steps=6", "ema.params.update_every=2", *overrides)
+    command = [*LAUNCHERS[launcher], str(ROOT / "scripts" / "train.py"), *arguments]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # ninja for DeepSpeed
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": path}
+    done = subprocess.run(
+        [sys.executable, *command], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+def losses(run):
+    return re.findall(r"Train net output\(loss\): (\S+)", run.log())
+
+
+@pytest.mark.parametrize(
+    "launcher, precision",
+    [("plain", "bf16"), ("plain_x2", "no"), ("zero2", "bf16"), ("zero2_x2", "bf16")],
+)
+def test_stopped_and_continued_equals_straight(tiny_run, tmp_path, launcher, precision):
+    precision = f"training.mixed_precision={precision}"
+    save = "experiment.save_every=2"
+    launch(tiny_run, launcher, precision, save, "training.max_train_steps=4")
+    launch(tiny_run, launcher, precision)
+    straight = type(tiny_run)(tiny_run.base, tiny_run.dataset, tmp_path / "straight")
+    launch(straight, launcher, precision, save)
+    assert losses(straight) == losses(tiny_run)
+    for folder in ("checkpoint", "ema_checkpoint"):
+        expected = load_file(getattr(straight, folder)(6) / WEIGHTS)
+        actual = load_file(getattr(tiny_run, folder)(6) / WEIGHTS)
+        torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+def test_zero2_in_full_precision_equals_plain_training(tiny_run, tmp_path):
+    launch(tiny_run, "plain", "training.mixed_precision=no")
+    other = type(tiny_run)(tiny_run.base, tiny_run.dataset, tmp_path / "zero2")
+    launch(other, "zero2", "training.mixed_precision=no")
+    assert losses(other) == losses(tiny_run)
+    for folder in ("checkpoint", "ema_checkpoint"):
+        expected = load_file(getattr(tiny_run, folder)(6) / WEIGHTS)
+        actual = load_file(getattr(other, folder)(6) / WEIGHTS)
+        torch.testing.assert_close(actual, expected)
+
+
+def test_two_processes_read_different_examples_and_log_once(tiny_run):
+    launch(tiny_run, "plain_x2")
+    state = tiny_run.checkpoint(6) / "state"
+    shards = [json.loads((state / f"rank_{rank}.json").read_text())["data"] for rank in (0, 1)]
+    assert [shard["order"]["shard_id"] for shard in shards] == [0, 1]
+    assert [shard["order"]["num_shards"] for shard in shards] == [2, 2]
+    assert len(list(tiny_run.output.glob("logs/*.log"))) == 1
+    assert tiny_run.log().count("Iteration 0,") == 1
+
+
+@pytest.mark.parametrize(
+    "first, second, message",
+    [
+        ("zero2_x2", "zero2", "saved with num_processes 2, now 1"),
+        ("zero2", "plain", "saved with DeepSpeed"),
+        ("plain", "zero2", "saved without DeepSpeed"),
+    ],
+)
+def test_another_layout_continues_from_the_weights_with_a_loud_warning(
+    tiny_run, first, second, message
+):
+    launch(tiny_run, first, "training.max_train_steps=3")
+    launch(tiny_run, second)
+    log = tiny_run.log()
+    assert message in log and "THE OPTIMIZER STATE IS RESET" in log
+    assert "Iteration 3," in log
+    assert tiny_run.checkpoint(6).is_dir()
+
+
+def test_plain_training_keeps_its_optimizer_state_with_fewer_processes(tiny_run):
+    launch(tiny_run, "plain_x2", "training.max_train_steps=3")
+    launch(tiny_run, "plain")
+    log = tiny_run.log()
+    assert "OPTIMIZER STATE IS RESET" not in log
+    assert "saved with 2 processes, now 1: data restarts" in log
+    assert "Iteration 5," in log
+
+
+def test_empty_shard_is_an_error_on_every_rank_not_a_hang(tiny_run):
+    shards = ["train_dataloader.params.shard_id=19", "train_dataloader.params.num_shards=20"]
+    with pytest.raises(AssertionError, match="shard"):
+        launch(tiny_run, "plain_x2", *shards)

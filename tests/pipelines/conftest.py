@@ -1,0 +1,72 @@
+"""A pipeline of tiny parts, and a release folder of it."""
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PhiConfig, PreTrainedTokenizerFast
+
+from diffnext.models.text_encoders.phi import PhiEncoderModel
+from diffnext.pipelines import NOVAPipeline
+from diffnext.pipelines.release_folder import read_json, write_json, write_shim
+from tests.tiny import make_model, make_vae
+
+WORDS = ("a", "cat", "dog", "on", "the", "mat", "red")
+SHIMS = {
+    "vae": "AutoencoderKL",
+    "text_encoder": "PhiEncoderModel",
+    "transformer": "NOVATransformer3DModel",
+}
+
+
+def make_tokenizer():
+    vocabulary = {word: index for index, word in enumerate(["[PAD]", "[UNK]", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]")
+
+
+def make_text_encoder():
+    return PhiEncoderModel(
+        PhiConfig(
+            vocab_size=20,
+            hidden_size=64,
+            intermediate_size=64,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            pad_token_id=0,
+            initializer_range=0.5,
+        )
+    ).eval()
+
+
+def make_pipeline(**components):
+    model = make_model()
+    parts = {
+        "transformer": model,
+        "scheduler": model.sample_scheduler,
+        "vae": make_vae(),
+        "text_encoder": make_text_encoder(),
+        "tokenizer": make_tokenizer(),
+    }
+    return NOVAPipeline(**{**parts, **components})
+
+
+@pytest.fixture
+def pipe():
+    return make_pipeline()
+
+
+@pytest.fixture
+def release(pipe, tmp_path):
+    """A folder laid out like the released ones: shims, no _class_name, diffusers' scheduler."""
+    folder = tmp_path / "nova-tiny"
+    pipe.save_pretrained(folder)
+    index = read_json(folder / "model_index.json")
+    for component, class_name in SHIMS.items():
+        index[component] = [write_shim(folder / component, component, class_name), class_name]
+    index["scheduler"] = ["diffusers", "FlowMatchEulerDiscreteScheduler"]
+    write_json(folder / "model_index.json", index)
+    config = read_json(folder / "transformer" / "config.json")
+    for key in [key for key in config if key.startswith("_")] + ["rotary_pos_embed"]:
+        config.pop(key)
+    write_json(folder / "transformer" / "config.json", config)
+    return folder

@@ -1,0 +1,187 @@
+"""NOVAPipeline: what it returns, what it refuses, what it leaves alone."""
+
+import copy
+import logging
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from diffnext.pipelines.pipeline_utils import cosine_set_sizes
+from diffnext.schedulers.scheduling_ddpm import DDPMScheduler
+from tests.pipelines.conftest import make_pipeline
+
+QUICK = {"num_inference_steps": 3, "num_diffusion_steps": 2, "disable_progress_bar": True}
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def test_output_types(pipe):
+    pil = pipe("a cat", generator=seeded(), **QUICK)
+    assert [type(image) for image in pil.images] == [Image.Image]
+    assert pil.images[0].size == (96, 64)
+    assert "frames" not in pil and "images" in pil
+    array = pipe("a cat", generator=seeded(), output_type="np", **QUICK).images
+    assert array.dtype == np.uint8 and array.shape == (1, 64, 96, 3)
+    assert np.array_equal(np.asarray(pil.images[0]), array[0])
+    assert pipe("a cat", output_type="pt", **QUICK).images.shape == (1, 3, 64, 96)
+    latent = pipe("a cat", output_type="latent", **QUICK)
+    assert latent.frames.shape == (1, 4, 1, 8, 12)
+    assert "images" not in latent
+
+
+def test_samples_of_one_prompt_stand_together(pipe):
+    rows = pipe.encode_prompt(["a cat", "a dog"], num_images_per_prompt=2)
+    assert rows.shape == (8, 7, 64)
+    assert torch.equal(rows[0], rows[1]) and torch.equal(rows[2], rows[3])
+    assert torch.equal(rows[4], rows[7])  # the empty negative prompts
+    assert not torch.equal(rows[0], rows[2])
+    assert torch.equal(rows[4], pipe.transformer.text_embed.weight[:7])
+
+
+def test_embeddings_do_what_their_texts_do(pipe):
+    texts = ["a cat on the mat", "a dog"]
+    states = pipe.transformer.text_embed.encode_prompts(texts)
+    embeds = [states[0, :5], states[1, :2]]
+    by_text = pipe(texts, generator=seeded(), output_type="pt", **QUICK).images
+    by_states = pipe(prompt_embeds=embeds, generator=seeded(), output_type="pt", **QUICK).images
+    torch.testing.assert_close(by_text, by_states)
+
+
+def test_embeddings_without_guidance(pipe):
+    states = pipe.transformer.text_embed.encode_prompts(["a cat"])
+    images = pipe(prompt_embeds=states, guidance_scale=1, output_type="np", **QUICK).images
+    assert images.shape == (1, 64, 96, 3)
+
+
+def test_prompts_do_not_depend_on_their_batch(pipe):
+    embed = pipe.transformer.text_embed
+    together = embed.encode_prompts(["a cat on the mat", "a dog", ""])
+    torch.testing.assert_close(together[1:2], embed.encode_prompts(["a dog"]))
+
+
+def test_a_prompt_longer_than_the_model_reads_is_cut(pipe):
+    embed = pipe.transformer.text_embed
+    long = embed.encode_prompts(["a cat on the mat a dog red red red"])
+    assert torch.equal(long, embed.encode_prompts(["a cat on the mat a dog"]))
+
+
+def test_per_sample_generators_make_images_independent_of_their_neighbours(pipe):
+    def draw(prompts, seeds):
+        generators = [seeded(seed) for seed in seeds]
+        return pipe(prompts, generator=generators, output_type="pt", **QUICK).images
+
+    pair = draw(["a cat", "a dog"], [5, 6])
+    torch.testing.assert_close(pair[:1], draw(["a cat"], [5]), atol=1e-4, rtol=0)
+    torch.testing.assert_close(pair[1:], draw(["a dog"], [6]), atol=1e-4, rtol=0)
+    swapped = draw(["a dog", "a cat"], [6, 5])
+    torch.testing.assert_close(pair.flip(0), swapped, atol=1e-4, rtol=0)
+
+
+def test_arguments_stay_as_they_are(pipe):
+    latents = [torch.randn(2, 4, 8, 12)]
+    arguments = {
+        "prompt": ["a cat", "a dog"],
+        "negative_prompt": ["red", ""],
+        "latents": latents,
+    }
+    before = copy.deepcopy(arguments)
+    out = pipe(**arguments, output_type="latent", **QUICK).frames
+    pipe(**arguments, output_type="pt", **QUICK)
+    assert arguments["prompt"] == before["prompt"]
+    assert arguments["negative_prompt"] == before["negative_prompt"]
+    assert len(latents) == 1 and torch.equal(latents[0], before["latents"][0])
+    assert torch.equal(out[:, :, 0], latents[0])
+
+
+def test_an_image_becomes_the_first_frame(pipe):
+    picture = Image.fromarray(np.random.randint(0, 255, (64, 96, 3), np.uint8))
+    from_pil = pipe(["a cat", "a dog"], image=picture, generator=seeded(), **QUICK)
+    from_array = pipe(["a cat", "a dog"], image=np.array(picture), generator=seeded(), **QUICK)
+    assert len(from_pil.images) == 2
+    assert np.array_equal(from_pil.images[0], from_array.images[0])
+
+
+def test_batches_of_the_decoder_change_nothing(pipe):
+    single = pipe("a cat", num_images_per_prompt=3, generator=seeded(), output_type="pt", **QUICK)
+    options = {"vae_batch_size": 2, "output_type": "pt", **QUICK}
+    double = pipe("a cat", num_images_per_prompt=3, generator=seeded(), **options)
+    torch.testing.assert_close(single.images, double.images, atol=1e-5, rtol=1e-5)
+
+
+def test_flow_shift_stays_until_another_is_given(pipe):
+    pipe("a cat", flow_shift=3.0, **QUICK)
+    assert pipe.scheduler.shift == 3.0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"prompt": None}, "prompt is None"),
+        ({"prompt": []}, "prompt is an empty list"),
+        (
+            {"prompt": ["a", "b"], "negative_prompt": ["c"]},
+            "one negative prompt a prompt: got 1 for 2 prompts",
+        ),
+        ({"prompt": "a", "max_latent_length": 3}, "this is an image model"),
+        ({"prompt": "a", "max_latent_length": 0}, "must be at least 1, got 0"),
+        ({"prompt": "a", "output_type": "jpg"}, "output_type must be one of"),
+        ({"prompt": "a", "num_inference_steps": 0}, "num_inference_steps must be at least 1"),
+        ({"prompt": "a", "image": np.zeros((8, 8, 3))}, "picture of 64x96"),
+        ({"prompt": "a", "image": Image.new("RGB", (64, 96))}, "picture of 64x96"),
+        ({"prompt": "a", "vae_batch_size": 0}, "vae_batch_size must be at least 1"),
+        ({"prompt_embeds": torch.zeros(1, 9, 64)}, r"\(k, 64\) with k <= 7, got \(9, 64\)"),
+        (
+            {"prompt_embeds": torch.zeros(1, 2, 64), "negative_prompt": "red"},
+            "pass negative_prompt_embeds",
+        ),
+        (
+            {"prompt": "a", "image_guidance_scale": 1, "spatiotemporal_guidance_scale": 1},
+            "cannot be combined",
+        ),
+    ],
+)
+def test_refusals_name_the_rule_and_the_value(pipe, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        pipe(**arguments, **{k: v for k, v in QUICK.items() if k not in arguments})
+
+
+def test_flow_shift_needs_a_flow_scheduler():
+    pipe = make_pipeline(scheduler=DDPMScheduler())
+    with pytest.raises(ValueError, match="DDPMScheduler, which cannot be shifted"):
+        pipe("a cat", flow_shift=2.0, **QUICK)
+
+
+def test_texts_need_a_text_encoder():
+    pipe = make_pipeline(text_encoder=None)
+    with pytest.raises(ValueError, match="need a tokenizer and a text encoder"):
+        pipe("a cat", **QUICK)
+
+
+def test_unknown_arguments_are_reported(pipe, caplog):
+    with caplog.at_level(logging.WARNING):
+        pipe("a cat", seed=1, guidance=3, **QUICK)
+    assert "ignores unknown arguments: ['guidance']" in caplog.text
+
+
+def test_a_path_is_no_component(pipe):
+    with pytest.raises(TypeError, match="vae must be an object, got the path"):
+        pipe.register_module("/some/vae", "vae")
+
+
+@pytest.mark.parametrize(
+    ("steps", "tokens", "head", "tail"),
+    [(64, 4096, [1, 4, 6, 9], [100, 100, 101]), (3, 16, [2, 6, 8], [8])],
+)
+def test_set_sizes_follow_the_cosine(steps, tokens, head, tail):
+    sizes = cosine_set_sizes(steps, tokens)
+    assert sizes[: len(head)].tolist() == head
+    assert sizes[-len(tail) :].tolist() == tail
+    assert sizes.sum() == tokens and sizes.dtype == np.int64
+
+
+def test_small_frames_in_many_steps_have_empty_sets():
+    assert (cosine_set_sizes(128, 1440) == 0).sum() == 2

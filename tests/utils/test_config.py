@@ -1,0 +1,244 @@
+"""Configuration files, overrides and what is built from them."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from diffnext.utils.config_schema import TrainConfig, describe_schema, iterate_schema
+from diffnext.utils.omegaconf_utils import (
+    ConfigError,
+    OmegaConfEncoder,
+    config_to_class,
+    config_to_object,
+    config_to_yaml,
+    evaluate_arithmetic,
+    flatten_omega_conf,
+    get_config,
+    require_keys,
+    save_config,
+)
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+TINY = f"config={CONFIGS / 'nova_tiny_t2i.yaml'}"
+T2I_CONFIGS = ["nova_d48w768_sdxl1024", "nova_d48w1024_sdxl1024", "nova_d48w1536_sdxl1024"]
+
+
+def load(*overrides):
+    return get_config([TINY, *overrides])
+
+
+def test_overrides_win_over_the_file_and_have_yaml_values():
+    config = load("optimizer.params.lr=1e-4", "optimizer.params.betas=[0.8,0.9]", "ema=null")
+    assert config.optimizer.params.lr == 1e-4
+    assert config.lr_scheduler.params.lr_max == 1e-4
+    assert config.optimizer.params.betas == [0.8, 0.9]
+    assert config.ema is None
+
+
+def test_config_key_stays_in_the_result():
+    assert load().config == TINY.removeprefix("config=")
+
+
+def test_arguments_default_to_the_command_line(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py", TINY, "training.seed=5"])
+    assert get_config().training.seed == 5
+
+
+@pytest.mark.parametrize(
+    "override, suggestion",
+    [
+        ("training.max_train_step=6", "training.max_train_steps"),
+        ("max_train_steps=6", "training.max_train_steps"),
+        ("optimizer.params.epsilon=1", "optimizer.params.eps"),
+        ("train_dataloader.params.num_worker=1", "train_dataloader.params.num_workers"),
+        ("training={seed: 3, sed: 4}", "training.seed"),
+        ("pipeline.paths.module_dict.text_encodr=x", "text_encoder"),
+    ],
+)
+def test_misspelt_key_is_refused_with_the_nearest_valid_one(override, suggestion):
+    with pytest.raises(ConfigError, match=suggestion):
+        load(override)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "optimizer.params.eps=1e-8",
+        "training.max_grad_norm=1.0",
+        "checkpoint.keep_last=2",
+        "experiment.output_dir=/tmp/x",
+        "pipeline.paths.module_config.scheduler.shift=3",
+        "pipeline.paths.module_dict.text_encoder=",
+        "ema.params.update_every=5",
+        "train_dataloader.params.shard_id=0",
+        "training.gpu_id=0",
+        "experiment.resume_iter=7",
+    ],
+)
+def test_keys_that_the_file_leaves_out_but_the_program_reads_are_accepted(override):
+    load(override)
+
+
+def test_valid_parameters_follow_the_target():
+    cosine = "lr_scheduler.target=diffnext.engine.lr_scheduler.CosineLR"
+    assert load(cosine, "lr_scheduler.params.decay_step=3").lr_scheduler.params.decay_step == 3
+    with pytest.raises(ConfigError, match="decay_step"):
+        load("lr_scheduler.params.decay_step=3")
+
+
+def test_plus_adds_an_unknown_key():
+    assert load("+notes.author=me").notes.author == "me"
+
+
+def test_saved_run_configuration_is_valid_input(tmp_path):
+    save_config(load("training.seed=3"), tmp_path / "config.yaml")
+    again = get_config([f"config={tmp_path / 'config.yaml'}", "training.seed=4"])
+    assert again.training.seed == 4
+    assert "${optimizer.params.lr}" in config_to_yaml(again)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([], "config is required"),
+        (["config=/nowhere.yaml"], "no such file"),
+        ([TINY, "--x=3"], "without dashes"),
+        ([TINY, "-x"], "without dashes"),
+        ([TINY, "training.seed=[1"], "cannot parse"),
+    ],
+)
+def test_malformed_command_line_is_explained(arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        get_config(arguments)
+
+
+def test_file_that_is_no_yaml_mapping_is_refused(tmp_path):
+    (tmp_path / "a.yaml").write_text("a: [1")
+    (tmp_path / "b.yaml").write_text("- 1\n- 2\n")
+    for name in ("a.yaml", "b.yaml"):
+        with pytest.raises(ConfigError, match=name):
+            get_config([f"config={tmp_path / name}"])
+
+
+def test_missing_required_key_is_named():
+    with pytest.raises(ConfigError, match=r"experiment\.output_dir=\.\.\."):
+        require_keys(load(), ["experiment.output_dir"])
+
+
+def test_eval_resolver_computes_with_numbers_and_can_be_registered_twice():
+    config = load("training.seed=${eval:'1+1'}", "optimizer.params.lr=${eval:'1e-4*8'}")
+    config = load("training.seed=${eval:'1+1'}", "optimizer.params.lr=${eval:'1e-4*8'}")
+    assert config.training.seed == 2 and isinstance(config.training.seed, int)
+    assert config.optimizer.params.lr == pytest.approx(8e-4)
+
+
+@pytest.mark.parametrize(
+    "expression, value",
+    [
+        ("7 // 2 + 7 % 4", 6),
+        ("min(3, 2) ** 2", 4),
+        ("-(2 - 5) / 2", 1.5),
+        ("round(2.6)", 3),
+        ("2 > 1", True),
+    ],
+)
+def test_arithmetic(expression, value):
+    assert evaluate_arithmetic(expression) == value
+
+
+@pytest.mark.parametrize(
+    "expression",
+    [
+        "__import__('os').getcwd()",
+        "().__class__",
+        "'a' * 3",
+        "[1]",
+        "9 ** 9 ** 9",
+        "open('x')",
+        "1 /",
+        "1 / 0",
+    ],
+)
+def test_anything_but_arithmetic_is_refused(expression):
+    with pytest.raises(ConfigError, match="cannot evaluate"):
+        evaluate_arithmetic(expression)
+
+
+def test_flatten_lists_leaves_by_dotted_key():
+    config = OmegaConf.create({"a": {"b": [1, {"c": 2}]}, "d": None})
+    assert flatten_omega_conf(config) == [("a.b.0", 1), ("a.b.1.c", 2), ("d", None)]
+
+
+def test_json_encoder_resolves_containers():
+    config = OmegaConf.create({"a": 1, "b": ["${a}"]})
+    assert json.loads(json.dumps({"x": config}, cls=OmegaConfEncoder)) == {"x": {"a": 1, "b": [1]}}
+
+
+def test_class_and_object_come_from_target_and_params():
+    config = OmegaConf.create({"target": "fractions.Fraction", "params": {"numerator": 3}})
+    assert config_to_class(config).__name__ == "Fraction"
+    assert config_to_object(config, denominator=4) == 0.75
+    assert config_to_class(None) is None
+    assert config_to_object(OmegaConf.create({})) is None
+
+
+def test_params_may_not_override_what_the_program_supplies():
+    config = OmegaConf.create({"target": "fractions.Fraction", "params": {"numerator": 3}})
+    with pytest.raises(ConfigError, match="numerator"):
+        config_to_object(config, numerator=1)
+
+
+def test_missing_or_wrong_target_is_explained():
+    with pytest.raises(KeyError, match="Expected key `target` to instantiate"):
+        config_to_class({"params": {}})
+    for target in ("nosuch.module.Thing", "fractions.Nothing", "Thing"):
+        with pytest.raises(ConfigError, match="cannot import target"):
+            config_to_class({"target": target})
+
+
+def test_help_lists_every_key_with_type_default_and_meaning():
+    text = describe_schema(TrainConfig)
+    for item in iterate_schema(TrainConfig):
+        assert item.path in text
+        assert item.meaning
+    assert "training.max_train_steps  (int, required)" in text
+    assert "checkpoint.format  (Literal['safetensors', 'bin'], default safetensors)" in text
+
+
+def test_schema_knows_every_key_of_the_shipped_files():
+    known = {item.path for item in iterate_schema(TrainConfig)}
+    open_keys = tuple(item.path + "." for item in iterate_schema(TrainConfig) if item.open)
+    for path in CONFIGS.glob("nova_*.yaml"):
+        for key, _ in flatten_omega_conf(OmegaConf.load(path), resolve=False):
+            key = key.rpartition(".")[0] if key.rpartition(".")[2].isdigit() else key
+            assert key in known or key.startswith(open_keys), (path.name, key)
+
+
+@pytest.mark.parametrize("name", T2I_CONFIGS)
+def test_image_configurations_have_the_published_values(name):
+    config = OmegaConf.load(CONFIGS / f"{name}.yaml")
+    width = name.split("_")[1].removeprefix("d48w")
+    transformer = config.pipeline.paths.module_config.transformer
+    assert config.experiment.name == name
+    assert transformer.arch == [f"vit_d16w{width}", f"vit_d32w{width}", f"mlp_d6w{width}"]
+    assert transformer.image_size == [1024, 1024]
+    assert transformer.image_base_size == [64, 64]
+    assert config.train_dataloader.params.batch_size == 8
+    assert config.lr_scheduler.params.max_steps == 30000
+    assert config.ema.params == {"decay": 0.98, "device": "cpu"}
+    assert config.training.mixed_precision == "bf16"
+
+
+def test_video_configuration_has_the_published_values():
+    config = OmegaConf.load(CONFIGS / "nova_d48w1024_osp480.yaml")
+    transformer = config.pipeline.paths.module_config.transformer
+    assert transformer.arch == ["vit_d16w1024", "vit_d32w1024", "mlp_d3w1280"]
+    assert transformer.image_size == [480, 768]
+    assert transformer.video_base_size == [16, 15, 24]
+    assert config.pipeline.target.endswith("pipeline_train_t2v.NOVATrainT2VPipeline")
+    assert config.training.batch_size == 3
+    assert config.training.max_train_steps == 60000
+    assert config.ema.params.decay == 0.97
