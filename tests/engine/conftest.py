@@ -13,10 +13,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PhiConfig, PreTrainedTokenizerFast
 
 from diffnext.data.records import RecordWriter
-from diffnext.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffnext.models.text_encoders.phi import PhiEncoderModel
 from diffnext.models.transformers.transformer_nova import NOVATransformer3DModel
 from diffnext.pipelines import NOVAPipeline
+from tests.tiny import make_vae
 
 ROOT = Path(__file__).parents[2]
 TRANSFORMER = {
@@ -88,9 +88,7 @@ def save_base_folder(folder: Path) -> None:
     pipeline = NOVAPipeline(
         transformer=NOVATransformer3DModel(**TRANSFORMER),
         scheduler=FlowMatchEulerDiscreteScheduler(),
-        vae=AutoencoderKL(
-            block_out_channels=(32, 32, 32, 32), layers_per_block=1, latent_channels=4
-        ),
+        vae=make_vae(),
         text_encoder=PhiEncoderModel(phi),
         tokenizer=PreTrainedTokenizerFast(
             tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]"

@@ -1,0 +1,50 @@
+# make demo       set up, train a tiny NOVA on two pictures and draw them
+# make test       set up, lint, run the tests
+# make test-slow  the slow tests as well
+#
+# TORCH picks another build of PyTorch, for example one without CUDA libraries:
+#   make demo TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+BIN := $(VENV)/bin
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+.PHONY: demo test test-slow lint format setup setup-test clean-demo
+
+demo: setup
+	$(BIN)/python scripts/demo.py
+
+test: setup-test lint
+	$(PYTEST)
+
+test-slow: setup-test
+	$(PYTEST) -m "slow and not gpu"
+
+lint: setup-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: setup-test
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+setup: $(VENV)/.core
+setup-test: $(VENV)/.test
+
+$(VENV)/.torch:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(TORCH)
+	touch $@
+
+$(VENV)/.core: $(VENV)/.torch pyproject.toml
+	$(BIN)/python -m pip install --quiet -e ".[cache]"
+	touch $@
+
+$(VENV)/.test: $(VENV)/.core pyproject.toml
+	$(BIN)/python -m pip install --quiet -e ".[cache,train,test]"
+	touch $@
+
+clean-demo:
+	rm -rf demo

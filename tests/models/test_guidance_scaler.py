@@ -1,0 +1,71 @@
+"""Guidance: the formulas, pass by pass."""
+
+import pytest
+import torch
+
+from diffnext.models.guidance_scaler import GuidanceScaler
+
+
+def test_without_guidance_nothing_is_added():
+    guidance = GuidanceScaler(guidance_scale=1, image_guidance_scale=3)
+    x = torch.randn(2, 3)
+    assert guidance.num_passes == 1
+    assert torch.equal(guidance.expand(x), x) and torch.equal(guidance.scale(x), x)
+
+
+def test_two_passes():
+    cond, uncond = torch.randn(2, 4, 3, 5)
+    guided = GuidanceScaler(guidance_scale=4).scale(torch.cat([cond, uncond]))
+    torch.testing.assert_close(guided, uncond + 4 * (cond - uncond))
+
+
+def test_image_guidance():
+    guidance = GuidanceScaler(guidance_scale=4, image_guidance_scale=2)
+    cond, uncond, image = torch.randn(3, 2, 5)
+    expected = uncond + 4 * (cond - image) + 2 * (image - uncond)
+    torch.testing.assert_close(guidance.scale(torch.cat([cond, uncond, image])), expected)
+    c = torch.cat([cond, uncond])
+    assert torch.equal(guidance.expand_text(c), torch.cat([cond, uncond, uncond]))
+    padding = torch.zeros(5)
+    assert torch.equal(guidance.expand(cond, padding), torch.cat([cond, torch.zeros(2, 5), cond]))
+
+
+def test_spatiotemporal_guidance():
+    guidance = GuidanceScaler(guidance_scale=4, spatiotemporal_guidance_scale=2)
+    cond, uncond, perturbed = torch.randn(3, 2, 5)
+    expected = uncond + 4 * (cond - uncond) + 2 * (cond - perturbed)
+    torch.testing.assert_close(guidance.scale(torch.cat([cond, uncond, perturbed])), expected)
+    c = torch.cat([cond, uncond])
+    assert torch.equal(guidance.expand_text(c), torch.cat([cond, uncond, cond]))
+
+
+def test_renormalisation_brings_the_norm_down_to_the_conditional_one():
+    guidance = GuidanceScaler(guidance_scale=8, guidance_renorm=0.01)
+    cond, uncond = torch.randn(2, 3, 4, 5)
+    guided = guidance.scale(torch.cat([cond, uncond])).flatten(1).norm(dim=1)
+    plain = (uncond + 8 * (cond - uncond)).flatten(1).norm(dim=1)
+    torch.testing.assert_close(guided, torch.minimum(plain, cond.flatten(1).norm(dim=1)))
+
+
+def test_renormalisation_has_a_floor():
+    cond, uncond = torch.randn(2, 3, 4)
+    plain = GuidanceScaler(guidance_scale=50).scale(torch.cat([cond, uncond]))
+    guided = GuidanceScaler(guidance_scale=50, guidance_renorm=0.5).scale(torch.cat([cond, uncond]))
+    torch.testing.assert_close(guided, 0.5 * plain)
+
+
+def test_the_scale_grows_from_its_minimum():
+    guidance = GuidanceScaler(guidance_scale=5, min_guidance_scale=0)
+    assert [guidance.scale_at(p) for p in (0, 0.5, 1)] == [0, 2.5, 5]
+    assert GuidanceScaler(guidance_scale=5).scale_at(0.5) == 5
+
+
+def test_guidance_stops_below_the_timestep():
+    guidance = GuidanceScaler(guidance_scale=5, guidance_trunc=300)
+    assert guidance.is_truncated(299.0) and not guidance.is_truncated(300.0)
+    assert not GuidanceScaler(guidance_scale=5).is_truncated(0.0)
+
+
+def test_two_extra_passes_are_refused():
+    with pytest.raises(ValueError, match="got scales 1 and 2"):
+        GuidanceScaler(5, image_guidance_scale=1, spatiotemporal_guidance_scale=2)
