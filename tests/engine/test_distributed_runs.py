@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,26 +14,31 @@ from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[2]
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
-ZERO2 = [
-    *("-m", "accelerate.commands.launch"),
-    *("--config_file", str(ROOT / "accelerate_configs" / "1_gpus_zero2.yaml")),
-    *("--main_process_port", "0"),
-]
 LAUNCHERS = {
     "plain": [],
-    "plain_x2": ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0"],
-    "zero2": ZERO2,
-    "zero2_x2": [*ZERO2, "--num_processes=2"],
+    "plain_x2": ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port={port}"],
+    "zero2": [
+        *("-m", "accelerate.commands.launch", "--main_process_port={port}"),
+        *("--config_file", str(ROOT / "accelerate_configs" / "1_gpus_zero2.yaml")),
+    ],
 }
+LAUNCHERS["zero2_x2"] = [*LAUNCHERS["zero2"], "--num_processes=2"]
 
 pytestmark = pytest.mark.slow
+
+
+def free_port():
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
 
 
 def launch(run, launcher, *overrides):
     if "zero2" in launcher:
         pytest.importorskip("deepspeed")
     arguments = run.arguments("training.max_train_steps=6", "ema.params.update_every=2", *overrides)
-    command = [*LAUNCHERS[launcher], str(ROOT / "scripts" / "train.py"), *arguments]
+    options = [option.format(port=free_port()) for option in LAUNCHERS[launcher]]
+    command = [*options, str(ROOT / "scripts" / "train.py"), *arguments]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # ninja for DeepSpeed
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": path}
     done = subprocess.run(

@@ -80,6 +80,7 @@ def test_help_prints_usage_sections_and_keys(capsys):
         ("--training.seed=3", "without dashes"),
         ("training.mixed_precision=fp8", "mixed_precision must be no, fp16 or bf16"),
         ("experiment.save_every=0", "experiment.save_every must be a whole number"),
+        ("checkpoint.keep_last=0", "checkpoint.keep_last must be a whole number"),
         ("checkpoint.format=zip", "checkpoint.format must be safetensors or bin"),
         ("experiment.resume_from_checkpoint=/nowhere-3", "no such folder"),
         ("pipeline.paths.pretrained_path=/path/to/none", "pretrained_path=/path/to/none"),

@@ -15,6 +15,7 @@ from diffnext.utils.omegaconf_utils import (
     config_to_object,
     config_to_yaml,
     evaluate_arithmetic,
+    fill_defaults,
     flatten_omega_conf,
     get_config,
     require_keys,
@@ -126,6 +127,21 @@ def test_file_that_is_no_yaml_mapping_is_refused(tmp_path):
 def test_missing_required_key_is_named():
     with pytest.raises(ConfigError, match=r"experiment\.output_dir=\.\.\."):
         require_keys(load(), ["experiment.output_dir"])
+
+
+def test_defaults_fill_what_is_left_out_and_nothing_else():
+    training = {"seed": 7, "mixed_precision": False, "progress_bar": None}
+    config = OmegaConf.create({"training": training, "ema": None})
+    filled = fill_defaults(config)
+    assert filled.training.seed == 7
+    assert filled.training.mixed_precision is False
+    assert filled.training.progress_bar is None
+    assert filled.training.gradient_accumulation_steps == 1
+    assert filled.experiment.log_every == 20
+    assert filled.checkpoint.format == "safetensors"
+    assert filled.ema is None and "wandb" not in filled
+    assert "params" not in filled.train_dataloader
+    assert "gradient_accumulation_steps" not in config.training
 
 
 def test_eval_resolver_computes_with_numbers_and_can_be_registered_twice():

@@ -1,0 +1,156 @@
+"""Train a model: accelerate launch scripts/train.py config=<file.yaml> key.path=value ..."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Sequence
+
+from accelerate import Accelerator
+from omegaconf import DictConfig
+
+from diffnext.data.records import RecordError
+from diffnext.engine.engine_utils import count_params, manual_seed
+from diffnext.engine.preflight import check_config, count_examples
+from diffnext.engine.train_engine import Trainer, find_resume
+from diffnext.utils.accelerate_utils import (
+    RankLogger,
+    build_accelerator,
+    build_wandb,
+    get_ddp_shards,
+    set_logger,
+)
+from diffnext.utils.config_schema import TrainConfig, describe_schema
+from diffnext.utils.omegaconf_utils import (
+    USAGE,
+    ConfigError,
+    config_to_yaml,
+    fill_defaults,
+    get_config,
+    save_config,
+)
+
+
+def prepare_checkpoints(config: DictConfig) -> None:
+    """Create the checkpoint folder and decide which checkpoint to continue from.
+
+    The decision is written to ``experiment.resume_from_checkpoint`` (a path or "") and
+    ``experiment.resume_iter``.
+
+    Args:
+        config: Training configuration, changed in place.
+    """
+    os.makedirs(os.path.join(config.experiment.output_dir, "checkpoints"), exist_ok=True)
+    resume = find_resume(config)
+    config.experiment.resume_from_checkpoint = "" if resume is None else str(resume.checkpoint)
+    config.experiment.resume_iter = 0 if resume is None else resume.step
+    saved_run_id = None if resume is None else resume.trainer_state.get("wandb_run_id")
+    if saved_run_id and config.get("wandb") is not None and not config.wandb.get("run_id"):
+        config.wandb.run_id = saved_run_id
+
+
+def prepare_datasets(config: DictConfig, accelerator: Accelerator) -> None:
+    """Tell the loader the size of the dataset and which shard of it belongs to this process.
+
+    Args:
+        config: Training configuration, changed in place.
+        accelerator: Knows the processes.
+
+    Raises:
+        ValueError: If the dataset is none.
+    """
+    params = config.train_dataloader.params
+    params.max_examples = count_examples(params.dataset)
+    if params.get("shard_id") is None:
+        params.update(get_ddp_shards(accelerator))
+
+
+def prepare_seeds(config: DictConfig, accelerator: Accelerator) -> None:
+    """Give each process its own seed and seed everything.
+
+    Args:
+        config: Training configuration, changed in place.
+        accelerator: Knows the processes.
+    """
+    seed = config.training.seed
+    config.training.gpu_id = accelerator.device.index
+    config.training.seed = seed + accelerator.process_index
+    manual_seed(seed, (accelerator.device, config.training.seed))
+
+
+def run_train(
+    config: DictConfig, accelerator: Accelerator, logger: RankLogger, user_config: DictConfig
+) -> None:
+    """Train until the configured step.
+
+    Args:
+        config: Prepared configuration.
+        accelerator: Started accelerator.
+        logger: Where to report.
+        user_config: Configuration as given, to be saved with checkpoints.
+    """
+    done = config.experiment.resume_iter
+    if done >= config.training.max_train_steps:
+        logger.info(
+            "Nothing to do: %s is at step %d and training.max_train_steps is %d",
+            config.experiment.resume_from_checkpoint,
+            done,
+            config.training.max_train_steps,
+        )
+        return
+    with contextlib.closing(Trainer(config, accelerator, logger, user_config)) as trainer:
+        logger.info("#Params: %.2fM", count_params(trainer.bare_model))
+        if done > 0:
+            logger.info("Resume from %s at step %d", config.experiment.resume_from_checkpoint, done)
+        logger.info("Start training...")
+        trainer.train_loop()
+
+
+def train(config: DictConfig) -> None:
+    """Set up the run that a configuration describes, and train.
+
+    Args:
+        config: Training configuration.
+    """
+    user_config = config
+    config = fill_defaults(config)
+    check_config(config)
+    accelerator = build_accelerator(config, log_with="wandb")
+    try:
+        logger = set_logger(config.experiment.output_dir, accelerator=accelerator)
+        prepare_seeds(config, accelerator)
+        prepare_checkpoints(config)
+        prepare_datasets(config, accelerator)
+        build_wandb(config, accelerator)
+        logger.info("Config:\n%s", config_to_yaml(config))
+        if accelerator.is_main_process:
+            save_config(user_config, os.path.join(config.experiment.output_dir, "config.yaml"))
+        run_train(config, accelerator, logger, user_config)
+    except BaseException:
+        # Leave the process group alone: other processes may be waiting in it.
+        for tracker in accelerator.trackers:
+            tracker.finish()
+        raise
+    accelerator.end_training()
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line.
+
+    Args:
+        argv: Arguments; default: those of the process.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if {"-h", "--help"} & set(argv):
+        print(USAGE.format(program="train.py"))
+        print(describe_schema(TrainConfig))
+        return
+    try:
+        train(get_config(argv))
+    except (ConfigError, RecordError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
