@@ -14,9 +14,11 @@ from typing import Any
 import torch
 
 from diffnext.pipelines.release_folder import (
+    BASE_FOLDER_FILE,
     INDEX_FILE,
     find_folder,
     link_component,
+    link_release_folder,
     read_json,
     write_json,
 )
@@ -53,8 +55,11 @@ def get_pipeline_path(
     """
     if module_dict is None and module_config is None:
         return str(pretrained_path)
-    source = find_folder(pretrained_path)
-    module_paths = dict(module_dict or {})
+    folder = find_folder(pretrained_path)
+    source = _complete(folder)
+    module_paths = {
+        name: _relocate(path, folder, source) for name, path in (module_dict or {}).items()
+    }
     index_file = Path(module_paths.pop("model_index", None) or source / INDEX_FILE)
     if not index_file.is_file():
         raise FileNotFoundError(f"there is no model index at {index_file}")
@@ -63,13 +68,29 @@ def get_pipeline_path(
     components = _component_folders(source, module_paths)
     target = Path(target_path).absolute() if target_path else _temporary_folder()
     target.mkdir(parents=True, exist_ok=True)
-    for name, folder in components.items():
+    for name, component in components.items():
         overlay = _plain((module_config or {}).get(name))
-        link_component(folder, target / name, replaced=["config.json"] if overlay else [])
+        link_component(component, target / name, replaced=["config.json"] if overlay else [])
         if overlay:
-            _write_overlaid_config(name, folder, target / name, overlay)
+            _write_overlaid_config(name, component, target / name, overlay)
     write_json(target / INDEX_FILE, {k: v for k, v in index.items() if k not in dropped})
     return str(target)
+
+
+def _complete(folder: Path) -> Path:
+    """The folder itself, or a training checkpoint joined with its base folder."""
+    if not (folder / BASE_FOLDER_FILE).exists():
+        return folder
+    joined = _temporary_folder()
+    link_release_folder(folder, joined, read_json(folder / INDEX_FILE))
+    return joined
+
+
+def _relocate(path: Any, folder: Path, source: Path) -> Any:
+    """A path inside ``folder`` as one inside ``source``; configs name parts of their folder."""
+    if path and Path(path).expanduser().absolute().is_relative_to(folder):
+        return source / Path(path).expanduser().absolute().relative_to(folder)
+    return path
 
 
 def _component_folders(source: Path, module_paths: dict[str, Any]) -> dict[str, Path]:
@@ -130,7 +151,7 @@ def _is_same(old: Any, new: Any) -> bool:
 def build_pipeline(
     pretrained_path: str | os.PathLike,
     pipe_cls: Any,
-    dtype: torch.dtype = torch.float16,
+    dtype: torch.dtype | dict[str, torch.dtype] = torch.float16,
     **kwargs: Any,
 ) -> Any:
     """Load a pipeline.
@@ -138,10 +159,11 @@ def build_pipeline(
     Args:
         pretrained_path: Release folder or Hub id.
         pipe_cls: Pipeline class.
-        dtype: Dtype of its models.
+        dtype: Dtype of its models, or one a component with ``default`` for the rest.
         **kwargs: For ``from_pretrained``; win over the two defaults.
     """
-    options = {"trust_remote_code": True, "torch_dtype": dtype, **kwargs}
+    dtype = kwargs.pop("torch_dtype", dtype)
+    options = {"trust_remote_code": True, "dtype": dtype, **kwargs}
     return pipe_cls.from_pretrained(str(pretrained_path), **options)
 
 

@@ -69,6 +69,19 @@ def test_the_same_target_can_be_assembled_twice(release, tmp_path):
         assert NOVAPipeline.from_pretrained(target).vae.config.scaling_factor == 2.0
 
 
+def test_a_checkpoint_can_be_trained_from(release, tmp_path):
+    checkpoint = tmp_path / "checkpoint-5"
+    checkpoint.mkdir()
+    (release / "transformer").rename(checkpoint / "transformer")
+    (checkpoint / "model_index.json").write_text((release / "model_index.json").read_text())
+    (checkpoint / "base_folder.json").write_text(json.dumps({"base_folder": str(release)}))
+    modules = {name: f"{checkpoint}/{name}" for name in ("vae", "scheduler", "model_index.json")}
+    modules["model_index"] = modules.pop("model_index.json")
+    folder = get_pipeline_path(checkpoint, modules, {"vae": {"scaling_factor": 3.0}})
+    pipe = NOVAPipeline.from_pretrained(folder)
+    assert pipe.transformer is not None and pipe.vae.config.scaling_factor == 3.0
+
+
 def test_another_index_can_be_named(release, tmp_path):
     index = read(release / "model_index.json")
     index.pop("tokenizer")

@@ -1,0 +1,55 @@
+"""The guide's own words: its snippet runs, and the demo that follows it."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from diffnext.data.flex_loaders import FeatureDataLoader
+
+ROOT = Path(__file__).parents[2]
+
+
+def cache_snippet(kind):
+    """The first Python block of TRAINING.md that writes records of images or videos."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "TRAINING.md").read_text(), re.DOTALL)
+    return next(block for block in blocks if f"./{kind}_dataset" in block)
+
+
+@pytest.mark.slow
+def test_the_image_cache_snippet_runs_as_written(tmp_path):
+    pytest.importorskip("codewithgpu")
+    snippet = cache_snippet("img")
+    replacements = {
+        'torch.device("cuda"), torch.float16': 'torch.device("cpu"), torch.float32',
+        "/path/to/nova-d48w1024-sdxl1024/vae": str(ROOT / "assets" / "vae-tiny"),
+        "latent_dist.parameters.cpu()": "latent_dist.parameters.half().cpu()",
+    }
+    for old, new in replacements.items():
+        assert old in snippet
+        snippet = snippet.replace(old, new)
+    (tmp_path / "assets").symlink_to(ROOT / "assets")
+    subprocess.run([sys.executable, "-c", snippet], cwd=tmp_path, check=True)
+    with FeatureDataLoader(tmp_path / "img_dataset", batch_size=2) as loader:
+        assert len(loader.dataset) == 16
+        batch = loader.next()[0]
+    assert batch["latents"].shape == (2, 8, 128, 128)
+    assert set(batch["prompt"]) <= {"long caption", "short text"}
+
+
+@pytest.mark.slow
+def test_the_demo_draws_and_continues(tmp_path):
+    pytest.importorskip("codewithgpu")
+    script = [sys.executable, str(ROOT / "scripts" / "demo.py"), "--output", str(tmp_path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for steps in (2, 3):
+        command = [*script, "--size", "64", "--steps", str(steps)]
+        result = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert result.returncode == 0, result.stderr
+        assert "dB from its own picture" in result.stdout
+        assert (tmp_path / "sheet.png").stat().st_size > 0
+    checkpoints = tmp_path / "experiment" / "checkpoints"
+    assert {path.name for path in checkpoints.iterdir()} == {"checkpoint-2", "checkpoint-3"}

@@ -1,0 +1,89 @@
+"""scripts/init_checkpoint.py: complete folders, or a message."""
+
+import runpy
+from pathlib import Path
+
+import pytest
+import torch
+
+from diffnext.pipelines import NOVAPipeline
+from diffnext.pipelines.release_folder import read_json
+from tests.tiny import make_vae
+
+ROOT = Path(__file__).parents[2]
+SHAPES = ROOT / "configs" / "nova_shapes_t2i.yaml"
+
+
+def init(*arguments):
+    script = runpy.run_path(str(ROOT / "scripts" / "init_checkpoint.py"))
+    return script["main"]([str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def vae(tmp_path):
+    make_vae().save_pretrained(tmp_path / "vae")
+    return tmp_path / "vae"
+
+
+def test_a_tiny_folder_is_laid_out_as_released_ones_and_draws(tmp_path, vae):
+    output = tmp_path / "nova"
+    assert init("--config", SHAPES, "--output", output, "--tiny", "--vae", vae) == 0
+    assert read_json(output / "model_index.json")["vae"] == ["__vae__", "AutoencoderKL"]
+    for component in ("transformer", "vae", "text_encoder"):
+        assert (output / component / f"__{component}__.py").is_file()
+    pipe = NOVAPipeline.from_pretrained(output)
+    out = pipe("a red circle", num_inference_steps=2, num_diffusion_steps=2)
+    assert out.images[0].size == (64, 64)
+    null = pipe.transformer.text_embed.weight[:32]
+    assert torch.equal(pipe.transformer.text_embed.encode_prompts([""])[0], null)
+
+
+def test_the_seed_decides_the_weights(tmp_path, vae):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        output = tmp_path / name
+        init("--config", SHAPES, "--output", output, "--tiny", "--vae", vae, "--seed", seed)
+    a, b, c = (
+        (tmp_path / name / "transformer" / "diffusion_pytorch_model.safetensors").read_bytes()
+        for name in "abc"
+    )
+    assert a == b != c
+
+
+def test_prompts_are_told_apart(tmp_path, vae):
+    init("--config", SHAPES, "--output", tmp_path / "nova", "--tiny", "--vae", vae)
+    embed = NOVAPipeline.from_pretrained(tmp_path / "nova").transformer.text_embed
+    red, blue = embed.encode_prompts(["a red circle", "a blue circle"])
+    spread = (red - embed.weight[:32]).norm()
+    assert (red - blue).norm() > 0.3 * spread
+
+
+def test_components_can_be_copied_from_a_folder(tmp_path, vae):
+    tiny = tmp_path / "tiny"
+    init("--config", SHAPES, "--output", tiny, "--tiny", "--vae", vae)
+    parts = ["--text-encoder", tiny / "text_encoder", "--tokenizer", tiny / "tokenizer"]
+    output = tmp_path / "nova"
+    assert init("--config", SHAPES, "--output", output, "--vae", vae, *parts) == 0
+    assert NOVAPipeline.from_pretrained(output).text_encoder is not None
+
+
+def test_an_existing_folder_is_kept(tmp_path, vae, capsys):
+    (tmp_path / "keep.txt").write_text("mine")
+    assert init("--config", SHAPES, "--output", tmp_path, "--tiny", "--vae", vae) == 1
+    assert "exists: name a new folder" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["keep.txt", "vae"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "needs --vae, the folder of an AutoencoderKL"),
+        (["--vae", "{vae}"], "--tokenizer is needed, or --tiny"),
+        (["--vae", "{wide}", "--tiny"], "'latent_channels': 8"),
+    ],
+)
+def test_what_is_missing_or_does_not_fit_is_named(tmp_path, vae, capsys, arguments, message):
+    make_vae(latent_channels=8).save_pretrained(tmp_path / "wide")
+    arguments = [a.format(vae=vae, wide=tmp_path / "wide") for a in arguments]
+    assert init("--config", SHAPES, "--output", tmp_path / "nova", *arguments) == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "nova").exists()
