@@ -40,8 +40,8 @@ class Sample:
 
 
 SAMPLES = (
-    Sample(ROOT / "assets" / "sample_image.jpg", "misty mountains around a calm lake"),
-    Sample(ROOT / "assets" / "sample_image2.jpg", "a city skyline at night"),
+    Sample(ROOT / "assets" / "sample_image.jpg", "a mountain lake at sunset"),
+    Sample(ROOT / "assets" / "sample_image2.jpg", "an orange fish above a coral reef"),
 )
 
 
@@ -52,7 +52,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--output", type=Path, default=Path("demo"), help="folder to write")
     parser.add_argument("--size", type=int, default=256, help="side of the pictures (256)")
-    parser.add_argument("--steps", type=int, default=600, help="training steps (600)")
+    parser.add_argument("--steps", type=int, default=500, help="training steps (500)")
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn (0)")
     return parser.parse_args(argv)
 
@@ -120,6 +120,7 @@ def train(model_dir: Path, dataset: Path, experiment: Path, args: argparse.Names
             f"{transformer}.image_size=[{args.size},{args.size}]",
             f"{transformer}.image_base_size=[{tokens},{tokens}]",
             f"{transformer}.video_base_size=[1,{tokens // 2},{tokens // 2}]",
+            "wandb=null",
             "experiment.log_every=50",
             "experiment.save_every=200",
             "training.batch_size=4",
