@@ -69,16 +69,15 @@ class BlockCausalMask:
 
 
 class LayerKVCache:
-    """Keys and values of one layer, in buffers allocated for the whole video.
+    """Keys and values of one layer, in buffers for the whole video.
 
     Args:
-        capacity: Most tokens that will ever be held.
+        buffer: Uninitialised storage, (2, B, H, capacity, d).
     """
 
-    def __init__(self, capacity: int) -> None:
-        self.capacity = capacity
+    def __init__(self, buffer: Tensor) -> None:
+        self.buffer = buffer
         self.length = 0
-        self._buffer: Tensor | None = None
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Add tokens and return everything held.
@@ -94,14 +93,13 @@ class LayerKVCache:
             ValueError: If the tokens do not fit.
         """
         end = self.length + k.size(2)
-        if end > self.capacity:
-            raise ValueError(f"the key/value cache holds {self.capacity} tokens, {end} needed")
-        if self._buffer is None:
-            self._buffer = k.new_empty(2, *k.shape[:2], self.capacity, k.size(3))
-        self._buffer[0, :, :, self.length : end] = k
-        self._buffer[1, :, :, self.length : end] = v
+        capacity = self.buffer.size(3)
+        if end > capacity:
+            raise ValueError(f"the key/value cache holds {capacity} tokens, {end} needed")
+        self.buffer[0, :, :, self.length : end] = k
+        self.buffer[1, :, :, self.length : end] = v
         self.length = end
-        keys, values = self._buffer[:, :, :, :end]
+        keys, values = self.buffer[:, :, :, :end]
         return keys, values
 
 
@@ -110,8 +108,11 @@ class KVCache:
 
     Args:
         depth: Number of layers.
-        capacity: Most tokens a layer will hold.
+        shape: (B, H, capacity, d) of each; the capacity is the most tokens ever held.
+        like: Gives dtype and device.
     """
 
-    def __init__(self, depth: int, capacity: int) -> None:
-        self.layers: Sequence[LayerKVCache] = [LayerKVCache(capacity) for _ in range(depth)]
+    def __init__(self, depth: int, shape: tuple[int, int, int, int], like: Tensor) -> None:
+        self.layers: Sequence[LayerKVCache] = [
+            LayerKVCache(like.new_empty(2, *shape)) for _ in range(depth)
+        ]

@@ -6,6 +6,7 @@ Shapes: B batch, H heads, L tokens, d head width.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
@@ -13,6 +14,19 @@ import torch
 from torch import Tensor, nn
 
 __all__ = ["FlexAttentionCausal2D"]
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Runs of tokens.
+
+    Attributes:
+        offsets: Where they begin and end, ascending from 0.
+        flags: Whether each is bidirectional inside; all are when None, missing ones are not.
+    """
+
+    offsets: tuple[int, ...] = ()
+    flags: tuple[bool, ...] | None = None
 
 
 class FlexAttentionCausal2D(nn.Module):
@@ -23,9 +37,13 @@ class FlexAttentionCausal2D(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.offsets: list[int] = []
-        self.flags: list[bool] | None = None
+        self.segments = Segments()
         self._block_masks: dict[Any, Any] = {}
+
+    @property
+    def offsets(self) -> tuple[int, ...]:
+        """Where segments begin and end; empty before they are set."""
+        return self.segments.offsets
 
     def set_offsets(self, offsets: Sequence[int], flags: Sequence[bool] | None = None) -> None:
         """Set where segments begin and end.
@@ -34,10 +52,10 @@ class FlexAttentionCausal2D(nn.Module):
             offsets: Ascending ends of the segments; a leading 0 is added when missing.
             flags: Whether each segment is bidirectional inside; missing ones are false.
         """
-        offsets = list(offsets)
-        self.offsets = offsets if offsets[:1] == [0] else [0, *offsets]
-        self.flags = None if flags is None else list(flags)
-        self._block_masks = {}
+        offsets = tuple(offsets)
+        offsets = offsets if offsets[:1] == (0,) else (0, *offsets)
+        self._block_masks.clear()
+        self.segments = Segments(offsets, None if flags is None else tuple(flags))
 
     def set_offsets_by_lens(self, lens: Sequence[int], flags: Sequence[bool] | None = None) -> None:
         """Set segments by their lengths."""
@@ -48,7 +66,8 @@ class FlexAttentionCausal2D(nn.Module):
         lengths = torch.tensor(self.offsets, device=device).diff()
         count = len(lengths)
         segment = torch.arange(count, device=device).repeat_interleave(lengths)
-        flags = [True] * count if self.flags is None else self.flags + [False] * count
+        given = (True,) * count if self.segments.flags is None else self.segments.flags
+        flags = [*given, *[False] * count]
         is_open = torch.tensor(flags[:count], device=device)[segment]
 
         def mask_mod(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
@@ -78,7 +97,9 @@ class FlexAttentionCausal2D(nn.Module):
 
         length = q.size(2)
         if not self.offsets or self.offsets[-1] != length:
-            raise ValueError(f"segments end at {self.offsets[-1:]}, but there are {length} tokens")
+            raise ValueError(
+                f"segments end at {list(self.offsets[-1:])}, but there are {length} tokens"
+            )
         key = (length, q.device)
         if key not in self._block_masks:
             self._block_masks[key] = create_block_mask(

@@ -101,7 +101,7 @@ def test_block_lengths_must_cover_the_tokens():
 def test_cached_attention_equals_attention_over_everything():
     attention = Attention(32, 4)
     x = torch.randn(2, 9, 32)
-    cache = KVCache(depth=1, capacity=9).layers[0]
+    cache = KVCache(depth=1, shape=(2, 4, 9, 8), like=x).layers[0]
     with torch.no_grad():
         parts = [attention(part, cache=cache) for part in x.split([5, 4], dim=1)]
         whole = attention(x, mask=BlockCausalMask(lengths=(5, 4)))
@@ -109,8 +109,8 @@ def test_cached_attention_equals_attention_over_everything():
 
 
 def test_a_full_cache_says_so():
-    cache = KVCache(depth=1, capacity=3).layers[0]
     k = torch.zeros(1, 1, 4, 8)
+    cache = KVCache(depth=1, shape=(1, 1, 3, 8), like=k).layers[0]
     with pytest.raises(ValueError, match="holds 3 tokens, 4 needed"):
         cache.append(k, k)
 

@@ -9,6 +9,7 @@ n tokens predicted in one step, R loss repeats. Guided batches are pass-major.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -354,12 +355,10 @@ class Transformer3DModel(nn.Module):
         Returns:
             Patches of the predicted tokens, (B, n, p*p*C).
         """
-        scheduler = self.sample_scheduler
+        scheduler = copy.copy(self.sample_scheduler)  # counts the steps of this run alone
         decoder = self.image_decoder
         embed = decoder.patch_embed
         hw = embed.grid(noise)
-        if hasattr(scheduler, "_step_index"):
-            scheduler._step_index = None
         condition = decoder.time_cond_embed.condition_proj(gather_tokens(z, guidance.expand(ids)))
         sample = noise
         for step in steps:
@@ -410,9 +409,12 @@ class Transformer3DModel(nn.Module):
     def _video_cache(
         self, latent_shape: Sequence[int], condition: Tensor, num_frames: int
     ) -> KVCache:
-        rows, columns = self._grid(self.video_encoder.patch_embed, latent_shape)
+        encoder = self.video_encoder
+        rows, columns = self._grid(encoder.patch_embed, latent_shape)
         capacity = condition.size(1) + num_frames * rows * columns
-        return KVCache(len(self.video_encoder.blocks), capacity)
+        attention = encoder.blocks[0].attn
+        shape = (condition.size(0), attention.num_heads, capacity, attention.head_dim)
+        return KVCache(len(encoder.blocks), shape, like=condition)
 
     def _previous_tokens(self, frames: Sequence[Tensor], latent_shape: Sequence[int]) -> Tensor:
         """What the video encoder reads at the next frame, (B, Nv, D)."""
