@@ -63,23 +63,9 @@ def _register_each(
         "d3w192": {"depth": 3, "embed_dim": 192, "num_heads": 3},
     },
 )
-def video_encoder(
-    depth: int,
-    embed_dim: int,
-    num_heads: int,
-    patch_size: int,
-    image_size: Sequence[int],
-    image_dim: int,
-) -> VisionTransformer:
-    """Encoder of text and earlier frames."""
-    return VisionTransformer(
-        depth=depth,
-        embed_dim=embed_dim,
-        num_heads=num_heads,
-        patch_size=patch_size,
-        image_size=image_size,
-        image_dim=image_dim,
-    )
+def video_encoder(**kwargs: Any) -> VisionTransformer:
+    """Encoder of text and earlier frames; arguments of :class:`VisionTransformer`."""
+    return VisionTransformer(**kwargs)
 
 
 @_register_each(
@@ -93,23 +79,9 @@ def video_encoder(
         "d6w192": {"depth": 6, "embed_dim": 192, "num_heads": 3},
     },
 )
-def image_encoder(
-    depth: int,
-    embed_dim: int,
-    num_heads: int,
-    patch_size: int,
-    image_size: Sequence[int],
-    image_dim: int,
-) -> VisionTransformer:
-    """Encoder of the tokens of one frame."""
-    return VisionTransformer(
-        depth=depth,
-        embed_dim=embed_dim,
-        num_heads=num_heads,
-        patch_size=patch_size,
-        image_size=image_size,
-        image_dim=image_dim,
-    )
+def image_encoder(**kwargs: Any) -> VisionTransformer:
+    """Encoder of the tokens of one frame; arguments of :class:`VisionTransformer`."""
+    return VisionTransformer(**kwargs)
 
 
 @_register_each(
@@ -124,17 +96,9 @@ def image_encoder(
         "d3w192": {"depth": 3, "embed_dim": 192},
     },
 )
-def image_decoder(
-    depth: int, embed_dim: int, patch_size: int, image_dim: int, cond_dim: int
-) -> DiffusionMLP:
-    """Denoiser of single tokens."""
-    return DiffusionMLP(
-        depth=depth,
-        embed_dim=embed_dim,
-        cond_dim=cond_dim,
-        patch_size=patch_size,
-        image_dim=image_dim,
-    )
+def image_decoder(**kwargs: Any) -> DiffusionMLP:
+    """Denoiser of single tokens; arguments of :class:`DiffusionMLP`."""
+    return DiffusionMLP(**kwargs)
 
 
 class NOVATransformer3DModel(StrictLoadingMixin, Transformer3DModel, ModelMixin, ConfigMixin):
