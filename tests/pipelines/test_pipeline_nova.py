@@ -167,6 +167,13 @@ def test_unknown_arguments_are_reported(pipe, caplog):
     assert "ignores unknown arguments: ['guidance']" in caplog.text
 
 
+def test_the_guidance_scale_can_start_lower(pipe):
+    options = {"output_type": "latent", **QUICK}
+    plain = pipe("a cat", generator=seeded(), **options).frames
+    growing = pipe("a cat", generator=seeded(), min_guidance_scale=1, **options).frames
+    assert not torch.equal(plain, growing)
+
+
 def test_a_path_is_no_component(pipe):
     with pytest.raises(TypeError, match="vae must be an object, got the path"):
         pipe.register_module("/some/vae", "vae")

@@ -30,8 +30,10 @@ logger = logging.getLogger(__name__)
 
 Generators = torch.Generator | list[torch.Generator] | None
 
+# Further arguments that the model reads.
+_MODEL_ARGUMENTS = {"fps", "min_guidance_scale"}
 # Arguments of the apps and evaluation scripts that are theirs alone.
-_TOLERATED_ARGUMENTS = {"seed", "randomize_seed", "progress", "num_images", "fps"}
+_TOLERATED_ARGUMENTS = {"seed", "randomize_seed", "progress", "num_images"}
 
 
 class NOVAPipeline(PipelineMixin, DiffusionPipeline):
@@ -126,8 +128,9 @@ class NOVAPipeline(PipelineMixin, DiffusionPipeline):
             negative_prompt_embeds: The same for the negative prompts.
             disable_progress_bar: Whether to be silent.
             output_type: "pil", "np" (uint8), "pt" (-1 to 1) or "latent".
-            **kwargs: ``vae_batch_size``, samples decoded at once (1); other names are ignored
-                with a warning.
+            **kwargs: ``vae_batch_size``, samples decoded at once (1); ``fps``, frames per second
+                the motion is measured at (12); ``min_guidance_scale``, where ``guidance_scale``
+                starts in each frame. Other names are ignored with a warning.
 
         Returns:
             ``images`` for pictures, ``frames`` for videos and for latents.
@@ -140,6 +143,7 @@ class NOVAPipeline(PipelineMixin, DiffusionPipeline):
         self._check_inputs(prompt, prompt_embeds, max_latent_length, flow_shift, output_type)
         self.guidance_scale = guidance_scale
         inputs = {
+            **{name: kwargs[name] for name in _MODEL_ARGUMENTS & set(kwargs)},
             "num_diffusion_steps": num_diffusion_steps,
             "max_latent_length": max_latent_length,
             "guidance_scale": guidance_scale,
@@ -170,7 +174,7 @@ class NOVAPipeline(PipelineMixin, DiffusionPipeline):
         return NOVAPipelineOutput(**{name: self.image_processor.postprocess(x, output_type)})
 
     def _warn_unknown(self, kwargs: dict[str, Any]) -> None:
-        unknown = sorted(set(kwargs) - _TOLERATED_ARGUMENTS)
+        unknown = sorted(set(kwargs) - _TOLERATED_ARGUMENTS - _MODEL_ARGUMENTS)
         if unknown:
             logger.warning("%s ignores unknown arguments: %s", type(self).__name__, unknown)
 
