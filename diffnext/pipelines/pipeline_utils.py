@@ -82,7 +82,7 @@ class PipelineMixin:
         return pipeline
 
     def register_module(self, model_or_path: Any, name: str) -> Any:
-        """Record a component, so that saving and moving the pipeline includes it.
+        """Record one component, see :meth:`register_modules`.
 
         Args:
             model_or_path: The component, or None.
@@ -90,17 +90,26 @@ class PipelineMixin:
 
         Returns:
             The component.
+        """
+        self.register_modules(**{name: model_or_path})
+        return model_or_path
+
+    def register_modules(self, **components: Any) -> None:
+        """Make components attributes, so that saving and moving the pipeline includes them.
+
+        Args:
+            **components: By name; None for one that is absent.
 
         Raises:
             TypeError: For a path: load the component with its class first.
         """
-        if isinstance(model_or_path, (str, os.PathLike)):
-            raise TypeError(
-                f"{name} must be an object, got the path {str(model_or_path)!r}: load it with "
-                "its class's from_pretrained"
-            )
-        self.register_modules(**{name: model_or_path})
-        return model_or_path
+        for name, component in components.items():
+            if isinstance(component, (str, os.PathLike)):
+                raise TypeError(
+                    f"{name} must be an object, got the path {str(component)!r}: load it with "
+                    "its class's from_pretrained"
+                )
+        super().register_modules(**components)
 
 
 def cosine_set_sizes(num_steps: int, num_tokens: int) -> np.ndarray:

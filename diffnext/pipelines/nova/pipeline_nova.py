@@ -61,11 +61,13 @@ class NOVAPipeline(PipelineMixin, DiffusionPipeline):
         trust_remote_code: bool = True,
     ) -> None:
         super().__init__()
-        self.vae = self.register_module(vae, "vae")
-        self.text_encoder = self.register_module(text_encoder, "text_encoder")
-        self.tokenizer = self.register_module(tokenizer, "tokenizer")
-        self.transformer = self.register_module(transformer, "transformer")
-        self.scheduler = self.register_module(scheduler, "scheduler")
+        self.register_modules(
+            vae=vae,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            transformer=transformer,
+            scheduler=scheduler,
+        )
         self.image_processor = VaeImageProcessor()
         self.guidance_scale = 5.0
         if transformer is None:
