@@ -12,11 +12,14 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from diffnext.models.autoencoders.tiling import TilingMixin
+
 __all__ = [
     "DecoderOutput",
     "DiagonalGaussianDistribution",
     "IdentityDistribution",
     "LatentScalingMixin",
+    "TilingMixin",
 ]
 
 Generators = torch.Generator | list[torch.Generator] | None
