@@ -79,6 +79,7 @@ class Trainer:
         self.dtype = precision_to_dtype(self.precision)
         self.run = RunFolder(Path(config.experiment.output_dir), config.model.name)
         self.checkpoint_format = _checkpoint_format(config)
+        self.loss_weights = loss_weights(config)
         resume = find_resume(config)
         self.global_step = 0 if resume is None else resume.step
 
@@ -178,7 +179,7 @@ class Trainer:
         """
         with self.accelerator.accumulate(self.model):
             outputs = self.model(self.loader.next()[0])
-            self.accelerator.backward(_total_loss(outputs))
+            self.accelerator.backward(_total_loss(outputs, self.loss_weights))
             max_norm = self.config.training.get("max_grad_norm")
             if max_norm is not None and self.accelerator.sync_gradients:
                 self.accelerator.clip_grad_norm_(self.model.parameters(), max_norm)
@@ -439,14 +440,37 @@ def _checkpoint_format(config: DictConfig) -> str:
     return file_format
 
 
-def _total_loss(outputs: Mapping[str, Any]) -> Tensor:
-    """Sum the losses among a model's outputs.
+def loss_weights(config: DictConfig) -> dict[str, float]:
+    """Weights of the losses by the names they have among a model's outputs.
+
+    Args:
+        config: Training configuration; ``model.loss_weights`` is read.
+
+    Raises:
+        ConfigError: If a weight is no number of at least 0, or both are 0.
+    """
+    given = OmegaConf.select(config, "model.loss_weights") or {}
+    weights = {}
+    for key, name in (("t2i", "loss_t2i"), ("i2v", "loss_i2i")):
+        value = given.get(key, 1.0)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
+            raise ConfigError(
+                f"model.loss_weights.{key} must be a number of at least 0, got {value}"
+            )
+        weights[name] = float(value)
+    if not any(weights.values()):
+        raise ConfigError("model.loss_weights are all 0: nothing would be trained")
+    return weights
+
+
+def _total_loss(outputs: Mapping[str, Any], weights: Mapping[str, float]) -> Tensor:
+    """Sum the losses among a model's outputs; those without a weight count once.
 
     Raises:
         ValueError: If none of them can be trained on.
     """
     losses = [
-        value
+        value * weights.get(name, 1.0)
         for name, value in outputs.items()
         if "loss" in name and isinstance(value, Tensor) and value.requires_grad
     ]

@@ -242,17 +242,18 @@ class VideoPosEmbed(PosEmbed):
         self.norm = nn.LayerNorm(dim)
         self.time_proj = _value_mlp(dim)
 
-    def get_time_embed(self, t: int) -> Tensor:
+    def get_time_embed(self, t: int, device: torch.device | None = None) -> Tensor:
         """Embedding of each of ``t`` frames, rescaled to the base length: (t, 1, dim)."""
         weight = self.time_proj[0].weight
-        steps = torch.arange(t, dtype=torch.float32, device=weight.device)
+        device = weight.device if device is None else device  # offloaded weights have none
+        steps = torch.arange(t, dtype=torch.float32, device=device)
         features = sincos(steps * (self.base_t / t), 128).to(weight.dtype)
         return self.norm(self.time_proj(features)).unsqueeze(1)
 
     def forward(self, x: Tensor) -> Tensor:
         """Add time and space to videos (B, T, N, dim); space alone to frames (B, N, dim)."""
         if x.ndim == 4:
-            x = x + self.get_time_embed(x.size(1))
+            x = x + self.get_time_embed(x.size(1), x.device)
         return super().forward(x)
 
 
@@ -299,6 +300,16 @@ class MotionEmbed(nn.Module):
         return sincos(rows, 128).to(c.dtype)  # (B, 1, 256)
 
 
+class PatchProjection(nn.Conv2d):
+    """Projects patches: those of pictures by convolution, patches cut before as vectors."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Pictures (B, C, h, w) to (B, D, h/p, w/p), or patches (..., p*p*C) to (..., D)."""
+        if x.ndim == 4:
+            return super().forward(x)
+        return F.linear(x, self.weight.permute(0, 2, 3, 1).flatten(1), self.bias)
+
+
 class PatchEmbed(nn.Module):
     """Latent patches to tokens.
 
@@ -316,7 +327,7 @@ class PatchEmbed(nn.Module):
         self.image_dim = image_dim
         self.patch_size = patch_size
         self.hw: tuple[int | None, int | None] = (None, None)
-        self.proj = nn.Conv2d(image_dim, embed_dim, patch_size, stride=patch_size)
+        self.proj = PatchProjection(image_dim, embed_dim, patch_size, stride=patch_size)
 
     @property
     def height(self) -> int | None:
@@ -350,9 +361,8 @@ class PatchEmbed(nn.Module):
         return x.size(-2) // self.patch_size, x.size(-1) // self.patch_size
 
     def embed_patches(self, patches: Tensor) -> Tensor:
-        """Embed patches (..., p*p*C) as :meth:`forward` embeds the picture they were cut from."""
-        weight = self.proj.weight.permute(0, 2, 3, 1).flatten(1)
-        return F.linear(patches, weight, self.proj.bias)
+        """Embed patches (B, n, p*p*C) as :meth:`forward` embeds the picture they were cut from."""
+        return self.proj(patches)
 
     def patchify(self, x: Tensor) -> Tensor:
         """Cut (B, C, h, w) into patches (B, N, p*p*C), channels innermost."""
@@ -462,7 +472,10 @@ class TextEmbed(nn.Module):
         # The encoder is causal: what stands behind a prompt does not reach its states.
         padding = tokenizer.pad_token_id or 0
         padded = [list(row) + [padding] * (longest - len(row)) for row in ids]
-        input_ids = torch.tensor(padded, dtype=torch.int64, device=text_encoder.device)
+        device = text_encoder.device
+        if device.type == "meta":  # offloaded: its hooks bring inputs to where it runs
+            device = self.weight.device
+        input_ids = torch.tensor(padded, dtype=torch.int64, device=device)
         states = text_encoder(input_ids).last_hidden_state
         return [state[: len(row)] for state, row in zip(states, ids, strict=True)]
 
@@ -527,6 +540,13 @@ class MaskEmbed(nn.Module):
         self.mask_ratios = list(mask_ratios) + [0.25] * (len(mask_ratios) == 2)
         self.bos_token = nn.Parameter(torch.empty(1, embed_dim).normal_(std=0.02))
         self.mask_token = nn.Parameter(torch.empty(1, embed_dim).normal_(std=0.02))
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        """The vector of the frame before the first, and that of hidden tokens; (1, D) each.
+
+        A call, unlike reading the parameters, also works on offloaded weights.
+        """
+        return self.bos_token, self.mask_token
 
     def apply_mask(self, x: Tensor, hidden: Tensor) -> Tensor:
         """Put the mask vector in place of hidden tokens.

@@ -1,4 +1,4 @@
-"""Block-causal attention on PyTorch's FlexAttention kernels; not used by the released models.
+"""Block-causal attention on PyTorch's FlexAttention kernels.
 
 Shapes: B batch, H heads, L tokens, d head width.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate
 from typing import Any
 
@@ -27,6 +28,12 @@ class Segments:
 
     offsets: tuple[int, ...] = ()
     flags: tuple[bool, ...] | None = None
+
+
+@lru_cache(maxsize=1)
+def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """One compiled function for all layers."""
+    return torch.compile(function)
 
 
 class FlexAttentionCausal2D(nn.Module):
@@ -85,7 +92,7 @@ class FlexAttentionCausal2D(nn.Module):
             from torch.nn.attention.flex_attention import flex_attention
         except ImportError as error:
             raise NotImplementedError("flex attention needs torch 2.5 or later") from error
-        return torch.compile(flex_attention)
+        return _compiled(flex_attention)
 
     def get_block_mask(self, q: Tensor) -> Any:
         """The block mask for queries (B, H, L, d), kept for each length and device.

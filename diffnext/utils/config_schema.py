@@ -53,6 +53,14 @@ class ExperimentConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LossWeights:
+    """Weights of a video model's losses in their sum; the log shows them unweighted."""
+
+    t2i: float = key("Weight of loss_t2i, the first frame.", 1.0)
+    i2v: float = key("Weight of loss_i2i, the later frames.", 1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The trained component."""
 
@@ -62,6 +70,7 @@ class ModelConfig:
         0,
     )
     loss_repeat: int = key("Noise levels drawn per token in one step.", 4)
+    loss_weights: LossWeights = key("Weights of the losses of videos.", {})
 
 
 @dataclass(frozen=True, kw_only=True)

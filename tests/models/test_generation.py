@@ -93,7 +93,7 @@ def video_states(model, frames, c):
     model.eval()
     states = []
 
-    def record(given, *args):
+    def record(frame, given, *args):
         states.append(given)
         return torch.zeros(len(frames), 4, 8, 12)
 

@@ -130,8 +130,11 @@ def test_flow_shift_stays_until_another_is_given(pipe):
         ({"prompt": "a", "max_latent_length": 0}, "must be at least 1, got 0"),
         ({"prompt": "a", "output_type": "jpg"}, "output_type must be one of"),
         ({"prompt": "a", "num_inference_steps": 0}, "num_inference_steps must be at least 1"),
-        ({"prompt": "a", "image": np.zeros((8, 8, 3))}, "picture of 64x96"),
-        ({"prompt": "a", "image": Image.new("RGB", (64, 96))}, "picture of 64x96"),
+        ({"prompt": "a", "image": np.zeros((8, 8, 2))}, "1, 3 or 4 channels, got the shape"),
+        ({"prompt": "a", "image": np.full((8, 8, 3), 300)}, "got values from 300 to 300"),
+        ({"prompt": "a", "image": "cat.png"}, "an image must be a PIL image, .* got str"),
+        ({"prompt": "a", "resize_mode": "cut"}, "resize_mode must be one of"),
+        ({"prompt": ["a", "b"], "image": np.zeros((3, 8, 8, 3))}, "got 3 for 2 samples"),
         ({"prompt": "a", "vae_batch_size": 0}, "vae_batch_size must be at least 1"),
         ({"prompt_embeds": torch.zeros(1, 9, 64)}, r"\(k, 64\) with k <= 7, got \(9, 64\)"),
         (

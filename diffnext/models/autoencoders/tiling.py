@@ -150,6 +150,10 @@ class TilingMixin(AutoencoderMixin):
         tiles = self.latent_tiles(num_latents)
         return sum((tile.end - tile.start - 1) * ratio + 1 - tile.drop for tile in tiles)
 
+    def legal_latent_length(self, num_latents: int) -> int:
+        """The largest legal number of latent frames that is not above ``num_latents``."""
+        return next(filter(self._is_legal_latent, range(num_latents, 0, -1)))
+
     def tiled_encoder(self, x: Tensor) -> Tensor:
         """Encode in temporal tiles.
 

@@ -9,9 +9,8 @@ n tokens predicted in one step, R loss repeats. Guided batches are pass-major.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,10 +22,34 @@ from diffnext.models.attention import BlockCausalMask, KVCache
 from diffnext.models.embeddings import gather_tokens, scatter_tokens
 from diffnext.models.guidance_scaler import GuidanceScaler
 from diffnext.models.vision_transformer import set_checkpointing
+from diffnext.schedulers.denoising_run import DenoisingRun
 
-__all__ = ["DenoisingStep", "GenerationRequest", "Transformer3DModel"]
+__all__ = ["DenoisingStep", "GenerationMonitor", "GenerationRequest", "Transformer3DModel"]
 
 Generators = torch.Generator | list[torch.Generator] | None
+
+
+class GenerationMonitor:
+    """Follows a generation; this one lets it pass.
+
+    Attributes:
+        is_stopped: Whether to stop after the current step.
+    """
+
+    is_stopped = False
+
+    def on_step(self, frame: int, step: int, latents: Tensor) -> Tensor:
+        """Look at, or replace, the frame that is being filled.
+
+        Args:
+            frame: Index of the latent frame.
+            step: Index of the set of tokens that was just predicted.
+            latents: The frame, (B, C, h, w); zero where nothing is predicted yet.
+
+        Returns:
+            The frame to go on with; the same object when nothing is replaced.
+        """
+        return latents
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +68,8 @@ class GenerationRequest:
         generator: Source of every draw; a list gives each sample its own.
         show_frames: Whether to draw a progress bar over frames.
         show_sets: Whether to draw a progress bar over the sets of a frame.
+        progress_bar_config: Arguments of the bars, as of tqdm.
+        monitor: Told of every step; None for nobody.
     """
 
     condition: Tensor
@@ -57,6 +82,8 @@ class GenerationRequest:
     generator: Generators = None
     show_frames: bool = True
     show_sets: bool = False
+    progress_bar_config: Mapping[str, Any] = field(default_factory=dict)
+    monitor: GenerationMonitor | None = None
 
     def __post_init__(self) -> None:
         """Check that the parts fit together.
@@ -113,6 +140,13 @@ def draw_order(batch: int, num_tokens: int, generator: Generators, like: Tensor)
         (batch, num_tokens, 1), generator=generator, device=device, dtype=like.dtype
     )
     return scores.to(like.device).argsort(dim=1, stable=True)
+
+
+def progress_bar(
+    iterable: Iterable[Any], enabled: bool, request: GenerationRequest
+) -> Iterable[Any]:
+    """Iterate with a progress bar when enabled."""
+    return tqdm(iterable, **request.progress_bar_config) if enabled else iterable
 
 
 def identity(inputs: dict[str, Any]) -> dict[str, Any]:
@@ -177,15 +211,32 @@ class Transformer3DModel(nn.Module):
             inputs: Left as it is. ``c`` (list of condition tokens), ``prompt`` (text states or
                 prompts), ``motion_flow`` and ``fps``; in training ``x``, scaled latents (B, C, h,
                 w) or (B, C, T, h, w); else ``batch_size``, ``num_preds`` and the other fields of
-                :class:`GenerationRequest` and :class:`GuidanceScaler` by their names.
+                :class:`GenerationRequest` and :class:`GuidanceScaler` by their names. Instead of
+                all these ``frames``, an iterator of :meth:`iterate_frames`, makes one frame: a
+                call, unlike the iterator alone, also works on offloaded weights.
 
         Returns:
-            Losses in training, else ``x``: latents, (B, C, T, h, w).
+            Losses in training, else ``x``: latents, (B, C, T, h, w), or the next frame, (B, C, h,
+            w), None behind the last.
         """
+        if "frames" in inputs:
+            return {"x": next(inputs["frames"], None)}
         inputs = self.pipeline_preprocess(dict(inputs))
         if self.training:
             return self.train_video(inputs["x"], self.embed_condition(inputs))
-        return {"x": self.generate_video(self.preprocess(inputs))}
+        return {"x": torch.stack(list(self.generate_frames(self.preprocess(inputs))), dim=2)}
+
+    @torch.no_grad()
+    def iterate_frames(self, inputs: dict[str, Any]) -> Iterator[Tensor]:
+        """Generate frame by frame.
+
+        Args:
+            inputs: As for :meth:`forward`.
+
+        Yields:
+            Latents, (B, C, h, w), given frames included.
+        """
+        yield from self.generate_frames(self.preprocess(inputs))
 
     def preprocess(self, inputs: dict[str, Any]) -> GenerationRequest:
         """Parse the inputs of a generation.
@@ -206,6 +257,8 @@ class Transformer3DModel(nn.Module):
             generator=inputs.get("generator"),
             show_frames=inputs.get("tqdm1", True),
             show_sets=inputs.get("tqdm2", False),
+            progress_bar_config=inputs.get("progress_bar_config") or {},
+            monitor=inputs.get("monitor"),
         )
 
     def _latent_shape(self, inputs: dict[str, Any]) -> tuple[int, int, int, int]:
@@ -242,11 +295,14 @@ class Transformer3DModel(nn.Module):
     # Generation
 
     @torch.no_grad()
-    def generate_video(self, request: GenerationRequest) -> Tensor:
+    def generate_frames(self, request: GenerationRequest) -> Iterator[Tensor]:
         """Generate frame after frame; given frames are seen, not made.
 
-        Returns:
-            Latents, (B, C, T, h, w), given frames included.
+        A monitor that stops ends the video with the last whole frame; the first frame is
+        returned as far as it is filled.
+
+        Yields:
+            Latents, (B, C, h, w), given frames included.
 
         Raises:
             ValueError: If ``num_preds`` does not cover the frame.
@@ -256,35 +312,42 @@ class Transformer3DModel(nn.Module):
         condition = guidance.expand_text(request.condition)
         steps = self.prepare_steps(request.num_diffusion_steps, condition)
         total = request.max_latent_length
-        embeds, positions = self._frame_positions(request.latent_shape, total)
+        embeds, positions = self._frame_positions(request.latent_shape, total, condition.device)
         cache = self._video_cache(request.latent_shape, condition, total) if total > 1 else None
+        begin, _ = self.mask_embed()
         order = None
         first_states = None
-        frames: list[Tensor] = []
-        for t in self.progress_bar(range(total), request.show_frames):
-            tokens = self._previous_tokens(frames, request.latent_shape)
+        frame = None
+        for t in progress_bar(range(total), request.show_frames, request):
+            tokens = self._previous_tokens(frame, begin, request.latent_shape)
             if embeds is not None:
                 tokens = self.video_pos_embed(tokens + embeds[t])
             states = self.video_encoder(
-                guidance.expand(tokens, padding=self.mask_embed.bos_token),
+                guidance.expand(tokens, padding=begin),
                 condition if t == 0 else None,
                 pos=positions[t],
                 cache=cache,
             )
             first_states = states if t == 0 else first_states
             if t < len(request.latents):
-                frames.append(request.latents[t].to(condition))
+                frame = request.latents[t].to(condition)
+                yield frame
                 continue
             if order is None:
                 order = draw_order(
                     request.latent_shape[0], num_tokens, request.generator, condition
                 )
             mixed = self.mix_states(first_states, states) if t > 0 else states
-            frames.append(self.generate_frame(mixed, order, steps, request))
-        return torch.stack(frames, dim=2)
+            frame = self.generate_frame(t, mixed, order, steps, request)
+            is_stopped = request.monitor is not None and request.monitor.is_stopped
+            if not is_stopped or t == 0:
+                yield frame
+            if is_stopped:
+                return
 
     def generate_frame(
         self,
+        frame: int,
         states: Tensor,
         order: Tensor,
         steps: Sequence[DenoisingStep],
@@ -293,6 +356,7 @@ class Transformer3DModel(nn.Module):
         """Fill one frame, set by set.
 
         Args:
+            frame: Its index.
             states: The video encoder's states for this frame, (P*B, Nv, D).
             order: Prediction order, (B, N, 1) token ids.
             steps: The sampling schedule.
@@ -304,14 +368,16 @@ class Transformer3DModel(nn.Module):
         guidance = request.guidance
         batch = request.latent_shape[0]
         embed = self.image_encoder.patch_embed
+        hw = self._grid(embed, request.latent_shape)
         pos = None
         if self.image_pos_embed is not None:
-            pos = self.image_pos_embed.get_pos(1, 1, self._grid(embed, request.latent_shape))
-        tokens = self.mask_embed.mask_token.expand(batch, order.size(1), -1)
+            pos = self.image_pos_embed.get_pos(1, 1, hw)
+        _, hidden = self.mask_embed()
+        tokens = hidden.expand(batch, order.size(1), -1)
         patches = states.new_zeros(batch, order.size(1), self.image_decoder.head.out_features)
         sets = [n for n in request.num_preds if n > 0]
         done = 0
-        for index, n in enumerate(self.progress_bar(sets, request.show_sets)):
+        for index, n in enumerate(progress_bar(sets, request.show_sets, request)):
             known_ids = order[:, :done]
             ids = order[:, done : done + n]
             z = self.image_encoder(
@@ -323,9 +389,18 @@ class Transformer3DModel(nn.Module):
             scale = guidance.scale_at((index + 1) / len(sets))
             predicted = self.denoise(z, noise, ids, steps, guidance, scale, request.generator)
             patches = scatter_tokens(patches, ids, predicted)
-            tokens = scatter_tokens(tokens, ids, embed.embed_patches(predicted))
             done += n
-        return embed.unpatchify(patches, self._grid(embed, request.latent_shape))
+            if request.monitor is not None:
+                latents = embed.unpatchify(patches, hw)
+                replaced = request.monitor.on_step(frame, index, latents)
+                if request.monitor.is_stopped:
+                    return replaced
+                if replaced is not latents:
+                    patches = embed.patchify(replaced)
+                    ids = order[:, :done]
+                    predicted = gather_tokens(patches, ids)
+            tokens = scatter_tokens(tokens, ids, embed.embed_patches(predicted))
+        return embed.unpatchify(patches, hw)
 
     def denoise(
         self,
@@ -355,24 +430,22 @@ class Transformer3DModel(nn.Module):
         Returns:
             Patches of the predicted tokens, (B, n, p*p*C).
         """
-        scheduler = copy.copy(self.sample_scheduler)  # counts the steps of this run alone
+        run = DenoisingRun(self.sample_scheduler, generator)
         decoder = self.image_decoder
         embed = decoder.patch_embed
         hw = embed.grid(noise)
         condition = decoder.time_cond_embed.condition_proj(gather_tokens(z, guidance.expand(ids)))
-        sample = noise
+        sample = run.start(noise)
         for step in steps:
             if guidance.is_truncated(step.value):
                 condition = condition[: len(noise)]
                 guidance = GuidanceScaler()
-            patches = embed.patchify(sample)  # (B, N, p*p*C)
+            patches = embed.patchify(run.model_input(sample, step.timestep))  # (B, N, p*p*C)
             noisy = guidance.expand(gather_tokens(patches, ids))  # (P*B, n, p*p*C)
             predicted = decoder.denoise(noisy, condition + step.embedding)
             output = scatter_tokens(guidance.expand(patches), guidance.expand(ids), predicted)
             output = embed.unpatchify(guidance.scale(output, guidance_scale), hw)
-            sample = scheduler.step(
-                output, step.timestep, sample, generator=generator
-            ).prev_sample.to(noise.dtype)
+            sample = run.step(output, step.timestep, sample)
         return gather_tokens(embed.patchify(sample), ids)
 
     def prepare_steps(self, num_steps: int, like: Tensor) -> list[DenoisingStep]:
@@ -393,10 +466,6 @@ class Transformer3DModel(nn.Module):
             for timestep, value, row in zip(scheduler.timesteps, values, table, strict=True)
         ]
 
-    def progress_bar(self, iterable: Iterable[Any], enabled: bool = True) -> Iterable[Any]:
-        """Iterate with a progress bar when enabled."""
-        return tqdm(iterable) if enabled else iterable
-
     def _check_num_preds(self, request: GenerationRequest) -> int:
         rows, columns = self._grid(self.image_encoder.patch_embed, request.latent_shape)
         total = sum(n for n in request.num_preds if n > 0)
@@ -416,20 +485,22 @@ class Transformer3DModel(nn.Module):
         shape = (condition.size(0), attention.num_heads, capacity, attention.head_dim)
         return KVCache(len(encoder.blocks), shape, like=condition)
 
-    def _previous_tokens(self, frames: Sequence[Tensor], latent_shape: Sequence[int]) -> Tensor:
-        """What the video encoder reads at the next frame, (B, Nv, D)."""
+    def _previous_tokens(
+        self, frame: Tensor | None, begin: Tensor, latent_shape: Sequence[int]
+    ) -> Tensor:
+        """What the video encoder reads behind a frame, at first ``begin``: (B, Nv, D)."""
         embed = self.video_encoder.patch_embed
-        if frames:
-            return embed(frames[-1])
+        if frame is not None:
+            return embed(frame)
         rows, columns = self._grid(embed, latent_shape)
-        return self.mask_embed.bos_token.expand(latent_shape[0], rows * columns, -1)
+        return begin.expand(latent_shape[0], rows * columns, -1)
 
     def _frame_positions(
-        self, latent_shape: Sequence[int], num_frames: int
+        self, latent_shape: Sequence[int], num_frames: int, device: torch.device
     ) -> tuple[Tensor | None, Sequence[Tensor | None]]:
         """Time embeddings (T, 1, D) of absolute positions, or the rotary ones of each frame."""
         if self.image_pos_embed is None:
-            return self.video_pos_embed.get_time_embed(num_frames), [None] * num_frames
+            return self.video_pos_embed.get_time_embed(num_frames, device), [None] * num_frames
         hw = self._grid(self.video_encoder.patch_embed, latent_shape)
         return None, self.video_pos_embed.get_pos(num_frames, 1, hw).chunk(num_frames, dim=1)
 
@@ -487,7 +558,8 @@ class Transformer3DModel(nn.Module):
         batch, num_frames = x.size(0), x.size(2)
         seen = self.video_encoder.patch_embed(x[:, :, : num_frames - 1])  # (B, T-1, Nv, D)
         rows, columns = self._grid(self.video_encoder.patch_embed, x.shape)
-        begin = self.mask_embed.bos_token.expand(batch, 1, rows * columns, -1)
+        begin, _ = self.mask_embed()
+        begin = begin.expand(batch, 1, rows * columns, -1)
         tokens = self.video_pos_embed(torch.cat([begin.to(seen.dtype), seen], dim=1))
         pos = None
         if self.image_pos_embed is not None:

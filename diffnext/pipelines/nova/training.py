@@ -1,0 +1,119 @@
+"""What the training pipelines share: readying the model, and batches of cached latents.
+
+Shapes: B samples, C latent channels, T latent frames, h w latent size.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffnext.models.transformers.transformer_nova import NOVATransformer3DModel
+from diffnext.pipelines.builder import build_diffusion_scheduler
+
+__all__ = ["TextConditionMixin", "TrainingPipelineMixin"]
+
+
+class TrainingPipelineMixin(ABC):
+    """Prepares NOVA and its batches for training."""
+
+    # Parts of the model that stay as they are.
+    frozen_modules: tuple[str, ...] = ()
+
+    def _setup_training(self) -> None:
+        """Give the model its schedulers, at the end of the constructor."""
+        self.guidance_scale = 5.0
+        if self.transformer is not None:
+            self.transformer.noise_scheduler = build_diffusion_scheduler(self.scheduler)
+            self.transformer.sample_scheduler = self.scheduler
+
+    @property
+    def model(self) -> NOVATransformer3DModel:
+        """The model to train."""
+        return self.transformer
+
+    def configure_model(self, config: Any) -> NOVATransformer3DModel:
+        """Make the model ready to be trained on this pipeline's batches.
+
+        Args:
+            config: Training config; its ``model`` section gives ``gradient_checkpointing`` (0 to
+                3, default 0) and ``loss_repeat`` (default 4).
+
+        Returns:
+            The model in training mode, its frozen parts frozen.
+        """
+        model = self.model
+        model.set_gradient_checkpointing(config.model.get("gradient_checkpointing", 0))
+        model.loss_repeat = config.model.get("loss_repeat", 4)
+        modules = dict(model.named_modules())
+        for name in self.frozen_modules:
+            if name in modules:
+                modules[name].requires_grad_(False)
+        model.pipeline_preprocess = self._preprocess_in_training
+        return model.train()
+
+    def _preprocess_in_training(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Leave the inputs of a generation as they are: a model may be tried between two steps."""
+        return self.preprocess(inputs) if self.model.training else inputs
+
+    def preprocess(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Turn a batch of the loader into inputs of the model.
+
+        Args:
+            inputs: ``latents``, posterior moments (B, 2C, h, w) or (B, 2C, T, h, w); ``prompt``,
+                what :meth:`encode_prompt` takes; other keys pass.
+
+        Returns:
+            ``x``, freshly sampled scaled latents; ``c``, condition tokens; the other keys.
+
+        Raises:
+            RuntimeError: If the model is not in training mode.
+        """
+        if not self.model.training:
+            raise RuntimeError("a training pipeline preprocesses batches in training mode only")
+        outputs = dict(inputs)
+        outputs["x"] = self.prepare_latents(outputs)
+        outputs["c"] = self.encode_prompt(outputs)
+        return outputs
+
+    def prepare_latents(self, inputs: dict[str, Any]) -> Tensor:
+        """Sample scaled latents from the cached moments; takes them out of ``inputs``.
+
+        Raises:
+            NotImplementedError: For pixels: only cached moments can be trained on.
+            ValueError: If there are no moments.
+        """
+        if "images" in inputs:
+            raise NotImplementedError("training takes cached VAE moments ('latents'), not 'images'")
+        if "latents" not in inputs:
+            raise ValueError(f"a batch needs 'latents', got {sorted(inputs)}")
+        moments = torch.as_tensor(inputs.pop("latents"), device=self.model.device)
+        if not moments.is_floating_point():
+            raise ValueError(f"latents must be floating-point moments, got {moments.dtype}")
+        posterior = self.vae.latent_dist(moments.to(self.model.dtype))
+        return self.vae.scale_(posterior.sample())
+
+    @abstractmethod
+    def encode_prompt(self, inputs: dict[str, Any]) -> list[Tensor]:
+        """Condition tokens of the prompts, behind any given; takes prompts out of ``inputs``."""
+
+
+class TextConditionMixin(TrainingPipelineMixin):
+    """Training on prompts: texts, which the text encoder reads, or cached text states."""
+
+    def configure_model(self, config: Any) -> NOVATransformer3DModel:
+        """See :meth:`TrainingPipelineMixin.configure_model`."""
+        model = super().configure_model(config)
+        if model.text_embed is not None:
+            model.text_embed.encoders = [self.tokenizer, self.text_encoder]
+        return model
+
+    def encode_prompt(self, inputs: dict[str, Any]) -> list[Tensor]:
+        """Condition tokens of the prompts, behind any given; takes prompts out of ``inputs``."""
+        tokens = list(inputs.get("c") or [])
+        if "prompt" in inputs and self.model.text_embed is not None:
+            tokens.append(self.model.text_embed(inputs.pop("prompt")))
+        return tokens
