@@ -3,6 +3,7 @@
 import torch
 
 from diffnext.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffnext.models.autoencoders.autoencoder_kl_opensora import AutoencoderKLOpenSora
 from diffnext.models.transformers.transformer_nova import NOVATransformer3DModel
 from diffnext.schedulers.scheduling_cfm import FlowMatchEulerDiscreteScheduler
 
@@ -53,3 +54,16 @@ def make_vae(seed=0, **overrides):
     torch.manual_seed(seed)
     config = {"block_out_channels": (32, 32, 32, 32), "layers_per_block": 1, "latent_channels": 4}
     return AutoencoderKL(**{**config, "scaling_factor": 0.5, **overrides}).eval()
+
+
+def make_video_vae(seed=0, **overrides):
+    """A video autoencoder of stride 4x8x8 with random weights, laid out like the released one."""
+    torch.manual_seed(seed)
+    config = {
+        "block_out_channels": (32, 32, 32, 32),
+        "layers_per_block": 1,
+        "latent_channels": 4,
+        "down_block_types": ("DownEncoderBlock2D",) * 2 + ("DownEncoderBlock3D",) * 2,
+        "up_block_types": ("UpDecoderBlock3D",) * 4,
+    }
+    return AutoencoderKLOpenSora(**{**config, "scaling_factor": 0.5, **overrides}).eval()

@@ -6,8 +6,9 @@ from transformers import PhiConfig, PreTrainedTokenizerFast
 
 from diffnext.models.text_encoders.phi import PhiEncoderModel
 from diffnext.pipelines import NOVAPipeline
+from diffnext.pipelines.nova.pipeline_nova_c2i import NOVAC2IPipeline
 from diffnext.pipelines.release_folder import read_json, write_json, write_shim
-from tests.tiny import make_model, make_vae
+from tests.tiny import make_model, make_vae, make_video_vae
 
 WORDS = ("a", "cat", "dog", "on", "the", "mat", "red")
 SHIMS = {
@@ -50,9 +51,31 @@ def make_pipeline(**components):
     return NOVAPipeline(**{**parts, **components})
 
 
+def make_video_pipeline(frames=3, **components):
+    model = make_model(frames=frames)
+    parts = {"transformer": model, "scheduler": model.sample_scheduler, "vae": make_video_vae()}
+    return make_pipeline(**{**parts, **components})
+
+
+def make_class_pipeline(**components):
+    model = make_model(text_token_dim=None, text_token_len=None)
+    parts = {"transformer": model, "scheduler": model.sample_scheduler, "vae": make_vae()}
+    return NOVAC2IPipeline(**{**parts, **components})
+
+
 @pytest.fixture
 def pipe():
     return make_pipeline()
+
+
+@pytest.fixture
+def video_pipe():
+    return make_video_pipeline()
+
+
+@pytest.fixture
+def class_pipe():
+    return make_class_pipeline()
 
 
 @pytest.fixture
