@@ -1,0 +1,141 @@
+"""Class-conditional images: generation and training."""
+
+import numpy as np
+import pytest
+import torch
+from omegaconf import OmegaConf
+from PIL import Image
+
+from diffnext.pipelines.nova.pipeline_nova_c2i import NOVAC2IPipeline
+from diffnext.pipelines.nova.pipeline_train_c2i import NOVATrainC2IPipeline
+from tests.pipelines.conftest import make_class_pipeline
+from tests.tiny import make_model
+
+QUICK = {"num_inference_steps": 3, "num_diffusion_steps": 2, "disable_progress_bar": True}
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def test_output_types_of_classes(class_pipe):
+    pil = class_pipe(7, generator=seeded(), **QUICK)
+    assert [type(image) for image in pil.images] == [Image.Image] and "frames" not in pil
+    array = class_pipe([7, 8], output_type="np", **QUICK).images
+    assert array.dtype == np.uint8 and array.shape == (2, 64, 96, 3)
+    assert class_pipe(7, output_type="pt", **QUICK).images.shape == (1, 3, 64, 96)
+    assert class_pipe(7, output_type="latent", **QUICK).images.shape == (1, 4, 1, 8, 12)
+
+
+def test_classes_make_a_difference(class_pipe):
+    options = {"output_type": "latent", **QUICK}
+    one, other = (class_pipe(c, generator=seeded(), **options).images for c in (0, 1))
+    assert not torch.equal(one, other)
+
+
+def test_class_zero_can_be_avoided(class_pipe):
+    """Zero is a class, not the absence of one."""
+    rows = class_pipe.encode_prompt([5, 6], negative_prompt=0)
+    table = class_pipe.transformer.label_embed
+    with torch.no_grad():
+        expected = table(torch.tensor([5, 6, 0, 0]))
+    assert torch.equal(rows, expected)
+    null = class_pipe.encode_prompt([5])
+    assert torch.equal(null[1], table(torch.tensor([1000]))[0])
+
+
+def test_images_of_a_class_stand_together(class_pipe):
+    rows = class_pipe.encode_prompt([5, 6], num_images_per_prompt=2)
+    assert rows.shape == (8, 1, 64)
+    assert torch.equal(rows[0], rows[1]) and torch.equal(rows[2], rows[3])
+    assert not torch.equal(rows[0], rows[2])
+
+
+def test_the_guidance_of_classes_can_start_lower(class_pipe):
+    options = {"output_type": "latent", **QUICK}
+    plain = class_pipe(3, generator=seeded(), **options).images
+    growing = class_pipe(3, generator=seeded(), min_guidance_scale=1, **options).images
+    assert not torch.equal(plain, growing)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"prompt": None}, "prompt is None"),
+        ({"prompt": []}, "whole numbers from 0 to 1000"),
+        ({"prompt": 1001}, "whole numbers from 0 to 1000, got 1001"),
+        ({"prompt": 1.5}, "whole numbers from 0 to 1000"),
+        ({"prompt": [1, 2], "negative_prompt": [1, 2, 3]}, "got 3 for 2 prompts"),
+        ({"prompt": 1, "latents": [torch.zeros(1)]}, "cannot begin with given latents"),
+        ({"prompt": 1, "output_type": "gif"}, "output_type must be one of"),
+    ],
+)
+def test_refusals_of_classes(class_pipe, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        class_pipe(**arguments, **QUICK)
+
+
+def test_a_text_model_takes_no_classes():
+    pipe = make_class_pipeline(transformer=make_model())
+    with pytest.raises(ValueError, match="takes texts, not classes"):
+        pipe(1, **QUICK)
+
+
+def test_a_class_pipeline_survives_saving(class_pipe, tmp_path):
+    class_pipe.save_pretrained(tmp_path)
+    loaded = NOVAC2IPipeline.from_pretrained(tmp_path)
+    options = {"output_type": "pt", **QUICK}
+    images = [pipe(3, generator=seeded(), **options).images for pipe in (class_pipe, loaded)]
+    torch.testing.assert_close(*images, atol=1e-5, rtol=1e-5)
+
+
+@pytest.fixture
+def trainer(class_pipe):
+    return NOVATrainC2IPipeline(**class_pipe.components)
+
+
+def configure(pipe, **options):
+    return pipe.configure_model(OmegaConf.create({"model": options}))
+
+
+def batch(**overrides):
+    moments = np.random.default_rng(0).normal(size=(2, 8, 8, 12)).astype(np.float16)
+    return {"latents": moments, "prompt": [3, 999], **overrides}
+
+
+def test_a_batch_of_classes_gives_a_loss(trainer):
+    inputs = batch()
+    losses = configure(trainer, loss_repeat=2)(inputs)
+    losses["loss"].backward()
+    assert list(losses) == ["loss"] and torch.isfinite(losses["loss"])
+    assert trainer.model.label_embed.weight.grad is not None
+    assert sorted(inputs) == ["latents", "prompt"]
+
+
+def test_what_stays_frozen_for_classes(trainer):
+    model = configure(trainer)
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    prefixes = ("label_embed.norm.", "video_pos_embed.", "video_encoder.patch_embed.")
+    assert frozen == {n for n, _ in model.named_parameters() if n.startswith(prefixes)}
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        (["a cat", "a dog"], "records with a label, got captions"),
+        ([3, 1000], r"from 0 to 999, got \[3, 1000\]"),
+        ([0.5, 1.0], "whole numbers"),
+    ],
+)
+def test_labels_that_are_none_are_refused(trainer, prompt, message):
+    configure(trainer)
+    with pytest.raises(ValueError, match=message):
+        trainer.preprocess(batch(prompt=prompt))
+
+
+def test_a_batch_without_labels_is_refused(trainer):
+    configure(trainer)
+    inputs = batch()
+    del inputs["prompt"]
+    with pytest.raises(ValueError, match="needs class ids as 'prompt'"):
+        trainer.preprocess(inputs)

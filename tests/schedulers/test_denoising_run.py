@@ -1,0 +1,101 @@
+"""Schedulers of diffusers behind one interface."""
+
+import diffusers
+import pytest
+import torch
+
+from diffnext.schedulers.denoising_run import DenoisingRun, check_scheduler, predicts_flow
+from tests.tiny import generation_inputs, make_model
+
+FITTING = [
+    ("FlowMatchEulerDiscreteScheduler", {"shift": 2.0}),
+    ("FlowMatchHeunDiscreteScheduler", {}),
+    ("FlowMatchLCMScheduler", {}),
+    ("UniPCMultistepScheduler", {"prediction_type": "flow_prediction", "use_flow_sigmas": True}),
+    (
+        "DPMSolverMultistepScheduler",
+        {"prediction_type": "flow_prediction", "use_flow_sigmas": True},
+    ),
+    ("DDPMScheduler", {}),
+    ("DDIMScheduler", {}),
+    ("PNDMScheduler", {}),
+    ("EulerDiscreteScheduler", {}),
+    ("EulerAncestralDiscreteScheduler", {}),
+    ("HeunDiscreteScheduler", {}),
+    ("LMSDiscreteScheduler", {}),
+    ("DPMSolverMultistepScheduler", {}),
+    ("DPMSolverSinglestepScheduler", {}),
+    ("DEISMultistepScheduler", {}),
+    ("UniPCMultistepScheduler", {}),
+]
+
+
+@pytest.mark.parametrize(("name", "config"), FITTING, ids=lambda value: str(value))
+def test_a_run_repeats_itself(name, config):
+    """Nothing of one set of tokens may reach the next through the scheduler."""
+    scheduler = getattr(diffusers, name)(**config)
+    check_scheduler(scheduler)
+    scheduler.set_timesteps(4)
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+
+    def denoise():
+        run = DenoisingRun(scheduler, torch.Generator().manual_seed(1))
+        x = run.start(noise)
+        for timestep in scheduler.timesteps:
+            x = run.step(run.model_input(x, timestep) * 0.5, timestep, x)
+        return x
+
+    first = denoise()
+    assert first.dtype == torch.float32 and torch.isfinite(first).all()
+    assert torch.equal(first, denoise())
+
+
+@pytest.mark.parametrize("name", [name for name, _ in FITTING[:7]])
+def test_models_generate_with_it(name):
+    model = make_model()
+    model.sample_scheduler = getattr(diffusers, name)()
+    latents = model(generation_inputs())["x"]
+    assert torch.isfinite(latents).all()
+    assert torch.equal(latents, model(generation_inputs())["x"])
+
+
+def test_an_exact_model_leads_every_flow_scheduler_to_the_data():
+    """With the true flow, noise - data, all solvers must arrive at the data."""
+    data = torch.randn(1, 4, 8, 8)
+    noise = torch.randn(1, 4, 8, 8)
+    for name, config in FITTING[:5]:
+        scheduler = getattr(diffusers, name)(**config)
+        scheduler.set_timesteps(10)
+        run = DenoisingRun(scheduler, torch.Generator().manual_seed(0))
+        x = run.start(noise)
+        for timestep in scheduler.timesteps:
+            if name == "FlowMatchLCMScheduler":  # draws new noise at every step
+                sigma = float(timestep) / 1000
+                x = run.step((x - data) / sigma, timestep, x)
+            else:
+                x = run.step(noise - data, timestep, x)
+        torch.testing.assert_close(x, data, atol=1e-2, rtol=0, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "message"),
+    [
+        (None, "NoneType is no scheduler"),
+        (diffusers.ScoreSdeVeScheduler(), "no scheduler with set_timesteps and step"),
+        (diffusers.RePaintScheduler(), r"it needs \['mask', .*'original_image'"),
+        (diffusers.EDMEulerScheduler(), "preconditions its model"),
+        (diffusers.DDPMScheduler(prediction_type="v_prediction"), "prediction_type 'v_prediction'"),
+    ],
+)
+def test_schedulers_that_do_not_fit_are_refused(scheduler, message):
+    with pytest.raises(ValueError, match=message):
+        check_scheduler(scheduler)
+
+
+def test_the_family_of_a_scheduler():
+    assert predicts_flow(diffusers.FlowMatchEulerDiscreteScheduler())
+    assert not predicts_flow(diffusers.DDIMScheduler())
+    flow = diffusers.UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True
+    )
+    assert predicts_flow(flow)
