@@ -3,6 +3,8 @@
 import torch
 
 from diffnext.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffnext.models.autoencoders.autoencoder_kl_cogvideox import AutoencoderKLCogVideoX
+from diffnext.models.autoencoders.autoencoder_kl_ltx import AutoencoderKLLTXVideo
 from diffnext.models.autoencoders.autoencoder_kl_opensora import AutoencoderKLOpenSora
 from diffnext.models.transformers.transformer_nova import NOVATransformer3DModel
 from diffnext.schedulers.scheduling_cfm import FlowMatchEulerDiscreteScheduler
@@ -67,3 +69,23 @@ def make_video_vae(seed=0, **overrides):
         "up_block_types": ("UpDecoderBlock3D",) * 4,
     }
     return AutoencoderKLOpenSora(**{**config, "scaling_factor": 0.5, **overrides}).eval()
+
+
+def make_cogvideox(**overrides):
+    """A video autoencoder of stride 4x8x8 with random weights."""
+    torch.manual_seed(0)
+    config = {"block_out_channels": (32, 32, 32, 32), "layers_per_block": 1, "latent_channels": 4}
+    return AutoencoderKLCogVideoX(**{**config, **overrides}).eval()
+
+
+def make_ltx(**overrides):
+    """A video autoencoder of stride 8x32x32 with random weights."""
+    torch.manual_seed(0)
+    config = {
+        "block_out_channels": (8, 8, 16, 16, 16),
+        "layers_per_block": (1, 1, 1, 1, 1),
+        "decoder_block_out_channels": (8, 8, 16, 16),
+        "decoder_layers_per_block": (1, 1, 1, 1),
+        "latent_channels": 8,
+    }
+    return AutoencoderKLLTXVideo(**{**config, **overrides}).eval()

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from diffnext.models.transformers import transformer_nova as nova
 from diffnext.schedulers.scheduling_cfm import FlowMatchEulerDiscreteScheduler
-from tests.tiny import make_model
+from tests.tiny import make_cogvideox, make_ltx, make_model, make_video_vae
 
 FOLDER = Path(__file__).parent.parent / "parity"
 ARCH = ("recorded_v64", "recorded_i64", "recorded_d48")
@@ -87,3 +87,46 @@ def test_losses_and_gradients_follow_the_recorded_ones(case, overrides, seed):
         norm = torch.tensor(-1.0) if parameter.grad is None else parameter.grad.norm()
         wanted = expected[f"gradnorm.{name}"][0]
         torch.testing.assert_close(norm, wanted, atol=1e-4, rtol=1e-3, msg=name)
+
+
+VAE_CONFIGS = {
+    "vae_opensora": {
+        "block_out_channels": (64, 32, 32, 32),
+        "scaling_factor": 0.18215,
+    },
+    "vae_cogvideox": {"block_out_channels": (32, 64, 32), "layers_per_block": 1},
+    "vae_ltx": {
+        "block_out_channels": (16, 16, 32, 32, 64),
+        "layers_per_block": (1, 2, 1, 1, 1),
+        "decoder_block_out_channels": (8, 16, 32),
+        "decoder_layers_per_block": (1, 2, 1),
+        "latent_channels": 8,
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("case", "make", "encoded", "decoded"),
+    [
+        (
+            "vae_opensora",
+            make_video_vae,
+            {"v5": "moments_5", "img": "moments_img"},
+            {("z2",): "frames_5"},
+        ),
+        ("vae_cogvideox", make_cogvideox, {"v5": "moments_5"}, {("z2",): "frames_5"}),
+        ("vae_ltx", make_ltx, {"v9": "moments_9"}, {("z", "t"): "frames"}),
+    ],
+)
+@torch.no_grad()
+def test_video_autoencoders_follow_the_recorded_ones(case, make, encoded, decoded):
+    vae = make(**VAE_CONFIGS[case])
+    vae.load_state_dict({key: value.float() for key, value in load(case, "w.").items()})
+    inputs = load(case, "in.")
+    expected = load(case, "out.")
+    for name, result in encoded.items():
+        moments = vae.encode(inputs[name]).latent_dist.parameters
+        torch.testing.assert_close(moments, expected[result], atol=2e-4, rtol=1e-3)
+    for names, result in decoded.items():
+        sample = vae.decode(*(inputs[name] for name in names)).sample
+        torch.testing.assert_close(sample, expected[result], atol=2e-4, rtol=1e-3)

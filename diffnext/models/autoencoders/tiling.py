@@ -205,9 +205,11 @@ class TilingMixin(AutoencoderMixin):
         )
 
     def _decode_tile(self, z: Tensor, *args: Any) -> Tensor:
+        if not self.use_tiling:
+            return self.decoder(z, *args)
         ratio = self.spatial_compression_ratio
         size = (self.spatial_tiles.height // ratio, self.spatial_tiles.width // ratio)
-        if not self.use_tiling or fits(z, size):
+        if fits(z, size):
             return self.decoder(z, *args)
         return run_in_spatial_tiles(
             lambda tile: self.decoder(tile, *args), z, size, self.spatial_tiles.overlap
