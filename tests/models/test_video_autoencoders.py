@@ -22,7 +22,6 @@ from diffnext.models.autoencoders.tiling import run_in_spatial_tiles
 from diffnext.models.autoencoders.video_layers import CausalConv3d
 from tests.tiny import make_cogvideox, make_ltx, make_video_vae
 
-
 MAKERS = {"opensora": make_video_vae, "cogvideox": make_cogvideox, "ltx": make_ltx}
 SIDE = {"opensora": 16, "cogvideox": 16, "ltx": 32}
 

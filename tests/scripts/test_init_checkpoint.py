@@ -7,11 +7,14 @@ import pytest
 import torch
 
 from diffnext.pipelines import NOVAPipeline
+from diffnext.pipelines.nova.pipeline_nova_c2i import NOVAC2IPipeline
 from diffnext.pipelines.release_folder import read_json
 from tests.tiny import make_vae
 
 ROOT = Path(__file__).parents[2]
 SHAPES = ROOT / "configs" / "nova_shapes_t2i.yaml"
+SHAPES_T2V = ROOT / "configs" / "nova_shapes_t2v.yaml"
+SHAPES_C2I = ROOT / "configs" / "nova_shapes_c2i.yaml"
 
 
 def init(*arguments):
@@ -36,6 +39,36 @@ def test_a_tiny_folder_is_laid_out_as_released_ones_and_draws(tmp_path, vae):
     assert out.images[0].size == (64, 64)
     null = pipe.transformer.text_embed.weight[:32]
     assert torch.equal(pipe.transformer.text_embed.encode_prompts([""])[0], null)
+
+
+def test_a_tiny_folder_of_a_video_config_makes_a_clip(tmp_path):
+    output = tmp_path / "nova"
+    assert init("--config", SHAPES_T2V, "--output", output, "--tiny") == 0
+    index = read_json(output / "model_index.json")
+    assert index["_class_name"] == "NOVAPipeline"
+    assert index["vae"] == ["__vae__", "AutoencoderKLOpenSora"]
+    pipe = NOVAPipeline.from_pretrained(output)
+    out = pipe("a star", num_inference_steps=2, num_diffusion_steps=2, max_latent_length=5)
+    assert out.frames[0].shape == (17, 64, 64, 3)
+
+
+def test_a_tiny_folder_of_a_class_config_draws_without_text(tmp_path):
+    output = tmp_path / "nova"
+    assert init("--config", SHAPES_C2I, "--output", output, "--tiny") == 0
+    index = read_json(output / "model_index.json")
+    assert index["_class_name"] == "NOVAC2IPipeline"
+    assert set(index) == {"_class_name", "scheduler", "vae", "transformer"}
+    assert not (output / "tokenizer").exists()
+    pipe = NOVAC2IPipeline.from_pretrained(output)
+    out = pipe(3, num_inference_steps=2, num_diffusion_steps=2)
+    assert out.images[0].size == (64, 64)
+
+
+def test_an_image_autoencoder_is_refused_for_videos(tmp_path, vae, capsys):
+    output = tmp_path / "nova"
+    assert init("--config", SHAPES_T2V, "--output", output, "--tiny", "--vae", vae) == 1
+    assert "needs an AutoencoderKLOpenSora" in capsys.readouterr().err
+    assert not output.exists()
 
 
 def test_the_seed_decides_the_weights(tmp_path, vae):

@@ -1,9 +1,12 @@
-"""The script that fits an image autoencoder: fit, resume, export, failures."""
+"""The script that fits autoencoders: sources, fit, resume, export, failures."""
 
 import importlib.util
 import sys
+from itertools import pairwise
 from pathlib import Path
 
+import autoencoder_data
+import imageio.v2 as imageio
 import numpy as np
 import pytest
 import torch
@@ -12,6 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from diffnext.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffnext.models.autoencoders.autoencoder_kl_opensora import AutoencoderKLOpenSora
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "train_autoencoder.py"
 TINY_MODEL = {
@@ -19,6 +23,17 @@ TINY_MODEL = {
     "layers_per_block": 1,
     "latent_channels": 4,
     "mid_block_add_attention": False,
+}
+TINY_VIDEO_MODEL = {
+    "block_out_channels": [64, 32, 32, 64],
+    "down_block_types": ["DownEncoderBlock2D"] * 2 + ["DownEncoderBlock3D"] * 2,
+    "up_block_types": ["UpDecoderBlock3D"] * 4,
+    "layers_per_block": 1,
+    "latent_channels": 4,
+}
+MODELS = {
+    "AutoencoderKL": (AutoencoderKL, TINY_MODEL),
+    "AutoencoderKLOpenSora": (AutoencoderKLOpenSora, TINY_VIDEO_MODEL),
 }
 
 
@@ -59,19 +74,44 @@ def config_file(tmp_path):
     return path
 
 
+@pytest.fixture
+def video_config_file(config_file):
+    """The same run for a video autoencoder, with a clip of a square that moves."""
+    video = config_file.parent / "clip.mp4"
+    frames = np.full((24, 48, 48, 3), (40, 80, 120), dtype=np.uint8)
+    for index, frame in enumerate(frames):
+        frame[16:32, index : index + 16] = (200, 160, 60)
+    imageio.mimwrite(video, list(frames), fps=8)
+    config = OmegaConf.load(config_file)
+    config.model_class = "AutoencoderKLOpenSora"
+    config.model = TINY_VIDEO_MODEL
+    config.data.update(videos=[str(video)], clip_lengths=[1, 5], crop_sizes=[16, 32])
+    config.training.batch_size = 5
+    config.export.measured_batches = 2
+    path = config_file.parent / "tiny_video.yaml"
+    OmegaConf.save(config, path)
+    return path
+
+
 def run_folder(config_file):
     return config_file.parent / "run"
 
 
-def fresh_autoencoder():
-    vae = AutoencoderKL(**TINY_MODEL).eval()
+def fresh_autoencoder(kind="AutoencoderKL"):
+    model_class, arguments = MODELS[kind]
+    vae = model_class(**arguments).eval()
     vae.quant_conv.weight.data[1] *= 5.0  # channels of unequal spread and off-center
     vae.quant_conv.bias.data[2] += 3.0
     return vae.requires_grad_(False)
 
 
+def random_pixels(kind, count):
+    frames = () if kind == "AutoencoderKL" else (5,)
+    return torch.rand(count, 3, *frames, 32, 32) * 2 - 1
+
+
 def weights_of(folder):
-    return AutoencoderKL.from_pretrained(folder).state_dict()
+    return load_file(folder / "diffusion_pytorch_model.safetensors")
 
 
 def test_a_fit_writes_a_loadable_model_and_a_comparison(script, config_file):
@@ -97,9 +137,38 @@ def test_fitting_raises_the_quality_on_held_out_pictures(script, config_file):
     assert trainer.evaluate() > before + 2
 
 
-def test_a_killed_run_continues_exactly(script, config_file, monkeypatch):
+def test_a_video_fit_writes_a_loadable_model_and_a_comparison(script, video_config_file):
+    arguments = ["export.dtype=float16", "data.crop_sizes=[16]", "training.steps=3"]
+    script.main([f"config={video_config_file}", *arguments])
+    folder = run_folder(video_config_file)
+    vae = AutoencoderKLOpenSora.from_pretrained(folder / "vae")
+    assert {weight.dtype for weight in weights_of(folder / "vae").values()} == {torch.float16}
+    x = torch.rand(1, 3, 9, 24, 32) * 2 - 1
+    latents = vae.encode(x).latent_dist.mean
+    assert latents.shape == (1, 4, 3, 3, 4)
+    assert vae.decode(latents).sample.shape == x.shape
+    with Image.open(folder / "comparison.png") as sheet:
+        assert sheet.size == (5 * 16, 2 * 16)  # five frames above their reconstructions
+
+
+def test_fitting_raises_the_quality_on_held_out_clips(script, video_config_file):
+    arguments = ["data.crop_sizes=[16]", "data.clip_lengths=[5]", "data.shapes_fraction=0"]
+    arguments += ["data.images=[]", "training.steps=30", "training.batch_size=2"]
+    settings = script.load_settings([f"config={video_config_file}", *arguments])
+    trainer = script.AutoencoderTrainer(settings)
+    trainer.output_dir.mkdir()
+    before = trainer.evaluate()
+    losses = [trainer.train_step()[0] for _ in range(30)]
+    assert np.mean(losses[-10:]) < 0.8 * np.mean(losses[:10])
+    assert trainer.evaluate() > before + 1
+
+
+@pytest.mark.parametrize("name", ["config_file", "video_config_file"])
+def test_a_killed_run_continues_exactly(script, name, request, monkeypatch):
+    config_file = request.getfixturevalue(name)
+    arguments = [f"config={config_file}", "data.crop_sizes=[16]", "training.batch_size=2"]
     whole = config_file.parent / "whole"
-    script.main([f"config={config_file}", f"output_dir={whole}"])
+    script.main([*arguments, f"output_dir={whole}"])
     train_step = script.AutoencoderTrainer.train_step
 
     def killed_at_step_five(trainer):
@@ -110,10 +179,10 @@ def test_a_killed_run_continues_exactly(script, config_file, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(script.AutoencoderTrainer, "train_step", killed_at_step_five)
         with pytest.raises(KeyboardInterrupt):
-            script.main([f"config={config_file}"])
+            script.main(arguments)
     state = torch.load(run_folder(config_file) / "training_state.pt", weights_only=True)
     assert state["step"] == 4
-    script.main([f"config={config_file}"])
+    script.main(arguments)
     expected = weights_of(whole / "vae")
     for name, weight in weights_of(run_folder(config_file) / "vae").items():
         assert torch.equal(weight, expected[name]), name
@@ -128,9 +197,34 @@ def test_a_run_starts_from_the_weights_of_init_from(script, config_file):
         assert torch.equal(trainer.vae.state_dict()[name], weight), name
 
 
-def test_whitening_keeps_reconstructions_and_gives_unit_latents(script):
-    vae = fresh_autoencoder()
-    x = torch.rand(6, 3, 32, 32) * 2 - 1
+def test_a_video_fit_starts_from_the_weights_of_an_image_autoencoder(script, video_config_file):
+    folder = video_config_file.parent / "start"
+    widths = TINY_VIDEO_MODEL["block_out_channels"]
+    image_vae = AutoencoderKL(**TINY_MODEL | {"block_out_channels": widths}).eval()
+    image_vae.save_pretrained(folder)
+    settings = script.load_settings([f"config={video_config_file}", f"init_from={folder}"])
+    vae = script.AutoencoderTrainer(settings).vae.eval()
+    pictures = torch.rand(2, 3, 16, 24) * 2 - 1
+    clip = pictures[:, :, None].expand(-1, -1, 9, -1, -1)
+    with torch.no_grad():
+        expected = image_vae.encode(pictures).latent_dist.parameters
+        moments = vae.encode(clip).latent_dist.parameters
+    assert moments.shape == (2, 8, 3, 2, 3)
+    for moment in moments.unbind(2):
+        torch.testing.assert_close(moment, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_an_image_autoencoder_of_other_widths_is_refused(script, video_config_file):
+    folder = video_config_file.parent / "start"
+    AutoencoderKL(**TINY_MODEL).save_pretrained(folder)
+    with pytest.raises(SystemExit, match="init_from: .* in the image autoencoder"):
+        script.main([f"config={video_config_file}", f"init_from={folder}"])
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_whitening_keeps_reconstructions_and_gives_unit_latents(script, kind):
+    vae = fresh_autoencoder(kind)
+    x = random_pixels(kind, 6)
     before = vae.encode(x).latent_dist
     reconstruction = vae.decode(before.mean).sample
     statistics = script.measure_latents(vae, [x[:2], x[2:]])
@@ -143,9 +237,10 @@ def test_whitening_keeps_reconstructions_and_gives_unit_latents(script):
     torch.testing.assert_close(scaled.std * scale, torch.ones(4).double(), atol=1e-4, rtol=0)
 
 
-def test_whitening_keeps_noisy_reconstructions(script):
-    vae = fresh_autoencoder()
-    x = torch.rand(3, 3, 32, 32) * 2 - 1
+@pytest.mark.parametrize("kind", MODELS)
+def test_whitening_keeps_noisy_reconstructions(script, kind):
+    vae = fresh_autoencoder(kind)
+    x = random_pixels(kind, 3)
     before = vae.encode(x).latent_dist
     expected = vae.decode(before.mean + before.std).sample
     script.whiten_latents(vae, script.measure_latents(vae, [x]))
@@ -193,6 +288,90 @@ def test_held_out_pictures_are_never_trained_on(script, config_file):
     assert [path.name for path in sampler.pictures] == ["0.png", "1.png"]
 
 
+def test_clips_depend_only_on_seed_stream_and_step(script, video_config_file):
+    settings = script.load_settings([f"config={video_config_file}"])
+    first = script.ClipSampler(settings.data, batch_size=5, seed=1)
+    second = script.ClipSampler(settings.data, batch_size=5, seed=1)
+    second.batch(script.TRAINING, 3)
+    assert torch.equal(first.batch(script.TRAINING, 7), second.batch(script.TRAINING, 7))
+    a, b = first.batch(script.TRAINING, 7), first.batch(script.MEASUREMENT, 7)
+    assert a.shape != b.shape or not torch.equal(a, b)
+
+
+def test_batches_hold_fewer_of_longer_and_larger_clips(script, video_config_file):
+    settings = script.load_settings([f"config={video_config_file}"])
+    sampler = script.ClipSampler(settings.data, batch_size=20, seed=0)
+    shapes = {tuple(sampler.batch(script.TRAINING, step).shape) for step in range(24)}
+    assert shapes == {
+        (20, 3, 1, 16, 16),
+        (4, 3, 5, 16, 16),
+        (5, 3, 1, 32, 32),
+        (1, 3, 5, 32, 32),
+    }
+    assert {sampler.batch(script.EVALUATION, step).size(2) for step in range(8)} == {5}
+
+
+def test_the_end_of_a_video_is_never_trained_on(script, video_config_file):
+    settings = script.load_settings([f"config={video_config_file}", "data.hold_out_every=4"])
+    sampler = script.ClipSampler(settings.data, batch_size=5, seed=0)
+    (training,), (held_out,) = sampler.sources.videos, sampler.held_out.videos
+    assert (len(training), len(held_out)) == (18, 6)
+    whole = autoencoder_data.read_frames(settings.data.videos[0], stride=1)
+    assert [frame.tobytes() for frame in training + held_out] == [f.tobytes() for f in whole]
+    assert len(sampler.sources.pictures) == 3
+
+
+def test_clips_of_a_video_have_even_distances_and_reach_all_frames():
+    rng = np.random.default_rng(0)
+    windows = [autoencoder_data.random_window(rng, range(24), 5, 8) for _ in range(400)]
+    assert all(len(window) == 5 for window in windows)
+    assert {window.step for window in windows} == {1, 2, 3, 4, 5}  # 6 would need 25 frames
+    assert set().union(*windows) == set(range(24))
+    assert list(autoencoder_data.random_window(rng, range(5), 5, 8)) == [0, 1, 2, 3, 4]
+
+
+def test_all_frames_of_a_clip_show_the_same_region():
+    noise = np.random.default_rng(0).integers(0, 255, (40, 48, 3), dtype=np.uint8)
+    frames = [Image.fromarray(noise), Image.fromarray(255 - noise)]
+    for seed in range(8):
+        crops = autoencoder_data.crop_randomly(np.random.default_rng(seed), frames, 16, 2.0)
+        first, second = (np.asarray(crop).astype(int) for crop in crops)
+        assert np.abs(first + second - 255).max() <= 1
+
+
+def test_a_pan_stays_within_the_picture_and_moves_evenly():
+    for seed in range(50):
+        rng = np.random.default_rng(seed)
+        first = autoencoder_data.random_box(rng, (48, 40), 16, 8.0)
+        boxes = autoencoder_data.move_box(rng, (48, 40), first, 5)
+        assert boxes[0] == first
+        for box in boxes:
+            assert min(box.left, box.top) >= -1e-9
+            assert box.left + box.side <= 48 + 1e-9
+            assert box.top + box.side <= 40 + 1e-9
+        steps = [b.left - a.left for a, b in pairwise(boxes)]
+        assert steps == pytest.approx([steps[0]] * 4)
+
+
+def test_a_panned_picture_changes_from_frame_to_frame():
+    gradient = np.tile(np.arange(0, 240, 5, dtype=np.uint8)[None, :, None], (40, 1, 3))
+    clip = autoencoder_data.pan_picture(
+        np.random.default_rng(0), Image.fromarray(gradient), 16, 1.5, 5
+    )
+    means = [np.asarray(frame).mean() for frame in clip]
+    assert len(set(means)) == 5
+    assert means in (sorted(means), sorted(means, reverse=True))
+
+
+def test_moving_shapes_begin_as_still_ones_and_drift_away():
+    for seed in range(5):
+        still = autoencoder_data.draw_shapes(np.random.default_rng(seed), 16)
+        clip = autoencoder_data.draw_moving_shapes(np.random.default_rng(seed), 16, 9)
+        first, second, last = (np.asarray(clip[k]).astype(int) for k in (0, 1, -1))
+        assert np.array_equal(first, np.asarray(still))
+        assert 0 < np.abs(second - first).mean() < np.abs(last - first).mean()
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_state(script, config_file):
     script.main([f"config={config_file}", "training.steps=2"])
     path = run_folder(config_file) / "training_state.pt"
@@ -208,6 +387,12 @@ def test_resuming_another_model_is_refused(script, config_file):
         script.main([f"config={config_file}", "model.latent_channels=8"])
 
 
+def test_resuming_another_class_is_refused(script, config_file, video_config_file):
+    script.main([f"config={config_file}", "training.steps=1"])
+    with pytest.raises(SystemExit, match="model_class=AutoencoderKL, now AutoencoderKLOpenSora"):
+        script.main([f"config={video_config_file}"])
+
+
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
@@ -220,11 +405,30 @@ def test_resuming_another_model_is_refused(script, config_file):
         ("export.dtype=float17", "float17"),
         ("+model.use_quant_conv=false", "use_quant_conv"),
         ("+model.double_z=false", "double_z"),
+        ("data.clip_lengths=[5]", r"must be \[1\] for an AutoencoderKL"),
+        ("model_class=AutoencoderTiny", "must be one of .* got AutoencoderTiny"),
     ],
 )
 def test_impossible_settings_are_named_before_training(script, config_file, argument, message):
     with pytest.raises(SystemExit, match=message):
         script.main([f"config={config_file}", argument])
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("data.clip_lengths=[1,6]", "nearest legal number is 5 or 9"),
+        ("data.clip_lengths=[0]", "must be positive"),
+        ("data.clip_lengths=[9]", "leaves 8 of"),
+        ("data.crop_sizes=[20]", "multiples of 8"),
+        ("data.frame_stride=0", "frame_stride must be positive"),
+        ("data.videos=[nowhere.mp4]", "no file 'nowhere.mp4'"),
+        ("+model.use_post_quant_conv=false", "use_post_quant_conv"),
+    ],
+)
+def test_impossible_settings_of_clips_are_named(script, video_config_file, argument, message):
+    with pytest.raises(SystemExit, match=message):
+        script.main([f"config={video_config_file}", argument])
 
 
 def test_help_lists_the_keys(script, capsys):
