@@ -1,4 +1,5 @@
 # make demo       set up, train a tiny NOVA on two pictures and draw them
+# make demo-video the same on two clips
 # make test       set up, lint, run the tests
 # make test-slow  the slow tests as well
 #
@@ -11,10 +12,13 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: demo test test-slow lint format setup setup-test clean-demo
+.PHONY: demo demo-video test test-slow lint format setup setup-test clean-demo
 
 demo: setup
 	$(BIN)/python scripts/demo.py
+
+demo-video: setup
+	$(BIN)/python scripts/demo_video.py
 
 test: setup-test lint
 	$(PYTEST)
@@ -47,4 +51,4 @@ $(VENV)/.test: $(VENV)/.core pyproject.toml
 	touch $@
 
 clean-demo:
-	rm -rf demo
+	rm -rf demo demo_video

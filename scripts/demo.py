@@ -107,7 +107,7 @@ def train(model_dir: Path, dataset: Path, experiment: Path, args: argparse.Names
     """Train the config's model, at the demo's size."""
     tokens = args.size // 16
     transformer = "pipeline.paths.module_config.transformer"
-    threads = str(os.cpu_count() or 1)
+    threads = os.environ.get("OMP_NUM_THREADS") or str(os.cpu_count() or 1)
     run(
         [
             *(Path(sys.executable).parent / "accelerate", "launch", "--num_processes", "1"),

@@ -6,7 +6,8 @@
 
 The transformer is built from `pipeline.paths.module_config.transformer` of the config; the frozen
 components are copied. With --tiny they are small: a random Phi and a byte-level tokenizer, which
-tell prompts apart, and the fitted image autoencoder of assets/vae-tiny.
+tell prompts apart, and a fitted autoencoder, that of assets/vae-tiny for images and of
+assets/vae-tiny-video for videos. A class-conditional model has no text encoder and no tokenizer.
 """
 
 from __future__ import annotations
@@ -28,7 +29,11 @@ from diffnext.models.text_encoders.phi import PhiEncoderModel
 from diffnext.models.transformers.transformer_nova import NOVATransformer3DModel
 from diffnext.pipelines.release_folder import INDEX_FILE, read_json, write_json, write_shim
 
-TINY_VAE = Path(__file__).resolve().parent.parent / "assets" / "vae-tiny"
+ASSETS = Path(__file__).resolve().parent.parent / "assets"
+TINY_VAES = {
+    "AutoencoderKL": ASSETS / "vae-tiny",
+    "AutoencoderKLOpenSora": ASSETS / "vae-tiny-video",
+}
 PAD_TOKEN = "<|pad|>"
 
 # Captions to learn word pieces from; other text falls back to smaller pieces and to bytes.
@@ -86,15 +91,16 @@ def write_checkpoint(args: argparse.Namespace) -> None:
     if args.output.exists() and (not args.output.is_dir() or any(args.output.iterdir())):
         raise ValueError(f"--output {args.output} exists: name a new folder or remove it")
     config = OmegaConf.to_container(OmegaConf.load(args.config), resolve=True)
+    target = config["pipeline"]["target"]
     model_config = config["pipeline"]["paths"]["module_config"]["transformer"]
     args.output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.output.parent, prefix=".init-") as temporary:
         folder = Path(temporary) / args.output.name
         torch.manual_seed(args.seed)
         index = {
-            "_class_name": "NOVAPipeline",
+            "_class_name": pipeline_class(target),
             "scheduler": write_scheduler(folder / "scheduler", args.scheduler),
-            "vae": write_vae(folder / "vae", args, config["pipeline"]["target"], model_config),
+            "vae": write_vae(folder / "vae", args, target, model_config),
         }
         if model_config.get("text_token_dim"):
             index["tokenizer"] = write_tokenizer(folder / "tokenizer", args)
@@ -104,6 +110,12 @@ def write_checkpoint(args: argparse.Namespace) -> None:
         if args.output.exists():
             args.output.rmdir()
         folder.rename(args.output)
+
+
+def pipeline_class(target: str) -> str:
+    """The pipeline that generates with what the pipeline ``target`` trains."""
+    is_class_conditional = target.rsplit(".", 1)[-1] == "NOVATrainC2IPipeline"
+    return "NOVAC2IPipeline" if is_class_conditional else "NOVAPipeline"
 
 
 def write_scheduler(folder: Path, name: str) -> list[str]:
@@ -122,7 +134,7 @@ def write_vae(
     """Copy the autoencoder that the pipeline's kind needs; returns its index entry."""
     is_video = target.rsplit(".", 1)[-1] == "NOVATrainT2VPipeline"
     class_name = "AutoencoderKLOpenSora" if is_video else "AutoencoderKL"
-    source = args.vae or (TINY_VAE if args.tiny and not is_video else None)
+    source = args.vae or (TINY_VAES[class_name] if args.tiny else None)
     if source is None:
         raise ValueError(f"{target} needs --vae, the folder of an {class_name}")
     vae_config = read_json(source / "config.json")

@@ -1,22 +1,21 @@
-"""Fit an image autoencoder to pictures, frames of videos and drawn shapes.
+"""Fit an image or video autoencoder to pictures, videos and drawn shapes.
 
     python scripts/train_autoencoder.py config=configs/autoencoder_tiny.yaml [key=value ...]
-    python scripts/train_autoencoder.py config=configs/autoencoder_tiny.yaml training.steps=200
+    python scripts/train_autoencoder.py config=configs/autoencoder_tiny_video.yaml
 
 The same command continues after an interruption. The output folder receives
 
-    vae/                 the fitted model, for ``AutoencoderKL.from_pretrained``
-    comparison.png       held-out crops above their reconstructions
+    vae/                 the fitted model, for ``from_pretrained`` of its class
+    comparison.png       held-out crops, or frames of clips, above their reconstructions
     training_state.pt    what a later run needs to continue
 
-Shapes: B batch, C latent channels, H W pixels, h w latent size.
+Shapes: B batch, C latent channels, F frames, H W pixels. Clips are (B, 3, F, H, W), pictures
+(B, 3, H, W).
 """
 
 from __future__ import annotations
 
 import copy
-import functools
-import glob
 import math
 import os
 import shutil
@@ -26,24 +25,37 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import imageio.v2 as imageio
-import numpy as np
 import torch
+from autoencoder_data import (
+    EVALUATION,
+    MEASUREMENT,
+    TRAINING,
+    ClipSampler,
+    CropSampler,
+    DataSettings,
+    check_data,
+)
 from diffusers.models.resnet import ResnetBlock2D
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from PIL import Image, ImageDraw
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
 from diffnext.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffnext.models.autoencoders.autoencoder_kl_opensora import (
+    AutoencoderKLOpenSora,
+    FrameAttention,
+    ResBlock,
+)
 from diffnext.utils.config_schema import describe_schema, key
 from diffnext.utils.omegaconf_utils import USAGE, ConfigError, get_config
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+MODEL_CLASSES = {cls.__name__: cls for cls in (AutoencoderKL, AutoencoderKLOpenSora)}
 FIRST_LOG_VARIANCE = -6.0
-TRAINING, EVALUATION, MEASUREMENT = range(3)  # independent streams of random crops
+
+Autoencoder = AutoencoderKL | AutoencoderKLOpenSora
 
 
 # --- settings -----------------------------------------------------------------------------------
@@ -52,21 +64,6 @@ TRAINING, EVALUATION, MEASUREMENT = range(3)  # independent streams of random cr
 def section(meaning: str, settings: type) -> Any:
     """Declare a group of keys."""
     return field(default_factory=settings, metadata={"meaning": meaning})
-
-
-@dataclass
-class DataSettings:
-    """Where pictures come from and how they are cropped."""
-
-    images: list[str] = key("Files, folders or glob patterns of pictures.", [])
-    videos: list[str] = key("Video files.", [])
-    frame_stride: int = key("Use every n-th frame of the videos.", 8)
-    hold_out_every: int = key(
-        "Keep every n-th picture or frame for evaluation; 0 evaluates on training pictures.", 0
-    )
-    crop_sizes: list[int] = key("Sizes of the crops in pixels; each batch has one of them.", [64])
-    max_zoom_out: float = key("A crop shows at most this many times its own size, reduced.", 8.0)
-    shapes_fraction: float = key("Share of drawn shapes on plain backgrounds, 0 to 1.", 0.0)
 
 
 @dataclass
@@ -94,7 +91,9 @@ class TrainingSettings:
     """The training loop."""
 
     steps: int = key("Steps of the whole run.", 1000)
-    batch_size: int = key("Pictures per batch of the smallest crops; fewer of larger ones.", 8)
+    batch_size: int = key(
+        "Pictures, or shortest clips, per batch of the smallest crops; fewer of larger ones.", 8
+    )
     seed: int = key("Seed of weights, crops and posterior samples.", 0)
     device: str = key("Where to train: cpu, cuda, cuda:1.", "cpu")
     save_every: int = key("Steps between two saved states.", 500)
@@ -117,9 +116,13 @@ class Settings:
 
     config: str = key("YAML file that the other arguments override.")
     output_dir: str = key("Folder for the model, the comparison and the training state.")
-    init_from: str | None = key("Folder of an autoencoder to start from; null: at random.", None)
-    model: dict = key("Arguments of AutoencoderKL; ignored with init_from.", {})
-    data: DataSettings = section("Pictures.", DataSettings)
+    init_from: str | None = key(
+        "Folder of an autoencoder to start from; null: at random. Clips may start from pictures.",
+        None,
+    )
+    model_class: str = key("AutoencoderKL, or AutoencoderKLOpenSora for clips.", "AutoencoderKL")
+    model: dict = key("Arguments of the model class; ignored with init_from of the same class.", {})
+    data: DataSettings = section("Pictures and clips.", DataSettings)
     loss: LossSettings = section("Loss.", LossSettings)
     optimizer: OptimizerSettings = section("Optimizer.", OptimizerSettings)
     training: TrainingSettings = section("Loop.", TrainingSettings)
@@ -127,15 +130,23 @@ class Settings:
 
     def __post_init__(self) -> None:
         """Check what the types cannot say."""
-        data = self.data
-        if not 0 <= data.shapes_fraction <= 1:
-            raise ConfigError(f"data.shapes_fraction must be 0 to 1, got {data.shapes_fraction}")
-        if not (data.images or data.videos) and data.shapes_fraction < 1:
-            raise ConfigError("data needs images or videos, or shapes_fraction=1")
-        if not data.crop_sizes or min(data.crop_sizes) < 1:
-            raise ConfigError(f"data.crop_sizes must be positive, got {data.crop_sizes}")
+        check_data(self.data)
+        if self.model_class not in MODEL_CLASSES:
+            raise ConfigError(
+                f"model_class must be one of {sorted(MODEL_CLASSES)}, got {self.model_class}"
+            )
+        if not self.is_video and self.data.clip_lengths != [1]:
+            raise ConfigError(
+                f"data.clip_lengths must be [1] for an {self.model_class}, "
+                f"got {self.data.clip_lengths}"
+            )
         if not isinstance(getattr(torch, self.export.dtype, None), torch.dtype):
             raise ConfigError(f"export.dtype must name a torch type, got {self.export.dtype!r}")
+
+    @property
+    def is_video(self) -> bool:
+        """Whether the model takes clips."""
+        return MODEL_CLASSES[self.model_class] is AutoencoderKLOpenSora
 
 
 def load_settings(arguments: Sequence[str]) -> Settings:
@@ -151,177 +162,34 @@ def load_settings(arguments: Sequence[str]) -> Settings:
         raise ConfigError(f"config={config.config}: {error}") from error
 
 
-# --- data ---------------------------------------------------------------------------------------
-
-
-def star(points: int, inner: float) -> list[tuple[float, float]]:
-    """Corners of a star inside the unit circle; ``inner`` = cos(pi / points) gives a polygon."""
-    angles = [math.pi * k / points - math.pi / 2 for k in range(2 * points)]
-    radii = [1.0, inner] * points
-    return [(r * math.cos(a), r * math.sin(a)) for r, a in zip(radii, angles, strict=True)]
-
-
-OUTLINES = {
-    "circle": star(24, 1.0),
-    "triangle": star(3, 0.5),
-    "square": star(4, math.cos(math.pi / 4)),
-    "hexagon": star(6, math.cos(math.pi / 6)),
-    "star": star(5, 0.4),
-    "cross": star(4, 0.35),
-}
-
-
-def draw_shapes(rng: np.random.Generator, size: int) -> Image.Image:
-    """Draw one to three colored shapes on a plain background, anti-aliased."""
-    canvas = size * 4
-    picture = Image.new("RGB", (canvas, canvas), random_color(rng))
-    pen = ImageDraw.Draw(picture)
-    for _ in range(rng.integers(1, 4)):
-        outline = OUTLINES[rng.choice(list(OUTLINES))]
-        radius = canvas * rng.uniform(0.1, 0.4)
-        center = rng.uniform(0.15, 0.85, 2) * canvas
-        turn = rng.choice([0.0, math.pi / 4, rng.uniform(0, 2 * math.pi)])
-        cos, sin = radius * math.cos(turn), radius * math.sin(turn)
-        corners = [
-            (center[0] + x * cos - y * sin, center[1] + x * sin + y * cos) for x, y in outline
-        ]
-        pen.polygon(corners, fill=random_color(rng))
-    return picture.resize((size, size), Image.Resampling.BOX)
-
-
-def random_color(rng: np.random.Generator) -> tuple[int, int, int]:
-    """Draw a color; half of them are corners of the color cube, the named colors of prompts."""
-    color = rng.uniform(0, 255, 3)
-    if rng.random() < 0.5:
-        color = np.where(color < 128, 0, 255)
-    return tuple(int(channel) for channel in color)
-
-
-def find_images(patterns: list[str]) -> list[Path]:
-    """Expand files, folders and glob patterns.
-
-    Raises:
-        ConfigError: If a pattern matches no picture.
-    """
-    found = []
-    for pattern in patterns:
-        matches = sorted(
-            glob.glob(os.path.join(pattern, "*") if os.path.isdir(pattern) else pattern)
-        )
-        pictures = [Path(match) for match in matches if match.lower().endswith(IMAGE_SUFFIXES)]
-        if not pictures:
-            raise ConfigError(f"data.images: no pictures match {pattern!r}")
-        found.extend(pictures)
-    return found
-
-
-@functools.lru_cache(maxsize=64)
-def read_image(path: Path) -> Image.Image:
-    """Decode a picture to RGB."""
-    with Image.open(path) as picture:
-        return picture.convert("RGB")
-
-
-def read_frames(path: str, stride: int) -> list[Image.Image]:
-    """Decode every ``stride``-th frame of a video."""
-    with imageio.get_reader(path) as reader:
-        return [Image.fromarray(frame) for index, frame in enumerate(reader) if index % stride == 0]
-
-
-def crop_randomly(
-    rng: np.random.Generator, picture: Image.Image, size: int, max_zoom_out: float
-) -> Image.Image:
-    """Cut a random square, of log-uniform side, and reduce it to ``size``; flip half of them."""
-    short_side = min(picture.size)
-    largest = max(size, min(short_side, size * max_zoom_out))
-    side = min(short_side, math.exp(rng.uniform(math.log(size), math.log(largest))))
-    left, top = (rng.uniform(0, length - side) for length in picture.size)
-    if side < size * 1.1 and short_side >= size:  # keep every pixel as it is
-        left, top, side = (
-            min(int(left), picture.width - size),
-            min(int(top), picture.height - size),
-            size,
-        )
-    crop = picture.resize(
-        (size, size), Image.Resampling.LANCZOS, (left, top, left + side, top + side)
-    )
-    return crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else crop
-
-
-class CropSampler:
-    """Random batches of crops, each a function of the seed, the stream and the step.
-
-    Args:
-        settings: Sources and sizes.
-        batch_size: Pictures per batch at the smallest crop size.
-        seed: Seed of every stream.
-    """
-
-    def __init__(self, settings: DataSettings, batch_size: int, seed: int) -> None:
-        self.settings = settings
-        self.batch_size = batch_size
-        self.seed = seed
-        pictures: list[Path | Image.Image] = [*find_images(settings.images)]
-        for video in settings.videos:
-            pictures.extend(read_frames(video, settings.frame_stride))
-        every = settings.hold_out_every
-        self.held_out = pictures[every - 1 :: every] if every else pictures
-        self.pictures = [p for k, p in enumerate(pictures) if not every or (k + 1) % every]
-        if settings.shapes_fraction < 1 and not (self.pictures and self.held_out):
-            raise ConfigError(
-                f"data.hold_out_every={every} leaves {len(self.pictures)} pictures to train and "
-                f"{len(self.held_out)} to evaluate on"
-            )
-
-    def batch(self, stream: int, step: int) -> Tensor:
-        """Draw pictures, (B, 3, H, W), -1 to 1."""
-        rng = np.random.default_rng([self.seed, stream, step])
-        pictures = self.held_out if stream == EVALUATION else self.pictures
-        smallest = min(self.settings.crop_sizes)
-        size = int(rng.choice(self.settings.crop_sizes))
-        count = max(1, round(self.batch_size * (smallest / size) ** 2))
-        crops = [np.asarray(self._draw(rng, pictures, size)) for _ in range(count)]
-        return torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2).float().sub(127.5).div(127.5)
-
-    def _draw(
-        self, rng: np.random.Generator, pictures: list[Path | Image.Image], size: int
-    ) -> Image.Image:
-        if rng.random() < self.settings.shapes_fraction:
-            return draw_shapes(rng, size)
-        picture = pictures[rng.integers(len(pictures))]
-        if isinstance(picture, Path):
-            picture = read_image(picture)
-        return crop_randomly(rng, picture, size, self.settings.max_zoom_out)
-
-
 # --- loss ---------------------------------------------------------------------------------------
 
 
 def psnr(x: Tensor, y: Tensor) -> float:
-    """Peak signal-to-noise ratio in dB of pictures in -1 to 1, (B, 3, H, W)."""
+    """Peak signal-to-noise ratio in dB of pictures or clips in -1 to 1."""
     error = F.mse_loss(x.clamp(-1, 1), y.clamp(-1, 1)).item()
     return 10 * math.log10(4 / max(error, 1e-10))
 
 
 def gradient_error(x: Tensor, y: Tensor) -> Tensor:
-    """Mean absolute error of the differences between neighbouring pixels."""
+    """Mean absolute error of the differences between neighbouring pixels of a picture or frame."""
     error = x - y
     return error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
 
 
 def autoencoder_loss(
-    vae: AutoencoderKL, x: Tensor, weights: LossSettings, generator: torch.Generator
+    vae: Autoencoder, x: Tensor, weights: LossSettings, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
     """Loss of one batch.
 
     Args:
         vae: The model.
-        x: Pictures, (B, 3, H, W), -1 to 1.
+        x: Pictures or clips, -1 to 1.
         weights: Weights of the terms.
         generator: Source of the posterior sample.
 
     Returns:
-        The loss, a scalar, and the reconstruction, (B, 3, H, W).
+        The loss, a scalar, and the reconstruction, of the shape of ``x``.
 
     Source: Auto-Encoding Variational Bayes, arXiv:1312.6114.
     """
@@ -346,17 +214,17 @@ class LatentStatistics:
 
 
 @torch.no_grad()
-def measure_latents(vae: AutoencoderKL, batches: list[Tensor]) -> LatentStatistics:
+def measure_latents(vae: Autoencoder, batches: list[Tensor]) -> LatentStatistics:
     """Measure samples of the posterior: their variance is that of the mean plus the mean variance.
 
     Args:
         vae: The model.
-        batches: Pictures, each (B, 3, H, W).
+        batches: Pictures or clips.
     """
     means, variances = [], []
     for x in batches:
         posterior = vae.encode(x).latent_dist
-        means.append(posterior.mean.double().transpose(0, 1).flatten(1))  # (C, B*h*w)
+        means.append(posterior.mean.double().transpose(0, 1).flatten(1))  # (C, positions)
         variances.append(posterior.var.double().transpose(0, 1).flatten(1))
     mean, variance = torch.cat(means, 1), torch.cat(variances, 1)
     total = mean.var(1, correction=0) + variance.mean(1)
@@ -364,7 +232,7 @@ def measure_latents(vae: AutoencoderKL, batches: list[Tensor]) -> LatentStatisti
 
 
 @torch.no_grad()
-def standardize_latents(vae: AutoencoderKL, statistics: LatentStatistics) -> None:
+def standardize_latents(vae: Autoencoder, statistics: LatentStatistics) -> None:
     """Set the factors with which scaled latents have mean 0 and variance 1, channels together."""
     center = statistics.mean.mean()
     variance = (statistics.std.square() + (statistics.mean - center).square()).mean()
@@ -373,7 +241,7 @@ def standardize_latents(vae: AutoencoderKL, statistics: LatentStatistics) -> Non
 
 
 @torch.no_grad()
-def whiten_latents(vae: AutoencoderKL, statistics: LatentStatistics) -> None:
+def whiten_latents(vae: Autoencoder, statistics: LatentStatistics) -> None:
     """Fold an affine map per channel into the convolutions around the latents.
 
     Encoded means become ``(mean - m) / s``, log-variances ``logvar - 2 log s``, and the decoder
@@ -391,10 +259,11 @@ def whiten_latents(vae: AutoencoderKL, statistics: LatentStatistics) -> None:
     channels = len(center)
     to_affine = {"dtype": before.weight.dtype, "device": before.weight.device}
     center, spread = center.to(**to_affine), spread.to(**to_affine)
-    after.bias += (after.weight[:, :, 0, 0] * center).sum(1)
-    after.weight *= spread[None, :, None, None]
+    ones = (1,) * (after.weight.ndim - 2)  # kernels of one position, 2-D or 3-D
+    after.bias += after.weight.flatten(1) @ center
+    after.weight *= spread.view(1, -1, *ones)
     before.bias[:channels] = (before.bias[:channels] - center) / spread
-    before.weight[:channels] /= spread[:, None, None, None]
+    before.weight[:channels] /= spread.view(-1, 1, *ones)
     if before.bias.numel() == 2 * channels:
         before.bias[channels:] -= 2 * spread.log()
     vae.register_to_config(scaling_factor=scaling_factor, shift_factor=None)
@@ -403,7 +272,7 @@ def whiten_latents(vae: AutoencoderKL, statistics: LatentStatistics) -> None:
 # --- files --------------------------------------------------------------------------------------
 
 
-def save_model(vae: AutoencoderKL, folder: Path) -> None:
+def save_model(vae: Autoencoder, folder: Path) -> None:
     """Write the model so that the folder is never seen half full."""
     fresh = folder.with_name(folder.name + ".new")
     stale = folder.with_name(folder.name + ".old")
@@ -417,7 +286,10 @@ def save_model(vae: AutoencoderKL, folder: Path) -> None:
 
 
 def save_comparison(x: Tensor, y: Tensor, path: Path) -> None:
-    """Write pictures (B, 3, H, W) in one row, and their reconstructions below."""
+    """Write pictures, or some frames of the first clip, in one row, reconstructions below."""
+    if x.ndim == 5:
+        every = max(1, x.size(2) // 5)
+        x, y = (clips[0, :, ::every].transpose(0, 1) for clips in (x, y))
     rows = [torch.cat(list(pictures), dim=-1) for pictures in (x, y)]
     sheet = torch.cat(rows, dim=-2).clamp(-1, 1).add(1).mul(127.5).round().byte()
     Image.fromarray(sheet.permute(1, 2, 0).cpu().numpy()).save(path)
@@ -426,52 +298,117 @@ def save_comparison(x: Tensor, y: Tensor, path: Path) -> None:
 # --- run ----------------------------------------------------------------------------------------
 
 
-def build_model(settings: Settings) -> AutoencoderKL:
-    """Load ``init_from``, or make a model with random weights that is easy to fit."""
-    if settings.init_from:
-        return AutoencoderKL.from_pretrained(settings.init_from)
-    vae = AutoencoderKL(**settings.model)
+def build_model(settings: Settings) -> Autoencoder:
+    """Load ``init_from``, or make a model with random weights that is easy to fit.
+
+    A video autoencoder may start from the weights of an image autoencoder of the same widths.
+
+    Raises:
+        ConfigError: If the weights do not fit.
+    """
+    model_class = MODEL_CLASSES[settings.model_class]
+    source = settings.init_from
+    starts_from_pictures = source and settings.is_video and is_image_autoencoder(source)
+    if source and not starts_from_pictures:
+        return model_class.from_pretrained(source)
+    vae = model_class(**settings.model)
     prepare_weights(vae)
+    if starts_from_pictures:
+        inflate_weights(vae, AutoencoderKL.from_pretrained(source))
     return vae
 
 
+def is_image_autoencoder(folder: str) -> bool:
+    """Whether a folder holds an AutoencoderKL."""
+    return AutoencoderKL.load_config(folder).get("_class_name") == "AutoencoderKL"
+
+
 @torch.no_grad()
-def prepare_weights(vae: AutoencoderKL) -> None:
+def inflate_weights(vae: AutoencoderKLOpenSora, image_vae: AutoencoderKL) -> None:
+    """Copy an image autoencoder into a fresh video autoencoder, in place.
+
+    Kernels over time see the present frame alone, so that a clip of a still picture is encoded to
+    the latents of the picture. What pictures do not have keeps its value.
+
+    Args:
+        vae: The model, after :func:`prepare_weights`.
+        image_vae: A model of the same widths and depth.
+
+    Raises:
+        ConfigError: If the shapes do not fit.
+
+    Source: I3D, arXiv:1705.07750, with the weight on one frame instead of spread over all.
+    """
+    weights = vae.state_dict()  # shares memory with the parameters
+    for name, weight in image_vae.state_dict().items():
+        target = weights.get(name)
+        if target is not None and target.ndim == 5:
+            target = target[:, :, -1]
+        if target is None or target.shape != weight.shape:
+            shape = None if target is None else tuple(target.shape)
+            raise ConfigError(
+                f"init_from: {name} is {tuple(weight.shape)} in the image autoencoder, "
+                f"{shape} in the video autoencoder"
+            )
+        target.copy_(weight)
+
+
+@torch.no_grad()
+def prepare_weights(vae: Autoencoder) -> None:
     """Change fresh weights, in place, so that the decoder sees a signal from the first step.
 
     Convolutions keep the variance of their input and have no bias: PyTorch's defaults shrink
     colors below the biases within a few layers, and gray pictures are then all that is learned.
-    Residual blocks start as the identity (Goyal et al., arXiv:1706.02677). Log-variances start
-    low: at 0, noise of variance 1 would drown the means.
+    Those over time see the present frame alone at first. Residual blocks and attention start as
+    the identity (Goyal et al., arXiv:1706.02677). Log-variances start low: at 0, noise of variance
+    1 would drown the means.
     """
     for module in vae.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
+        if isinstance(module, nn.Conv2d | nn.Conv3d):
+            nn.init.zeros_(module.weight)
+            present = module.weight[:, :, -1] if isinstance(module, nn.Conv3d) else module.weight
+            nn.init.kaiming_normal_(present, nonlinearity="linear")
             nn.init.zeros_(module.bias)
     for module in vae.modules():
-        if isinstance(module, ResnetBlock2D):
+        if isinstance(module, ResnetBlock2D | ResBlock):
             nn.init.zeros_(module.conv2.weight)
-    last = vae.encoder.conv_out if vae.quant_conv is None else vae.quant_conv
+        if isinstance(module, FrameAttention):
+            nn.init.zeros_(module.to_out[0].weight)
+            nn.init.zeros_(module.to_out[0].bias)
+    last = vae.quant_conv if has_weights(vae.quant_conv) else vae.encoder.conv_out
     channels = vae.config.latent_channels
     last.weight[channels:] *= 0.1
     last.bias[channels:] = FIRST_LOG_VARIANCE
     vae.decoder.conv_out.weight *= 0.3  # pictures stay within -1 to 1
 
 
-def check_model(vae: AutoencoderKL, settings: Settings) -> None:
+def has_weights(layer: nn.Module | None) -> bool:
+    """Whether an optional convolution is there."""
+    return hasattr(layer, "weight")
+
+
+def check_model(vae: Autoencoder, settings: Settings) -> None:
     """Refuse combinations that would only fail after hours.
 
     Raises:
-        ConfigError: If crops do not fit the stride, or latents cannot be sampled or whitened.
+        ConfigError: If crops or clips do not fit the model, or latents cannot be sampled or
+            whitened.
     """
     stride = 2 ** (len(vae.config.block_out_channels) - 1)
     if any(size % stride for size in settings.data.crop_sizes):
         raise ConfigError(
             f"data.crop_sizes must be multiples of {stride}, got {settings.data.crop_sizes}"
         )
-    if not vae.config.double_z:
+    if isinstance(vae, AutoencoderKLOpenSora):
+        for length in settings.data.clip_lengths:
+            try:
+                vae.latent_length(length)
+            except ValueError as error:
+                raise ConfigError(f"data.clip_lengths: {error}") from error
+    elif not vae.config.double_z:
         raise ConfigError("model.double_z must be true: the loss needs a mean and a variance")
-    if settings.export.whiten and None in (vae.quant_conv, vae.post_quant_conv):
+    around = (vae.quant_conv, vae.post_quant_conv)
+    if settings.export.whiten and not all(has_weights(layer) for layer in around):
         raise ConfigError("export.whiten needs model.use_quant_conv and model.use_post_quant_conv")
 
 
@@ -487,7 +424,8 @@ class AutoencoderTrainer:
         training = settings.training
         self.device = torch.device(training.device)
         self.output_dir = Path(settings.output_dir)
-        self.sampler = CropSampler(settings.data, training.batch_size, training.seed)
+        sampler_class = ClipSampler if settings.is_video else CropSampler
+        self.sampler = sampler_class(settings.data, training.batch_size, training.seed)
         torch.manual_seed(training.seed)
         vae = build_model(settings)
         check_model(vae, settings)
@@ -564,7 +502,7 @@ class AutoencoderTrainer:
         return settings.learning_rate * warmup * decay
 
     def to_device(self, x: Tensor) -> Tensor:
-        """Move pictures to where the model is."""
+        """Move pictures or clips to where the model is."""
         return x.to(self.device)
 
     @torch.no_grad()
@@ -601,7 +539,9 @@ class AutoencoderTrainer:
             "step": self.step,
             "model": self.vae.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "settings": {"model": self.settings.model, "init_from": self.settings.init_from},
+            "settings": {
+                name: getattr(self.settings, name) for name in ("model_class", "model", "init_from")
+            },
         }
         fresh = self.state_path.with_suffix(".new")
         torch.save(state, fresh)

@@ -1,0 +1,491 @@
+"""What autoencoders are fitted to: crops of pictures, clips of videos, drawn shapes.
+
+Every batch is a function of a seed, a stream and a step, so that an interrupted run continues with
+the data it would have seen.
+
+Shapes: B batch, F frames, H W pixels.
+"""
+
+from __future__ import annotations
+
+import functools
+import glob
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import imageio.v2 as imageio
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from diffnext.utils.config_schema import key
+from diffnext.utils.omegaconf_utils import ConfigError
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+TRAINING, EVALUATION, MEASUREMENT = range(3)  # independent streams of random crops
+
+
+@dataclass
+class DataSettings:
+    """Where pictures and clips come from and how they are cropped."""
+
+    images: list[str] = key("Files, folders or glob patterns of pictures.", [])
+    videos: list[str] = key("Video files.", [])
+    frame_stride: int = key(
+        "Use every n-th frame of the videos; clips draw a stride of at most this, as fits.", 8
+    )
+    hold_out_every: int = key(
+        "Keep every n-th picture or frame for evaluation; for clips the last n-th part of every "
+        "video. 0 evaluates on training pictures.",
+        0,
+    )
+    crop_sizes: list[int] = key("Sizes of the crops in pixels; each batch has one of them.", [64])
+    max_zoom_out: float = key("A crop shows at most this many times its own size, reduced.", 8.0)
+    shapes_fraction: float = key("Share of drawn shapes on plain backgrounds, 0 to 1.", 0.0)
+    clip_lengths: list[int] = key(
+        "Frames of the clips of a video autoencoder; each batch has one of them.", [1]
+    )
+
+
+def check_data(data: DataSettings) -> None:
+    """Check what the types cannot say.
+
+    Raises:
+        ConfigError: If a value is impossible.
+    """
+    if not 0 <= data.shapes_fraction <= 1:
+        raise ConfigError(f"data.shapes_fraction must be 0 to 1, got {data.shapes_fraction}")
+    if not (data.images or data.videos) and data.shapes_fraction < 1:
+        raise ConfigError("data needs images or videos, or shapes_fraction=1")
+    for name in ("crop_sizes", "clip_lengths"):
+        values = getattr(data, name)
+        if not values or min(values) < 1:
+            raise ConfigError(f"data.{name} must be positive, got {values}")
+    if data.frame_stride < 1:
+        raise ConfigError(f"data.frame_stride must be positive, got {data.frame_stride}")
+
+
+# --- shapes -------------------------------------------------------------------------------------
+
+
+def star(points: int, inner: float) -> list[tuple[float, float]]:
+    """Corners of a star inside the unit circle; ``inner`` = cos(pi / points) gives a polygon."""
+    angles = [math.pi * k / points - math.pi / 2 for k in range(2 * points)]
+    radii = [1.0, inner] * points
+    return [(r * math.cos(a), r * math.sin(a)) for r, a in zip(radii, angles, strict=True)]
+
+
+OUTLINES = {
+    "circle": star(24, 1.0),
+    "triangle": star(3, 0.5),
+    "square": star(4, math.cos(math.pi / 4)),
+    "hexagon": star(6, math.cos(math.pi / 6)),
+    "star": star(5, 0.4),
+    "cross": star(4, 0.35),
+}
+
+Color = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A filled outline; lengths are shares of the picture's side.
+
+    Attributes:
+        outline: A name of ``OUTLINES``.
+        radius: Distance of the outermost corners from the center.
+        center: Horizontal and vertical position.
+        turn: Angle in radians.
+        color: Red, green and blue, 0 to 255.
+    """
+
+    outline: str
+    radius: float
+    center: tuple[float, float]
+    turn: float
+    color: Color
+
+    def corners(self, side: int) -> list[tuple[float, float]]:
+        """Corners in pixels of a picture of ``side`` pixels."""
+        cos = side * self.radius * math.cos(self.turn)
+        sin = side * self.radius * math.sin(self.turn)
+        left, top = (side * position for position in self.center)
+        return [
+            (left + x * cos - y * sin, top + x * sin + y * cos) for x, y in OUTLINES[self.outline]
+        ]
+
+
+@dataclass(frozen=True)
+class Motion:
+    """What happens to a shape between the first and the last frame of a clip.
+
+    Attributes:
+        shift: Horizontal and vertical way, in shares of the picture's side.
+        spin: Angle in radians.
+        growth: Logarithm of the factor that the radius changes by.
+    """
+
+    shift: tuple[float, float]
+    spin: float
+    growth: float
+
+    def apply(self, shape: Shape, time: float) -> Shape:
+        """The shape at a time from 0, the first frame, to 1, the last one."""
+        return Shape(
+            shape.outline,
+            shape.radius * math.exp(self.growth * time),
+            (shape.center[0] + self.shift[0] * time, shape.center[1] + self.shift[1] * time),
+            shape.turn + self.spin * time,
+            shape.color,
+        )
+
+
+def random_color(rng: np.random.Generator) -> Color:
+    """Draw a color; half of them are corners of the color cube, the named colors of prompts."""
+    color = rng.uniform(0, 255, 3)
+    if rng.random() < 0.5:
+        color = np.where(color < 128, 0, 255)
+    red, green, blue = (int(channel) for channel in color)
+    return red, green, blue
+
+
+def random_shape(rng: np.random.Generator) -> Shape:
+    """Draw a shape whose center is inside the picture."""
+    outline = str(rng.choice(list(OUTLINES)))
+    radius = rng.uniform(0.1, 0.4)
+    left, top = rng.uniform(0.15, 0.85, 2)
+    turn = rng.choice([0.0, math.pi / 4, rng.uniform(0, 2 * math.pi)])
+    return Shape(outline, radius, (left, top), turn, random_color(rng))
+
+
+def random_motion(rng: np.random.Generator) -> Motion:
+    """Draw a motion that a viewer can follow over a clip."""
+    across, down = rng.uniform(-0.5, 0.5, 2)
+    return Motion((across, down), rng.uniform(-1.0, 1.0) * math.pi / 2, rng.uniform(-0.5, 0.5))
+
+
+def random_scene(rng: np.random.Generator) -> tuple[Color, list[Shape]]:
+    """Draw a background color and one to three shapes."""
+    background = random_color(rng)
+    return background, [random_shape(rng) for _ in range(rng.integers(1, 4))]
+
+
+def paint(background: Color, shapes: list[Shape], size: int) -> Image.Image:
+    """Paint shapes on a plain background, anti-aliased."""
+    canvas = size * 4
+    picture = Image.new("RGB", (canvas, canvas), background)
+    pen = ImageDraw.Draw(picture)
+    for shape in shapes:
+        pen.polygon(shape.corners(canvas), fill=shape.color)
+    return picture.resize((size, size), Image.Resampling.BOX)
+
+
+def draw_shapes(rng: np.random.Generator, size: int) -> Image.Image:
+    """Draw one to three colored shapes on a plain background."""
+    background, shapes = random_scene(rng)
+    return paint(background, shapes, size)
+
+
+def draw_moving_shapes(rng: np.random.Generator, size: int, num_frames: int) -> list[Image.Image]:
+    """Draw a clip of shapes that move straight on, turn and grow or shrink."""
+    background, shapes = random_scene(rng)
+    motions = [random_motion(rng) for _ in shapes]
+    return [
+        paint(background, [m.apply(s, t) for m, s in zip(motions, shapes, strict=True)], size)
+        for t in frame_times(num_frames)
+    ]
+
+
+def frame_times(num_frames: int) -> list[float]:
+    """Times of the frames of a clip, from 0 to 1."""
+    return np.linspace(0.0, 1.0, num_frames).tolist()
+
+
+# --- files --------------------------------------------------------------------------------------
+
+
+def find_images(patterns: list[str]) -> list[Path]:
+    """Expand files, folders and glob patterns.
+
+    Raises:
+        ConfigError: If a pattern matches no picture.
+    """
+    found = []
+    for pattern in patterns:
+        matches = sorted(
+            glob.glob(os.path.join(pattern, "*") if os.path.isdir(pattern) else pattern)
+        )
+        pictures = [Path(match) for match in matches if match.lower().endswith(IMAGE_SUFFIXES)]
+        if not pictures:
+            raise ConfigError(f"data.images: no pictures match {pattern!r}")
+        found.extend(pictures)
+    return found
+
+
+@functools.lru_cache(maxsize=64)
+def read_image(path: Path) -> Image.Image:
+    """Decode a picture to RGB."""
+    with Image.open(path) as picture:
+        return picture.convert("RGB")
+
+
+def read_frames(path: str, stride: int) -> list[Image.Image]:
+    """Decode every ``stride``-th frame of a video.
+
+    Raises:
+        ConfigError: If there is no such file.
+    """
+    if not os.path.exists(path):
+        raise ConfigError(f"data.videos: there is no file {path!r}")
+    with imageio.get_reader(path) as reader:
+        return [Image.fromarray(frame) for index, frame in enumerate(reader) if index % stride == 0]
+
+
+# --- crops --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Box:
+    """A square region of a picture, in pixels that need not be whole."""
+
+    left: float
+    top: float
+    side: float
+
+
+def random_box(
+    rng: np.random.Generator, picture_size: tuple[int, int], size: int, max_zoom_out: float
+) -> Box:
+    """Draw a square of log-uniform side; one of about ``size`` pixels lies on whole pixels.
+
+    Args:
+        rng: Source of randomness.
+        picture_size: Width and height of the picture.
+        size: Side of the finished crop.
+        max_zoom_out: Largest side, in multiples of ``size``.
+    """
+    short_side = min(picture_size)
+    largest = max(size, min(short_side, size * max_zoom_out))
+    side = min(short_side, math.exp(rng.uniform(math.log(size), math.log(largest))))
+    left, top = (rng.uniform(0, length - side) for length in picture_size)
+    if side < size * 1.1 and short_side >= size:  # keep every pixel as it is
+        width, height = picture_size
+        return Box(min(int(left), width - size), min(int(top), height - size), size)
+    return Box(left, top, side)
+
+
+def cut(picture: Image.Image, box: Box, size: int, is_flipped: bool) -> Image.Image:
+    """Cut a square, scale it to ``size`` and mirror it if asked to."""
+    corners = (box.left, box.top, box.left + box.side, box.top + box.side)
+    crop = picture.resize((size, size), Image.Resampling.LANCZOS, corners)
+    return crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if is_flipped else crop
+
+
+def crop_randomly(
+    rng: np.random.Generator, frames: list[Image.Image], size: int, max_zoom_out: float
+) -> list[Image.Image]:
+    """Cut the same random square out of all frames and scale it to ``size``; flip half of them."""
+    box = random_box(rng, frames[0].size, size, max_zoom_out)
+    is_flipped = rng.random() < 0.5
+    return [cut(frame, box, size, is_flipped) for frame in frames]
+
+
+def move_box(
+    rng: np.random.Generator, picture_size: tuple[int, int], box: Box, num_frames: int
+) -> list[Box]:
+    """Pan and zoom slowly from ``box``, at constant speed and within the picture.
+
+    Args:
+        rng: Source of randomness.
+        picture_size: Width and height of the picture.
+        box: The first region.
+        num_frames: Regions wanted.
+    """
+    side = min(box.side * math.exp(rng.uniform(-0.2, 0.2)), *picture_size)
+    shift = rng.uniform(-0.3, 0.3, 2) * box.side
+    left, top = (
+        min(max(start + (box.side - side) / 2 + way, 0.0), length - side)
+        for start, way, length in zip((box.left, box.top), shift, picture_size, strict=True)
+    )
+    return [
+        Box(*(a + (b - a) * t for a, b in ((box.left, left), (box.top, top), (box.side, side))))
+        for t in frame_times(num_frames)
+    ]
+
+
+def pan_picture(
+    rng: np.random.Generator,
+    picture: Image.Image,
+    size: int,
+    max_zoom_out: float,
+    num_frames: int,
+) -> list[Image.Image]:
+    """Make a clip of a picture: a random square that pans and zooms slowly; flip half of them."""
+    first = random_box(rng, picture.size, size, max_zoom_out)
+    boxes = move_box(rng, picture.size, first, num_frames)
+    is_flipped = rng.random() < 0.5
+    return [cut(picture, box, size, is_flipped) for box in boxes]
+
+
+# --- batches ------------------------------------------------------------------------------------
+
+
+def to_pixels(frames: list[Image.Image]) -> Tensor:
+    """Stack pictures of one size to (F, 3, H, W), -1 to 1."""
+    stacked = np.stack([np.asarray(frame) for frame in frames])
+    return torch.from_numpy(stacked).permute(0, 3, 1, 2).float().sub(127.5).div(127.5)
+
+
+def split_off(items: list, every: int) -> tuple[list, list]:
+    """Keep every ``every``-th item for evaluation; returns the items to train and evaluate on."""
+    if not every:
+        return items, items
+    return [item for k, item in enumerate(items) if (k + 1) % every], items[every - 1 :: every]
+
+
+class CropSampler:
+    """Random batches of crops of pictures, single frames and drawn shapes.
+
+    Args:
+        settings: Sources and sizes.
+        batch_size: Pictures per batch at the smallest crop size.
+        seed: Seed of every stream.
+
+    Raises:
+        ConfigError: If nothing is left to train or evaluate on.
+    """
+
+    def __init__(self, settings: DataSettings, batch_size: int, seed: int) -> None:
+        self.settings = settings
+        self.batch_size = batch_size
+        self.seed = seed
+        pictures: list[Path | Image.Image] = [*find_images(settings.images)]
+        for video in settings.videos:
+            pictures.extend(read_frames(video, settings.frame_stride))
+        every = settings.hold_out_every
+        self.pictures, self.held_out = split_off(pictures, every)
+        if settings.shapes_fraction < 1 and not (self.pictures and self.held_out):
+            raise ConfigError(
+                f"data.hold_out_every={every} leaves {len(self.pictures)} pictures to train and "
+                f"{len(self.held_out)} to evaluate on"
+            )
+
+    def batch(self, stream: int, step: int) -> Tensor:
+        """Draw pictures, (B, 3, H, W), -1 to 1."""
+        rng = np.random.default_rng([self.seed, stream, step])
+        pictures = self.held_out if stream == EVALUATION else self.pictures
+        smallest = min(self.settings.crop_sizes)
+        size = int(rng.choice(self.settings.crop_sizes))
+        count = max(1, round(self.batch_size * (smallest / size) ** 2))
+        return to_pixels([self._draw(rng, pictures, size) for _ in range(count)])
+
+    def _draw(
+        self, rng: np.random.Generator, pictures: list[Path | Image.Image], size: int
+    ) -> Image.Image:
+        if rng.random() < self.settings.shapes_fraction:
+            return draw_shapes(rng, size)
+        picture = pictures[rng.integers(len(pictures))]
+        if isinstance(picture, Path):
+            picture = read_image(picture)
+        return crop_randomly(rng, [picture], size, self.settings.max_zoom_out)[0]
+
+
+def random_window(
+    rng: np.random.Generator, frames: list[Image.Image], num_frames: int, max_stride: int
+) -> list[Image.Image]:
+    """Choose ``num_frames`` frames at even distances of at most ``max_stride``."""
+    longest_stride = (len(frames) - 1) // max(num_frames - 1, 1)
+    stride = rng.integers(min(max_stride, longest_stride)) + 1 if num_frames > 1 else 1
+    start = rng.integers(len(frames) - stride * (num_frames - 1))
+    return frames[start : start + stride * (num_frames - 1) + 1 : stride]
+
+
+@dataclass(frozen=True)
+class ClipSources:
+    """What clips are cut from.
+
+    Attributes:
+        pictures: Files of pictures, which clips pan over.
+        videos: Decoded frames of each video.
+    """
+
+    pictures: list[Path]
+    videos: list[list[Image.Image]]
+
+    def __len__(self) -> int:
+        """Number of pictures and videos."""
+        return len(self.pictures) + len(self.videos)
+
+
+class ClipSampler:
+    """Random batches of clips: of videos, of pans over pictures and of moving shapes.
+
+    Videos are decoded once and kept in memory.
+
+    Args:
+        settings: Sources and sizes.
+        batch_size: Clips per batch of the smallest crops and the shortest clips; fewer of others,
+            which keeps the number of pixels.
+        seed: Seed of every stream.
+
+    Raises:
+        ConfigError: If a video is too short, or nothing is left to train or evaluate on.
+    """
+
+    def __init__(self, settings: DataSettings, batch_size: int, seed: int) -> None:
+        self.settings = settings
+        self.batch_size = batch_size
+        self.seed = seed
+        every = settings.hold_out_every
+        pictures, held_out_pictures = split_off(find_images(settings.images), every)
+        parts = [self._read(path) for path in settings.videos]
+        self.sources = ClipSources(pictures, [frames for frames, _ in parts])
+        self.held_out = ClipSources(held_out_pictures, [frames for _, frames in parts])
+        if settings.shapes_fraction < 1 and not (len(self.sources) and len(self.held_out)):
+            raise ConfigError(
+                f"data.hold_out_every={every} leaves {len(self.sources)} pictures and videos to "
+                f"train and {len(self.held_out)} to evaluate on"
+            )
+
+    def batch(self, stream: int, step: int) -> Tensor:
+        """Draw clips, (B, 3, F, H, W), -1 to 1; those to evaluate on are of the longest kind."""
+        rng = np.random.default_rng([self.seed, stream, step])
+        sizes, lengths = self.settings.crop_sizes, self.settings.clip_lengths
+        sources = self.held_out if stream == EVALUATION else self.sources
+        size = int(rng.choice(sizes))
+        num_frames = max(lengths) if stream == EVALUATION else int(rng.choice(lengths))
+        share = (min(sizes) / size) ** 2 * min(lengths) / num_frames
+        count = max(1, round(self.batch_size * share))
+        clips = [to_pixels(self._draw(rng, sources, size, num_frames)) for _ in range(count)]
+        return torch.stack(clips).transpose(1, 2).contiguous()
+
+    def _read(self, path: str) -> tuple[list[Image.Image], list[Image.Image]]:
+        """Decode a video; returns the frames to train and to evaluate on."""
+        frames = read_frames(path, stride=1)
+        every = self.settings.hold_out_every
+        border = len(frames) - len(frames) // every if every else len(frames)
+        training, held_out = frames[:border], frames[border:] if every else frames
+        longest, shortest = max(self.settings.clip_lengths), min(len(training), len(held_out))
+        if shortest < longest:
+            raise ConfigError(
+                f"data.clip_lengths={self.settings.clip_lengths} ask for {longest} frames, but "
+                f"data.hold_out_every={every} leaves {shortest} of {path} to train or evaluate on"
+            )
+        return training, held_out
+
+    def _draw(
+        self, rng: np.random.Generator, sources: ClipSources, size: int, num_frames: int
+    ) -> list[Image.Image]:
+        settings = self.settings
+        if rng.random() < settings.shapes_fraction:
+            return draw_moving_shapes(rng, size, num_frames)
+        # As many clips of videos as of pictures, however many there are of either.
+        if sources.videos and (not sources.pictures or rng.random() < 0.5):
+            frames = sources.videos[rng.integers(len(sources.videos))]
+            window = random_window(rng, frames, num_frames, settings.frame_stride)
+            return crop_randomly(rng, window, size, settings.max_zoom_out)
+        picture = read_image(sources.pictures[rng.integers(len(sources.pictures))])
+        return pan_picture(rng, picture, size, settings.max_zoom_out, num_frames)
