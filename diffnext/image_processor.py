@@ -102,6 +102,7 @@ class VaeImageProcessor(ConfigMixin):
         """
         if vae_batch_size < 1:
             raise ValueError(f"vae_batch_size must be at least 1, got {vae_batch_size}")
+        latents = latents.to(getattr(vae, "dtype", latents.dtype))
         chunks = vae.unscale_(latents).split(vae_batch_size)
         return torch.cat([vae.decode(chunk).sample for chunk in chunks])
 

@@ -270,6 +270,23 @@ def test_training_and_generating_in_turns_equals_fresh_objects():
         assert torch.equal(generate(shared[0], frames + 1), generate(make()[0], frames + 1))
 
 
+def test_generating_with_a_model_in_training_drops_no_prompt(video_pipe):
+    options = {"max_latent_length": 2, "output_type": "latent", **QUICK}
+    expected = video_pipe("a cat", generator=seeded(), **options).frames
+    video_pipe.transformer.text_embed.dropout = 1.0
+    video_pipe.transformer.train()
+    assert torch.equal(video_pipe("a cat", generator=seeded(), **options).frames, expected)
+
+
+def test_the_autoencoder_may_have_another_type_than_the_model(video_pipe):
+    options = {"max_latent_length": 2, "output_type": "pt", **QUICK}
+    expected = video_pipe("a cat", image=picture(), generator=seeded(), **options).frames
+    video_pipe.vae.double()
+    mixed = video_pipe("a cat", image=picture(), generator=seeded(), **options).frames
+    assert mixed.dtype == torch.float64
+    torch.testing.assert_close(mixed.float(), expected, atol=1e-3, rtol=1e-3)
+
+
 def make_config():
     from omegaconf import OmegaConf
 

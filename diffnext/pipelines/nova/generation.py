@@ -94,7 +94,7 @@ class GenerationPipelineMixin:
     def check_run(
         self, output_type: str, vae_batch_size: int, callback_on_step_end_tensor_inputs: Any
     ) -> None:
-        """Check what every run needs.
+        """Check what every run needs, and put the model into evaluation mode.
 
         Raises:
             ValueError: If an argument or the scheduler cannot work.
@@ -110,6 +110,7 @@ class GenerationPipelineMixin:
                 f"{self._callback_tensor_inputs}, got {sorted(unknown)}"
             )
         check_scheduler(self.scheduler)
+        self.transformer.eval()  # before prompts are embedded: training drops some
         first = self._first_scheduler
         if first is not None and predicts_flow(first) != predicts_flow(self.scheduler):
             logger.warning(
@@ -137,7 +138,6 @@ class GenerationPipelineMixin:
     ) -> dict[str, Any]:
         """Make model and pipeline ready; returns the inputs with a monitor."""
         self._interrupt = False
-        self.transformer.eval()
         self.transformer.sample_scheduler = self.scheduler
         steps = int(np.count_nonzero(inputs["num_preds"]))
         return {**inputs, "monitor": PipelineMonitor(self, steps, callback, tensor_inputs)}

@@ -243,6 +243,8 @@ class NOVAPipeline(GenerationPipelineMixin, PipelineMixin, DiffusionPipeline):
             ValueError: If arguments contradict each other or the model.
         """
         names = [field.name for field in fields(CallArguments)]
+        if len(args) > len(names):
+            raise TypeError(f"stream takes at most {len(names)} arguments, got {len(args)}")
         arguments = self._parse(kwargs, **dict(zip(names, args, strict=False)))
         inputs = self._prepare(arguments)
         return self.stream_frames(

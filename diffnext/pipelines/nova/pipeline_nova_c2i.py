@@ -154,7 +154,6 @@ class NOVAC2IPipeline(GenerationPipelineMixin, PipelineMixin, DiffusionPipeline)
                     f"{len(classes)} prompts"
                 )
             classes += negatives * (len(classes) if len(negatives) == 1 else 1)
-        label_embed.eval()
         return label_embed(torch.tensor(classes)).repeat_interleave(num_images_per_prompt, dim=0)
 
     def _as_classes(self, value: Any) -> list[int]:
