@@ -8,7 +8,12 @@ from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
-from diffnext.models.autoencoders import video_layers
+from diffnext.models.autoencoders import (
+    autoencoder_kl_cogvideox,
+    autoencoder_kl_ltx,
+    autoencoder_kl_opensora,
+    video_layers,
+)
 from diffnext.models.autoencoders.autoencoder_kl_cogvideox import resize_latents
 from diffnext.models.autoencoders.autoencoder_kl_ltx import (
     depth_to_space,
@@ -16,9 +21,8 @@ from diffnext.models.autoencoders.autoencoder_kl_ltx import (
     space_to_depth,
     unpatchify,
 )
-from diffnext.models.autoencoders.autoencoder_kl_opensora import Upsample
 from diffnext.models.autoencoders.modeling_utils import TilingMixin
-from diffnext.models.autoencoders.tiling import run_in_spatial_tiles
+from diffnext.models.autoencoders.tiling import Tile, run_in_spatial_tiles
 from diffnext.models.autoencoders.video_layers import CausalConv3d
 from tests.tiny import make_cogvideox, make_ltx, make_video_vae
 
@@ -123,6 +127,16 @@ def test_ltx_lengths():
         vae.encode(x[:, :, :16])
 
 
+def test_ltx_tiles_cover_long_clips():
+    vae = make_ltx()
+    assert vae.sample_tiles(249) == [Tile(0, 249, 0)]
+    assert vae.sample_tiles(257) == [Tile(0, 249, 0), Tile(248, 257, 0)]
+    assert vae.sample_tiles(497) == [Tile(0, 249, 0), Tile(248, 497, 0)]
+    assert vae.latent_tiles(32) == [Tile(0, 32, 0)]
+    assert vae.latent_tiles(34) == [Tile(0, 32, 0), Tile(32, 34, 1)]
+    assert vae.latent_tiles(64) == [Tile(0, 32, 0), Tile(32, 64, 1)]
+
+
 @pytest.mark.parametrize(("tile", "latents"), [(17, 3), (9, 2)])
 def test_ltx_tiles_equal_tiles_by_hand(tile, latents):
     """Smaller tiles than the released 249 frames, by the same rule."""
@@ -174,16 +188,70 @@ def test_the_timestep_reaches_the_ltx_decoder():
     assert not torch.allclose(late[1], default[1])
 
 
-def test_ltx_factors_of_a_checkpoint_take_the_place_of_numbers():
-    vae = make_ltx(scaling_factor=2.0)
+@pytest.mark.parametrize("temb", [torch.zeros(3), torch.zeros(2, 1), torch.tensor(0.0)])
+def test_timesteps_of_another_shape_are_refused(temb):
+    with pytest.raises(ValueError, match=r"temb must be \(2,\), got"):
+        make_ltx().decode(torch.zeros(2, 8, 2, 1, 1), temb)
+
+
+@pytest.mark.parametrize(("height", "width"), [(48, 32), (32, 18)])
+def test_ltx_names_the_sizes_it_takes(height, width):
+    with pytest.raises(ValueError, match=f"multiples of 32, got {height}x{width}"):
+        make_ltx().encode(torch.zeros(1, 3, 1, height, width))
+
+
+def ltx_weights_with_factors():
     shift = torch.randn(1, 8, 1, 1, 1)
     scale = torch.rand(1, 8, 1, 1, 1) + 0.5
-    vae.load_state_dict(
-        {**vae.state_dict(), "shift_factors": shift, "scaling_factors": scale}, strict=True
-    )
+    weights = {**make_ltx().state_dict(), "shift_factors": shift, "scaling_factors": scale}
+    return weights, shift, scale
+
+
+def test_ltx_factors_of_a_state_dict_take_the_place_of_numbers():
+    vae = make_ltx(scaling_factor=2.0)
+    assert "shift_factors" not in vae.state_dict()
+    weights, shift, scale = ltx_weights_with_factors()
+    vae.load_state_dict(weights)
     z = torch.randn(2, 8, 2, 1, 1)
     torch.testing.assert_close(vae.scale_(z), (z - shift) * scale)
     torch.testing.assert_close(vae.unscale_(vae.scale_(z)), z)
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [True, False])
+def test_ltx_factors_of_a_file_take_the_place_of_numbers(low_cpu_mem_usage, tmp_path):
+    weights, shift, scale = ltx_weights_with_factors()
+    make_ltx().save_pretrained(tmp_path)
+    save_file(weights, tmp_path / SAFETENSORS_WEIGHTS_NAME)
+    loaded = autoencoder_kl_ltx.AutoencoderKLLTXVideo.from_pretrained(
+        tmp_path, low_cpu_mem_usage=low_cpu_mem_usage
+    )
+    z = torch.randn(2, 8, 2, 1, 1)
+    torch.testing.assert_close(loaded.scale_(z), (z - shift) * scale)
+    loaded.save_pretrained(tmp_path / "again")
+    again = type(loaded).from_pretrained(tmp_path / "again")
+    torch.testing.assert_close(again.unscale_(z), z / scale + shift)
+
+
+def test_ltx_factors_scale_latents_of_pictures():
+    vae = make_ltx()
+    vae.load_state_dict(ltx_weights_with_factors()[0])
+    z = torch.randn(2, 8, 3, 5)
+    torch.testing.assert_close(vae.scale_(z), vae.scale_(z.unsqueeze(2)).squeeze(2))
+    torch.testing.assert_close(vae.unscale_(z), vae.unscale_(z.unsqueeze(2)).squeeze(2))
+
+
+@pytest.mark.parametrize("missing", ["shift_factors", "scaling_factors"])
+def test_one_ltx_factor_alone_is_refused(missing):
+    weights = ltx_weights_with_factors()[0]
+    del weights[missing]
+    with pytest.raises(RuntimeError, match=rf"Missing key\(s\).*{missing}"):
+        make_ltx().load_state_dict(weights)
+
+
+def test_ltx_factors_take_the_dtype_of_the_model():
+    vae = make_ltx().bfloat16()
+    vae.load_state_dict(ltx_weights_with_factors()[0])
+    assert vae.shift_factors.dtype == vae.scaling_factors.dtype == torch.bfloat16
 
 
 def test_pictures_are_clips_of_one_frame(kind, vae):
@@ -247,11 +315,24 @@ def test_spatial_tiling_of_a_model(kind, vae):
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [((20, 32), "multiples of 8 pixels, got 20x32"), ((32, 32, 1.0), "below 1, got 1.0")],
+    [
+        ((20, 32), "multiples of 8 pixels, got 20x32"),
+        ((32, -8), "multiples of 8 pixels, got 32x-8"),
+        ((0, 32), "multiples of 8 pixels, got 0x32"),
+        ((32, 32, 1.0), "below 1, got 1.0"),
+        ((32, 32, -0.1), "below 1, got -0.1"),
+    ],
 )
 def test_impossible_spatial_tiles_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         make_video_vae().enable_tiling(*arguments)
+
+
+def test_pictures_that_spatial_tiles_do_not_fit_are_refused():
+    vae = make_video_vae()
+    vae.enable_tiling(32, 32)
+    with pytest.raises(ValueError, match=r"multiples of 8 to be tiled, got \(36, 40\)"):
+        vae.encode(torch.zeros(1, 3, 36, 40))
 
 
 def test_causal_convolutions_see_no_later_frame():
@@ -262,6 +343,29 @@ def test_causal_convolutions_see_no_later_frame():
     changed = conv(x)
     assert torch.equal(y[:, :, :3], changed[:, :, :3])
     assert not torch.equal(y[:, :, 3], changed[:, :, 3])
+
+
+@pytest.mark.parametrize(
+    ("layer", "frames", "changed_from", "kept"),
+    [
+        (autoencoder_kl_opensora.Downsample(4, CausalConv3d), 9, 5, 3),
+        (autoencoder_kl_opensora.Upsample(4, CausalConv3d, has_time=True), 5, 3, 4),
+        (autoencoder_kl_cogvideox.Downsample(4, has_time=True), 9, 5, 3),
+        (autoencoder_kl_cogvideox.Upsample(4, has_time=True), 5, 3, 5),
+        (autoencoder_kl_ltx.Downsample(4, 8, (2, 2, 2)), 9, 5, 3),
+    ],
+)
+def test_resampling_in_time_is_causal(layer, frames, changed_from, kept):
+    """``kept`` output frames stand for the ``changed_from`` first frames of the input.
+
+    Where OpenSora enlarges time, a frame is interpolated with the next one: one frame less.
+    """
+    x = torch.randn(1, 4, frames, 8, 8)
+    before = layer(x)
+    x[:, :, changed_from:] += 1
+    after = layer(x)
+    torch.testing.assert_close(after[:, :, :kept], before[:, :, :kept])
+    assert not torch.allclose(after[:, :, kept], before[:, :, kept])
 
 
 def test_a_still_clip_stays_still_in_a_causal_convolution():
@@ -282,7 +386,7 @@ def test_large_inputs_are_convolved_in_chunks(kernel, monkeypatch):
 
 
 def test_upsampling_keeps_the_first_frame_one_frame():
-    up = Upsample(2, CausalConv3d, has_time=True)
+    up = autoencoder_kl_opensora.Upsample(2, CausalConv3d, has_time=True)
     assert up(torch.randn(1, 2, 3, 4, 4)).shape == (1, 2, 5, 8, 8)
     assert up(torch.randn(1, 2, 1, 4, 4)).shape == (1, 2, 1, 8, 8)
 
@@ -300,13 +404,21 @@ def test_folding_space_into_channels_is_undone():
     assert torch.equal(unpatchify(patchify(x)), x)
 
 
-def test_half_precision_stays_near(kind):
-    side = SIDE[kind]
-    x = torch.randn(1, 3, 1, side, side)
-    full = encode(MAKERS[kind](), x)
-    half = encode(MAKERS[kind]().bfloat16(), x.bfloat16())
-    assert half.dtype == torch.bfloat16
-    assert (half - full).abs().mean() < 0.1 * full.abs().mean()
+@pytest.mark.parametrize(("dtype", "share"), [(torch.bfloat16, 0.1), (torch.float16, 0.02)])
+def test_half_precision_stays_near(kind, dtype, share):
+    frames = 9 if kind == "ltx" else 5
+    x = torch.randn(1, 3, frames, SIDE[kind], SIDE[kind])
+    full = MAKERS[kind]()
+    half = MAKERS[kind]().to(dtype)
+    moments = encode(full, x)
+    rounded = encode(half, x.to(dtype))
+    assert rounded.dtype == dtype
+    assert (rounded - moments).abs().mean() < share * moments.abs().mean()
+    z = moments[:, : full.config.latent_channels]
+    sample = full.decode(z).sample
+    rounded = half.decode(z.to(dtype)).sample
+    assert rounded.dtype == dtype
+    assert (rounded - sample).abs().mean() < share * sample.abs().mean()
 
 
 def test_files_come_back(kind, vae, tmp_path):

@@ -22,7 +22,6 @@ FITTING = [
     ("EulerDiscreteScheduler", {}),
     ("EulerAncestralDiscreteScheduler", {}),
     ("HeunDiscreteScheduler", {}),
-    ("LMSDiscreteScheduler", {}),
     ("DPMSolverMultistepScheduler", {}),
     ("DPMSolverSinglestepScheduler", {}),
     ("DEISMultistepScheduler", {}),

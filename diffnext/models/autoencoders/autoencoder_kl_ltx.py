@@ -28,6 +28,8 @@ PATCH_SIZE = 4
 FREQUENCIES = 256
 # (time, height, width) of each reduction of the encoder.
 STRIDES = ((1, 2, 2), (2, 1, 1), (2, 2, 2), (2, 2, 2))
+# Buffers that a checkpoint may hold.
+FACTORS = ("shift_factors", "scaling_factors")
 
 Stride = tuple[int, int, int]
 
@@ -264,6 +266,11 @@ class DecoderMidBlock(nn.Module):
         return x
 
 
+def spatial_reduction(levels: int) -> int:
+    """Pixels a latent stands for, in each direction, behind the first levels of the encoder."""
+    return PATCH_SIZE * math.prod(stride[1] for stride in STRIDES[:levels])
+
+
 class Encoder(nn.Module):
     """Clip to moments, causal in time.
 
@@ -278,6 +285,7 @@ class Encoder(nn.Module):
         self, dim: int, out_dim: int, widths: Sequence[int], depths: Sequence[int]
     ) -> None:
         super().__init__()
+        self.reduction = spatial_reduction(len(widths) - 1)
         self.conv_in = causal_conv(dim * PATCH_SIZE**2, widths[0])
         self.down_blocks = nn.ModuleList(
             DownBlock(*level)
@@ -287,7 +295,22 @@ class Encoder(nn.Module):
         self.conv_out = causal_conv(widths[-1], out_dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, 3, F, H, W) to (B, C + 1, T, h, w)."""
+        """Encode.
+
+        Args:
+            x: (B, 3, F, H, W).
+
+        Returns:
+            (B, C + 1, T, h, w).
+
+        Raises:
+            ValueError: If H or W is no multiple of what a latent stands for.
+        """
+        height, width = x.shape[-2:]
+        if height % self.reduction or width % self.reduction:
+            raise ValueError(
+                f"height and width must be multiples of {self.reduction}, got {height}x{width}"
+            )
         x = self.conv_in(patchify(x))
         for block in self.down_blocks:
             x = block(x)
@@ -344,8 +367,8 @@ class AutoencoderKLLTXVideo(VideoAutoencoderMixin, StrictLoadingMixin, ModelMixi
     """Video autoencoder of LTX-Video (arXiv:2501.00103).
 
     Clips of 249 frames are 32 latent frames; longer ones are cut into tiles that share a frame of
-    pixels but none of latents. Weights may hold ``shift_factors`` and ``scaling_factors``, (C, 1,
-    1, 1) or alike, which then take the place of the config's numbers.
+    pixels but none of latents. Weights may hold ``shift_factors`` and ``scaling_factors``, C values
+    each, which then take the place of the config's numbers.
 
     Args:
         in_channels: Channels of the pictures.
@@ -397,13 +420,12 @@ class AutoencoderKLLTXVideo(VideoAutoencoderMixin, StrictLoadingMixin, ModelMixi
         self.latent_dist = DiagonalGaussianDistribution
         self.register_buffer("shift_factors", None)
         self.register_buffer("scaling_factors", None)
-        self.register_load_state_dict_pre_hook(accept_factors)
+        self.register_load_state_dict_pre_hook(make_room_for_factors)
 
     @property
     def spatial_compression_ratio(self) -> int:
         """Pixels a latent stands for, in each direction."""
-        levels = len(self.config.block_out_channels) - 1
-        return PATCH_SIZE * math.prod(stride[1] for stride in STRIDES[:levels])
+        return spatial_reduction(len(self.config.block_out_channels) - 1)
 
     @property
     def temporal_compression_ratio(self) -> int:
@@ -425,27 +447,44 @@ class AutoencoderKLLTXVideo(VideoAutoencoderMixin, StrictLoadingMixin, ModelMixi
             ``sample``: (B, 3, H, W) or (B, 3, F, H, W), about -1 to 1.
 
         Raises:
-            ValueError: If the shape does not fit, or the length is not legal.
+            ValueError: If a shape does not fit, or the length is not legal.
         """
         temb = z.new_zeros(z.size(0)) if temb is None else temb
+        if temb.shape != z.shape[:1]:
+            raise ValueError(f"temb must be ({z.size(0)},), got {tuple(temb.shape)}")
         return super().decode(z, temb, return_dict=return_dict)
 
     def scale_(self, x: Tensor) -> Tensor:
         """Raw to model latents."""
         if self.shift_factors is None:
             return super().scale_(x)
-        return (x - self.shift_factors) * self.scaling_factors
+        return (x - per_channel(self.shift_factors, x)) * per_channel(self.scaling_factors, x)
 
     def unscale_(self, x: Tensor) -> Tensor:
         """Model to raw latents."""
         if self.shift_factors is None:
             return super().unscale_(x)
-        return x / self.scaling_factors + self.shift_factors
+        return x / per_channel(self.scaling_factors, x) + per_channel(self.shift_factors, x)
+
+    def _fix_state_dict_keys_on_load(self, state_dict: dict[str, Tensor]) -> None:
+        # `from_pretrained` compares keys before it loads any weight, and calls this before that.
+        super()._fix_state_dict_keys_on_load(state_dict)
+        make_room_for_factors(self, state_dict)
 
 
-def accept_factors(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
-    """Make room for the factors of a checkpoint that has them."""
-    for name in ("shift_factors", "scaling_factors"):
-        value = state_dict.get(prefix + name)
-        if value is not None:
-            module.register_buffer(name, torch.empty_like(value))
+def per_channel(factors: Tensor, x: Tensor) -> Tensor:
+    """C values, shaped to meet the channels of (B, C, h, w) or (B, C, T, h, w)."""
+    return factors.view(-1, *(1,) * (x.ndim - 2))
+
+
+def make_room_for_factors(
+    model: ModelMixin, state_dict: dict[str, Tensor], prefix: str = "", *_: Any
+) -> None:
+    """Give the model the buffers of a checkpoint that has them; one alone is then missing."""
+    given = [state_dict[prefix + name] for name in FACTORS if prefix + name in state_dict]
+    if not given:
+        return
+    for name in FACTORS:
+        room = state_dict.get(prefix + name, given[0])
+        room = torch.empty_like(room, device=model.device, dtype=model.dtype)
+        model.register_buffer(name, room)

@@ -100,20 +100,21 @@ class TilingMixin(AutoencoderMixin):
             tile_overlap_factor: Share of a tile common with the next one; a quarter when None.
 
         Raises:
-            ValueError: If a tile is no multiple of the compression ratio, or the overlap leaves
-                nothing new.
+            ValueError: If a tile is no positive multiple of the compression ratio, or the overlap
+                leaves nothing new.
         """
         default = SpatialTiles()
         overlap = default.overlap if tile_overlap_factor is None else tile_overlap_factor
         tiles = SpatialTiles(
-            tile_sample_min_height or default.height,
-            tile_sample_min_width or default.width,
+            default.height if tile_sample_min_height is None else tile_sample_min_height,
+            default.width if tile_sample_min_width is None else tile_sample_min_width,
             overlap,
         )
         ratio = self.spatial_compression_ratio
-        if tiles.height % ratio or tiles.width % ratio:
+        if any(side < 1 or side % ratio for side in (tiles.height, tiles.width)):
             raise ValueError(
-                f"tiles must be multiples of {ratio} pixels, got {tiles.height}x{tiles.width}"
+                f"tiles must be positive multiples of {ratio} pixels, "
+                f"got {tiles.height}x{tiles.width}"
             )
         if not 0 <= overlap < 1:
             raise ValueError(f"tile_overlap_factor must be at least 0 and below 1, got {overlap}")
