@@ -120,7 +120,7 @@ class GenerationPipelineMixin:
                 type(first).__name__,
             )
 
-    def set_inputs(self, num_inference_steps: int, num_frames: int, is_silent: bool) -> dict:
+    def common_inputs(self, num_inference_steps: int, num_frames: int, is_silent: bool) -> dict:
         """Inputs of the model that every run has: the sets of tokens and the progress bars."""
         num_tokens = int(np.prod(self.transformer.config.image_base_size))
         return {

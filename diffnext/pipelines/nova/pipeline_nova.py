@@ -272,7 +272,7 @@ class NOVAPipeline(GenerationPipelineMixin, PipelineMixin, DiffusionPipeline):
             "spatiotemporal_guidance_scale": arguments.spatiotemporal_guidance_scale,
             "generator": arguments.generator,
             "fps": arguments.fps,
-            **self.set_inputs(
+            **self.common_inputs(
                 arguments.num_inference_steps, num_latents, arguments.disable_progress_bar
             ),
         }

@@ -111,7 +111,7 @@ class NOVAC2IPipeline(GenerationPipelineMixin, PipelineMixin, DiffusionPipeline)
             "min_guidance_scale": min_guidance_scale,
             "generator": generator,
             **more,
-            **self.set_inputs(num_inference_steps, 1, disable_progress_bar),
+            **self.common_inputs(num_inference_steps, 1, disable_progress_bar),
         }
         inputs = self.start_run(inputs, callback_on_step_end, callback_on_step_end_tensor_inputs)
         try:
