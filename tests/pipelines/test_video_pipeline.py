@@ -287,6 +287,14 @@ def test_the_autoencoder_may_have_another_type_than_the_model(video_pipe):
     torch.testing.assert_close(mixed.float(), expected, atol=1e-3, rtol=1e-3)
 
 
+def test_latents_are_made_without_an_autoencoder():
+    pipe = make_video_pipeline(vae=None)
+    options = {"output_type": "latent", **QUICK}
+    assert pipe("a cat", max_latent_length=2, **options).frames.shape == (1, 4, 2, 8, 12)
+    with pytest.raises(ValueError, match="needs a video autoencoder .* not NoneType"):
+        pipe("a cat", num_frames=5, **options)
+
+
 def make_config():
     from omegaconf import OmegaConf
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from diffnext.image_processor import RESIZE_MODES
+from diffnext.models.autoencoders.modeling_utils import TilingMixin
 from diffnext.models.transformers.transformer_nova import NOVATransformer3DModel
 from diffnext.pipelines.nova.generation import GenerationPipelineMixin, StepCallback
 from diffnext.pipelines.pipeline_utils import NOVAPipelineOutput, PipelineMixin
@@ -352,6 +353,13 @@ class NOVAPipeline(GenerationPipelineMixin, PipelineMixin, DiffusionPipeline):
                         f"{name}=1 or a video checkpoint"
                     )
             return 1
+        if not isinstance(self.vae, TilingMixin):  # absent, or one whose lengths are not known
+            if num_frames is not None:
+                raise ValueError(
+                    f"num_frames={num_frames} needs a video autoencoder of this package, not "
+                    f"{type(self.vae).__name__}: use max_latent_length"
+                )
+            return length
         if num_frames is not None:
             wanted = self.vae.latent_length(num_frames)
             if length not in (1, wanted):
