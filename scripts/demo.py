@@ -29,6 +29,7 @@ from diffnext.pipelines import NOVAPipeline
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "configs" / "nova_tiny_t2i.yaml"
+TRANSFORMER = "pipeline.paths.module_config.transformer"
 
 
 @dataclass(frozen=True)
@@ -45,32 +46,39 @@ SAMPLES = (
 )
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Parse the command line."""
+def make_parser(description: str, output: str, size: int, steps: int) -> argparse.ArgumentParser:
+    """The options of a demo, with its defaults."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--output", type=Path, default=Path("demo"), help="folder to write")
-    parser.add_argument("--size", type=int, default=256, help="side of the pictures (256)")
-    parser.add_argument("--steps", type=int, default=500, help="training steps (500)")
+    parser.add_argument("--output", type=Path, default=Path(output), help="folder to write")
+    parser.add_argument("--size", type=int, default=size, help=f"side of the pictures ({size})")
+    parser.add_argument("--steps", type=int, default=steps, help=f"training steps ({steps})")
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn (0)")
-    return parser.parse_args(argv)
+    return parser
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run all four stages."""
-    args = parse_args(argv)
+    args = make_parser(__doc__, output="demo", size=256, steps=500).parse_args(argv)
     model_dir = args.output / "nova-tiny"
     dataset = args.output / "img_dataset"
     experiment = args.output / "experiment"
     args.output.mkdir(parents=True, exist_ok=True)
-    if not model_dir.exists():
-        options = ["--config", CONFIG, "--output", model_dir, "--tiny"]
-        run([sys.executable, ROOT / "scripts" / "init_checkpoint.py", *options])
+    init_model(CONFIG, model_dir)
     pictures = [load_picture(sample.path, args.size) for sample in SAMPLES]
     if not (dataset / "METADATA").exists():
         cache_pictures(pictures, model_dir / "vae", dataset)
-    train(model_dir, dataset, experiment, args)
+    tokens = args.size // 16
+    train(
+        CONFIG,
+        model_dir,
+        dataset,
+        experiment,
+        args,
+        f"{TRANSFORMER}.video_base_size=[1,{tokens // 2},{tokens // 2}]",
+        "training.batch_size=4",
+    )
     draw(pictures, experiment / "checkpoints" / f"checkpoint-{args.steps}", args)
 
 
@@ -103,28 +111,40 @@ def cache_pictures(pictures: list[Image.Image], vae_dir: Path, dataset: Path) ->
     print(f"\nCached {len(pictures)} pictures in {dataset}")
 
 
-def train(model_dir: Path, dataset: Path, experiment: Path, args: argparse.Namespace) -> None:
+def init_model(config: Path, model_dir: Path) -> None:
+    """Write a release folder with fresh weights, unless it is there."""
+    if not model_dir.exists():
+        options = ["--config", config, "--output", model_dir, "--tiny"]
+        run([sys.executable, ROOT / "scripts" / "init_checkpoint.py", *options])
+
+
+def train(
+    config: Path,
+    model_dir: Path,
+    dataset: Path,
+    experiment: Path,
+    args: argparse.Namespace,
+    *overrides: str,
+) -> None:
     """Train the config's model, at the demo's size."""
     tokens = args.size // 16
-    transformer = "pipeline.paths.module_config.transformer"
     threads = os.environ.get("OMP_NUM_THREADS") or str(os.cpu_count() or 1)
     run(
         [
             *(Path(sys.executable).parent / "accelerate", "launch", "--num_processes", "1"),
             *("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"),
             *("--num_cpu_threads_per_process", threads, ROOT / "scripts" / "train.py"),
-            f"config={CONFIG}",
+            f"config={config}",
             f"pipeline.paths.pretrained_path={model_dir.resolve()}",
             f"experiment.output_dir={experiment.resolve()}",
             f"train_dataloader.params.dataset={dataset.resolve()}",
-            f"{transformer}.image_size=[{args.size},{args.size}]",
-            f"{transformer}.image_base_size=[{tokens},{tokens}]",
-            f"{transformer}.video_base_size=[1,{tokens // 2},{tokens // 2}]",
+            f"{TRANSFORMER}.image_size=[{args.size},{args.size}]",
+            f"{TRANSFORMER}.image_base_size=[{tokens},{tokens}]",
             "wandb=null",
             "experiment.log_every=50",
             "experiment.save_every=200",
-            "training.batch_size=4",
             f"training.max_train_steps={args.steps}",
+            *overrides,
         ]
     )
 

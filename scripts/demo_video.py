@@ -12,15 +12,13 @@
 from __future__ import annotations
 
 import argparse
-import os
-import sys
 from pathlib import Path
 
 import codewithgpu
 import imageio.v2 as imageio
 import numpy as np
 import torch
-from demo import ROOT, psnr, run
+from demo import ROOT, TRANSFORMER, init_model, make_parser, psnr, train
 from PIL import Image, ImageDraw
 
 from diffnext.models.autoencoders.autoencoder_kl_opensora import AutoencoderKLOpenSora
@@ -36,32 +34,29 @@ FLOW = 5.0
 Clip = list[Image.Image]
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--output", type=Path, default=Path("demo_video"), help="folder to write")
-    parser.add_argument("--size", type=int, default=128, help="side of the frames (128)")
-    parser.add_argument("--steps", type=int, default=700, help="training steps (700)")
-    parser.add_argument("--seed", type=int, default=0, help="of what is made (0)")
-    return parser.parse_args(argv)
-
-
 def main(argv: list[str] | None = None) -> None:
     """Run all four stages."""
-    args = parse_args(argv)
+    args = make_parser(__doc__, output="demo_video", size=128, steps=700).parse_args(argv)
     model_dir = args.output / "nova-tiny-video"
     dataset = args.output / "vid_dataset"
     experiment = args.output / "experiment"
     args.output.mkdir(parents=True, exist_ok=True)
-    if not model_dir.exists():
-        options = ["--config", CONFIG, "--output", model_dir, "--tiny"]
-        run([sys.executable, ROOT / "scripts" / "init_checkpoint.py", *options])
+    init_model(CONFIG, model_dir)
     clips = [read_clip(args.size), move_camera(args.size)]
     if not (dataset / "METADATA").exists():
         cache_clips(clips, model_dir / "vae", dataset)
-    train(model_dir, dataset, experiment, args)
+    tokens = args.size // 16
+    train(
+        CONFIG,
+        model_dir,
+        dataset,
+        experiment,
+        args,
+        f"{TRANSFORMER}.video_base_size=[5,{tokens // 2},{tokens // 2}]",
+        "lr_scheduler.params.warmup_steps=20",
+        "optimizer.params.lr=0.001",
+        "training.batch_size=2",
+    )
     show(clips, experiment / "checkpoints" / f"checkpoint-{args.steps}", args)
 
 
@@ -116,34 +111,6 @@ def cache_clips(clips: list[Clip], vae_dir: Path, dataset: Path) -> None:
         writer.write({"shape": tuple(moments.shape), "moments": content, **example})
     writer.close()
     print(f"\nCached {len(clips)} clips in {dataset}")
-
-
-def train(model_dir: Path, dataset: Path, experiment: Path, args: argparse.Namespace) -> None:
-    """Train the config's model, at the demo's size."""
-    tokens = args.size // 16
-    transformer = "pipeline.paths.module_config.transformer"
-    threads = os.environ.get("OMP_NUM_THREADS") or str(os.cpu_count() or 1)
-    run(
-        [
-            *(Path(sys.executable).parent / "accelerate", "launch", "--num_processes", "1"),
-            *("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"),
-            *("--num_cpu_threads_per_process", threads, ROOT / "scripts" / "train.py"),
-            f"config={CONFIG}",
-            f"pipeline.paths.pretrained_path={model_dir.resolve()}",
-            f"experiment.output_dir={experiment.resolve()}",
-            f"train_dataloader.params.dataset={dataset.resolve()}",
-            f"{transformer}.image_size=[{args.size},{args.size}]",
-            f"{transformer}.image_base_size=[{tokens},{tokens}]",
-            f"{transformer}.video_base_size=[5,{tokens // 2},{tokens // 2}]",
-            "wandb=null",
-            "experiment.log_every=50",
-            "experiment.save_every=200",
-            "lr_scheduler.params.warmup_steps=20",
-            "optimizer.params.lr=0.001",
-            "training.batch_size=2",
-            f"training.max_train_steps={args.steps}",
-        ]
-    )
 
 
 def show(clips: list[Clip], checkpoint: Path, args: argparse.Namespace) -> None:

@@ -85,6 +85,7 @@ def flex_layout(lengths: tuple[int, ...]) -> FlexAttentionCausal2D:
     return layout
 
 
+@lru_cache(maxsize=8)
 def can_flex(head_dim: int) -> bool:
     """Whether FlexAttention's compiled kernels take heads of this width."""
     is_power_of_two = head_dim & (head_dim - 1) == 0

@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 from diffnext.data.records import RecordWriter
 from diffnext.pipelines import NOVAPipeline
 from diffnext.pipelines.nova.pipeline_nova_c2i import NOVAC2IPipeline
-from diffnext.pipelines.release_folder import read_json, write_json, write_shim
+from diffnext.pipelines.release_folder import read_json
 from diffnext.utils.omegaconf_utils import ConfigError
-from tests.pipelines.conftest import make_text_encoder, make_tokenizer
+from tests.pipelines.conftest import make_text_encoder, make_tokenizer, write_release
 from tests.tiny import make_model, make_vae, make_video_vae
 
 ROOT = Path(__file__).parents[2]
@@ -69,23 +69,7 @@ def video_release(tmp_path):
         text_encoder=make_text_encoder(),
         tokenizer=make_tokenizer(),
     )
-    folder = tmp_path / "nova-video"
-    pipe.save_pretrained(folder)
-    index = read_json(folder / "model_index.json")
-    shims = {
-        "vae": "AutoencoderKLOpenSora",
-        "text_encoder": "PhiEncoderModel",
-        "transformer": "NOVATransformer3DModel",
-    }
-    for component, class_name in shims.items():
-        index[component] = [write_shim(folder / component, component, class_name), class_name]
-    index["scheduler"] = ["diffusers", "DDPMScheduler"]
-    write_json(folder / "model_index.json", index)
-    config = read_json(folder / "transformer" / "config.json")
-    for key in [key for key in config if key.startswith("_")] + ["rotary_pos_embed"]:
-        config.pop(key)
-    write_json(folder / "transformer" / "config.json", config)
-    return folder
+    return write_release(pipe, tmp_path / "nova-video")
 
 
 @pytest.fixture

@@ -11,11 +11,6 @@ from diffnext.pipelines.release_folder import read_json, write_json, write_shim
 from tests.tiny import make_model, make_vae, make_video_vae
 
 WORDS = ("a", "cat", "dog", "on", "the", "mat", "red")
-SHIMS = {
-    "vae": "AutoencoderKL",
-    "text_encoder": "PhiEncoderModel",
-    "transformer": "NOVATransformer3DModel",
-}
 
 
 def make_tokenizer():
@@ -78,18 +73,23 @@ def class_pipe():
     return make_class_pipeline()
 
 
-@pytest.fixture
-def release(pipe, tmp_path):
-    """A folder laid out like the released ones: shims, no _class_name, diffusers' scheduler."""
-    folder = tmp_path / "nova-tiny"
+def write_release(pipe, folder):
+    """Lay a folder out like the released ones: shims, no _class_name, diffusers' scheduler."""
     pipe.save_pretrained(folder)
     index = read_json(folder / "model_index.json")
-    for component, class_name in SHIMS.items():
+    for component in ("vae", "text_encoder", "transformer"):
+        class_name = type(getattr(pipe, component)).__name__
         index[component] = [write_shim(folder / component, component, class_name), class_name]
-    index["scheduler"] = ["diffusers", "FlowMatchEulerDiscreteScheduler"]
+    index["scheduler"] = ["diffusers", type(pipe.scheduler).__name__]
     write_json(folder / "model_index.json", index)
     config = read_json(folder / "transformer" / "config.json")
     for key in [key for key in config if key.startswith("_")] + ["rotary_pos_embed"]:
         config.pop(key)
     write_json(folder / "transformer" / "config.json", config)
     return folder
+
+
+@pytest.fixture
+def release(pipe, tmp_path):
+    """A folder laid out like the released ones."""
+    return write_release(pipe, tmp_path / "nova-tiny")

@@ -277,13 +277,14 @@ def run_in_spatial_tiles(
         for left in tile_starts(x.size(-1), size[1], overlap, unit):
             tile = x[..., top : top + size[0], left : left + size[1]]
             y = run(tile)
-            height, width = (y.size(d) * x.size(d) // tile.size(d) for d in (-2, -1))
+            # The same factor maps sizes and positions of the input to those of the output.
+            height, first_row = (n * y.size(-2) // tile.size(-2) for n in (x.size(-2), top))
+            width, first_column = (n * y.size(-1) // tile.size(-1) for n in (x.size(-1), left))
             if result is None:
                 result = y.new_zeros(*y.shape[:-2], height, width)
                 weights = y.new_zeros(height, width, dtype=torch.float32)
-            rows = slice(top * height // x.size(-2), top * height // x.size(-2) + y.size(-2))
-            left_out = left * width // x.size(-1)
-            columns = slice(left_out, left_out + y.size(-1))
+            rows = slice(first_row, first_row + y.size(-2))
+            columns = slice(first_column, first_column + y.size(-1))
             fade = torch.outer(
                 fade_weights(y.size(-2), overlap), fade_weights(y.size(-1), overlap)
             ).to(weights)
@@ -302,5 +303,5 @@ def tile_starts(length: int, size: int, overlap: float, unit: int) -> list[int]:
 
 def fade_weights(size: int, overlap: float) -> Tensor:
     """Weights that rise from and fall to the edges over the overlap, (size,)."""
-    ramp = torch.arange(1, size + 1, dtype=torch.float32) / (max(round(size * overlap), 0) + 1)
+    ramp = torch.arange(1, size + 1, dtype=torch.float32) / (round(size * overlap) + 1)
     return torch.minimum(ramp, ramp.flip(0)).clamp(max=1.0)

@@ -69,7 +69,7 @@ class GenerationRequest:
         show_frames: Whether to draw a progress bar over frames.
         show_sets: Whether to draw a progress bar over the sets of a frame.
         progress_bar_config: Arguments of the bars, as of tqdm.
-        monitor: Told of every step; None for nobody.
+        monitor: Told of every step.
     """
 
     condition: Tensor
@@ -83,7 +83,7 @@ class GenerationRequest:
     show_frames: bool = True
     show_sets: bool = False
     progress_bar_config: Mapping[str, Any] = field(default_factory=dict)
-    monitor: GenerationMonitor | None = None
+    monitor: GenerationMonitor = field(default_factory=GenerationMonitor)
 
     def __post_init__(self) -> None:
         """Check that the parts fit together.
@@ -258,7 +258,7 @@ class Transformer3DModel(nn.Module):
             show_frames=inputs.get("tqdm1", True),
             show_sets=inputs.get("tqdm2", False),
             progress_bar_config=inputs.get("progress_bar_config") or {},
-            monitor=inputs.get("monitor"),
+            monitor=inputs.get("monitor") or GenerationMonitor(),
         )
 
     def _latent_shape(self, inputs: dict[str, Any]) -> tuple[int, int, int, int]:
@@ -339,7 +339,7 @@ class Transformer3DModel(nn.Module):
                 )
             mixed = self.mix_states(first_states, states) if t > 0 else states
             frame = self.generate_frame(t, mixed, order, steps, request)
-            is_stopped = request.monitor is not None and request.monitor.is_stopped
+            is_stopped = request.monitor.is_stopped
             if not is_stopped or t == 0:
                 yield frame
             if is_stopped:
@@ -390,15 +390,14 @@ class Transformer3DModel(nn.Module):
             predicted = self.denoise(z, noise, ids, steps, guidance, scale, request.generator)
             patches = scatter_tokens(patches, ids, predicted)
             done += n
-            if request.monitor is not None:
-                latents = embed.unpatchify(patches, hw)
-                replaced = request.monitor.on_step(frame, index, latents)
-                if request.monitor.is_stopped:
-                    return replaced
-                if replaced is not latents:
-                    patches = embed.patchify(replaced)
-                    ids = order[:, :done]
-                    predicted = gather_tokens(patches, ids)
+            latents = embed.unpatchify(patches, hw)
+            replaced = request.monitor.on_step(frame, index, latents)
+            if request.monitor.is_stopped:
+                return replaced
+            if replaced is not latents:
+                patches = embed.patchify(replaced)
+                ids = order[:, :done]
+                predicted = gather_tokens(patches, ids)
             tokens = scatter_tokens(tokens, ids, embed.embed_patches(predicted))
         return embed.unpatchify(patches, hw)
 

@@ -61,7 +61,7 @@ class PipelineMonitor(GenerationMonitor):
         """Call the user; what comes back as ``latents`` replaces the frame."""
         if self.callback is None:
             return latents
-        given = {name: {"latents": latents}[name] for name in self.tensor_inputs}
+        given = {"latents": latents} if "latents" in self.tensor_inputs else {}
         index = frame * self.steps_per_frame + step
         return (self.callback(self.pipeline, index, frame, given) or {}).get("latents", latents)
 
@@ -94,7 +94,7 @@ class GenerationPipelineMixin:
     def check_run(
         self, output_type: str, vae_batch_size: int, callback_on_step_end_tensor_inputs: Any
     ) -> None:
-        """Check what every run needs, and put the model into evaluation mode.
+        """Check what every run needs.
 
         Raises:
             ValueError: If an argument or the scheduler cannot work.
@@ -110,7 +110,6 @@ class GenerationPipelineMixin:
                 f"{self._callback_tensor_inputs}, got {sorted(unknown)}"
             )
         check_scheduler(self.scheduler)
-        self.transformer.eval()  # before prompts are embedded: training drops some
         first = self._first_scheduler
         if first is not None and predicts_flow(first) != predicts_flow(self.scheduler):
             logger.warning(
@@ -136,7 +135,7 @@ class GenerationPipelineMixin:
         callback: StepCallback | None,
         tensor_inputs: Sequence[str],
     ) -> dict[str, Any]:
-        """Make model and pipeline ready; returns the inputs with a monitor."""
+        """Hand over the scheduler and forget interruptions; returns the inputs with a monitor."""
         self._interrupt = False
         self.transformer.sample_scheduler = self.scheduler
         steps = int(np.count_nonzero(inputs["num_preds"]))

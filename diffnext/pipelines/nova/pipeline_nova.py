@@ -128,6 +128,9 @@ class NOVAPipeline(GenerationPipelineMixin, PipelineMixin, DiffusionPipeline):
         height: int | None = None,
         width: int | None = None,
         resize_mode: str = "crop",
+        fps: float | None = None,
+        min_guidance_scale: float | None = None,
+        vae_batch_size: int = 1,
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         return_dict: bool = True,
@@ -169,6 +172,9 @@ class NOVAPipeline(GenerationPipelineMixin, PipelineMixin, DiffusionPipeline):
             width: The same.
             resize_mode: What happens to pictures of another size: "crop" covers the model's
                 size and cuts the rest, "fill" fits them into it, "default" distorts them.
+            fps: Frames per second that the motion is measured at; 12 when None.
+            min_guidance_scale: Where ``guidance_scale`` starts in each frame; None = constant.
+            vae_batch_size: Samples decoded at once.
             callback_on_step_end: Called as ``callback(pipe, step, frame, callback_kwargs)`` after
                 each set of tokens, with the latent frame's index in place of a timestep; a
                 returned ``{"latents": ...}`` replaces the frame. Setting ``pipe._interrupt``
@@ -176,9 +182,7 @@ class NOVAPipeline(GenerationPipelineMixin, PipelineMixin, DiffusionPipeline):
             callback_on_step_end_tensor_inputs: What ``callback_kwargs`` holds: "latents", the
                 frame being filled, (B, C, h, w).
             return_dict: Whether to name the result; else it is alone in a tuple.
-            **kwargs: ``vae_batch_size``, samples decoded at once (1); ``fps``, frames per second
-                the motion is measured at (12); ``min_guidance_scale``, where ``guidance_scale``
-                starts in each frame. Other names are ignored with a warning.
+            **kwargs: Ignored; names that the apps and scripts do not use give a warning.
 
         Returns:
             ``images`` for pictures, ``frames`` for videos and for latents.
@@ -186,8 +190,8 @@ class NOVAPipeline(GenerationPipelineMixin, PipelineMixin, DiffusionPipeline):
         Raises:
             ValueError: If arguments contradict each other or the model.
         """
-        arguments = self._parse(
-            kwargs,
+        self.warn_unknown(set(kwargs))
+        arguments = CallArguments(
             prompt=prompt,
             num_inference_steps=num_inference_steps,
             num_diffusion_steps=num_diffusion_steps,
@@ -213,13 +217,16 @@ class NOVAPipeline(GenerationPipelineMixin, PipelineMixin, DiffusionPipeline):
             height=height,
             width=width,
             resize_mode=resize_mode,
+            fps=fps,
+            min_guidance_scale=min_guidance_scale,
+            vae_batch_size=vae_batch_size,
             callback_on_step_end=callback_on_step_end,
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
             return_dict=return_dict,
         )
         try:
             x = self.generate(self._prepare(arguments))
-            x = self.decode(x, arguments.vae_batch_size, output_type)
+            x = self.decode(x, vae_batch_size, output_type)
         finally:
             self.maybe_free_model_hooks()
         return self.package(x, "images" if x.ndim == 4 else "frames", output_type, return_dict)
@@ -243,24 +250,18 @@ class NOVAPipeline(GenerationPipelineMixin, PipelineMixin, DiffusionPipeline):
         Raises:
             ValueError: If arguments contradict each other or the model.
         """
-        names = [field.name for field in fields(CallArguments)]
-        if len(args) > len(names):
-            raise TypeError(f"stream takes at most {len(names)} arguments, got {len(args)}")
-        arguments = self._parse(kwargs, **dict(zip(names, args, strict=False)))
+        known = {field.name for field in fields(CallArguments)} & set(kwargs)
+        self.warn_unknown(set(kwargs) - known)
+        arguments = CallArguments(*args, **{name: kwargs[name] for name in known})
         inputs = self._prepare(arguments)
         return self.stream_frames(
             inputs, inputs["max_latent_length"], arguments.vae_batch_size, arguments.output_type
         )
 
-    def _parse(self, more: dict[str, Any], **given: Any) -> CallArguments:
-        """Join named and further arguments; unknown ones are reported and left out."""
-        known = {field.name for field in fields(CallArguments)}
-        self.warn_unknown(set(more) - known)
-        return CallArguments(**given, **{name: more[name] for name in known & set(more)})
-
     def _prepare(self, arguments: CallArguments) -> dict[str, Any]:
         """Check the arguments, encode prompts and first frames; returns the model's inputs."""
         num_latents = self.check_inputs(arguments)
+        self.transformer.eval()  # before prompts are embedded: training drops some
         self.guidance_scale = arguments.guidance_scale
         inputs = {
             "num_diffusion_steps": arguments.num_diffusion_steps,

@@ -19,9 +19,6 @@ __all__ = ["NOVAC2IPipeline"]
 
 Generators = torch.Generator | list[torch.Generator] | None
 
-# Further arguments that are read, with their defaults.
-_MORE_ARGUMENTS = {"guidance_trunc": 0, "guidance_renorm": 1, "vae_batch_size": 1}
-
 
 class NOVAC2IPipeline(GenerationPipelineMixin, PipelineMixin, DiffusionPipeline):
     """Generates images from class labels (arXiv:2412.14169).
@@ -62,6 +59,9 @@ class NOVAC2IPipeline(GenerationPipelineMixin, PipelineMixin, DiffusionPipeline)
         disable_progress_bar: bool = False,
         output_type: str = "pil",
         *,
+        guidance_trunc: float = 0,
+        guidance_renorm: float = 1,
+        vae_batch_size: int = 1,
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         return_dict: bool = True,
@@ -82,12 +82,13 @@ class NOVAC2IPipeline(GenerationPipelineMixin, PipelineMixin, DiffusionPipeline)
             latents: Must be absent: an image does not begin with given latents.
             disable_progress_bar: Whether to be silent.
             output_type: "pil", "np" (uint8), "pt" (-1 to 1) or "latent" (B, C, 1, h, w).
+            guidance_trunc: As for :class:`NOVAPipeline`.
+            guidance_renorm: As for :class:`NOVAPipeline`.
+            vae_batch_size: Samples decoded at once.
             callback_on_step_end: As for :class:`NOVAPipeline`.
             callback_on_step_end_tensor_inputs: As for :class:`NOVAPipeline`.
             return_dict: Whether to name the result; else it is alone in a tuple.
-            **kwargs: ``vae_batch_size``, samples decoded at once (1); ``guidance_trunc`` and
-                ``guidance_renorm`` as for :class:`NOVAPipeline`. Other names are ignored with a
-                warning.
+            **kwargs: Ignored; names that the apps and scripts do not use give a warning.
 
         Returns:
             ``images``.
@@ -95,12 +96,11 @@ class NOVAC2IPipeline(GenerationPipelineMixin, PipelineMixin, DiffusionPipeline)
         Raises:
             ValueError: If arguments contradict each other or the model.
         """
-        self.warn_unknown(set(kwargs) - set(_MORE_ARGUMENTS))
-        more = {name: kwargs.get(name, value) for name, value in _MORE_ARGUMENTS.items()}
-        vae_batch_size = more.pop("vae_batch_size")
+        self.warn_unknown(set(kwargs))
         self.check_run(output_type, vae_batch_size, callback_on_step_end_tensor_inputs)
         if latents:
             raise ValueError("an image of a class cannot begin with given latents")
+        self.transformer.eval()  # before classes are embedded: training drops some
         self.guidance_scale = guidance_scale
         condition = self.encode_prompt(prompt, num_images_per_prompt, negative_prompt)
         inputs = {
@@ -109,8 +109,9 @@ class NOVAC2IPipeline(GenerationPipelineMixin, PipelineMixin, DiffusionPipeline)
             "num_diffusion_steps": num_diffusion_steps,
             "guidance_scale": guidance_scale,
             "min_guidance_scale": min_guidance_scale,
+            "guidance_trunc": guidance_trunc,
+            "guidance_renorm": guidance_renorm,
             "generator": generator,
-            **more,
             **self.common_inputs(num_inference_steps, 1, disable_progress_bar),
         }
         inputs = self.start_run(inputs, callback_on_step_end, callback_on_step_end_tensor_inputs)
