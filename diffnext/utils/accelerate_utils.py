@@ -14,9 +14,14 @@ from typing import Any
 from urllib.parse import urlparse
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.logging import MultiProcessAdapter
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.tracking import TensorBoardTracker
+from accelerate.utils import (
+    DistributedType,
+    FullyShardedDataParallelPlugin,
+    InitProcessGroupKwargs,
+)
 from omegaconf import DictConfig
 
 from diffnext.utils.omegaconf_utils import ConfigError, flatten_omega_conf
@@ -90,7 +95,30 @@ def build_accelerator(
         )
     if accelerator.state.deepspeed_plugin is not None:
         _configure_deepspeed(accelerator, config, deepspeed_log_lvl)
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        _configure_fsdp(accelerator)
     return accelerator
+
+
+def _configure_fsdp(accelerator: Accelerator) -> None:
+    """Shard on several CPU processes as well, where accelerate ignores the launch file.
+
+    Raises:
+        ConfigError: For the first version of FSDP.
+    """
+    state = accelerator.state
+    if accelerator.num_processes == 1:
+        return  # there is nothing to shard among
+    if state.distributed_type == DistributedType.MULTI_CPU:
+        PartialState().distributed_type = DistributedType.FSDP  # which accelerate reads again
+        state.distributed_type = DistributedType.FSDP
+        state.fsdp_plugin = FullyShardedDataParallelPlugin()
+        if accelerator.mixed_precision != "no":
+            state.fsdp_plugin.set_mixed_precision(accelerator.mixed_precision)
+    if not accelerator.is_fsdp2:
+        raise ConfigError("FSDP version 1 is not supported: set fsdp_version to 2")
+    # Every process has loaded the weights, and accelerate's way to send them cannot send buffers.
+    state.fsdp_plugin.cpu_ram_efficient_loading = False
 
 
 def _supports_fp16(accelerator: Accelerator) -> bool:
@@ -133,6 +161,42 @@ def get_ddp_shards(accelerator: Accelerator) -> dict[str, int]:
     return {"shard_id": accelerator.process_index, "num_shards": accelerator.num_processes}
 
 
+def build_trackers(config: DictConfig, accelerator: Accelerator) -> None:
+    """Start the trackers named by ``tracking``; without it, wandb if there is such a section.
+
+    One that cannot start is left out with a warning. Only the main process acts.
+
+    Args:
+        config: Training configuration.
+        accelerator: Built with ``log_with="wandb"``.
+    """
+    names = config.get("tracking")
+    if names is None:
+        build_wandb(config, accelerator)
+        return
+    if "wandb" in names:
+        if config.get("wandb") is None:
+            config.wandb = {"run_id": None}
+        build_wandb(config, accelerator)
+    if "tensorboard" in names and accelerator.is_main_process:
+        _start_tensorboard(config, accelerator)
+
+
+def _start_tensorboard(config: DictConfig, accelerator: Accelerator) -> None:
+    tracker = TensorBoardTracker(
+        config.experiment.get("name") or "run",
+        os.path.join(config.experiment.output_dir, "tensorboard"),
+        purge_step=config.experiment.get("resume_iter") or None,  # drops what is done again
+    )
+    try:
+        tracker.start()
+        tracker.store_init_configuration(dict(flatten_omega_conf(config, resolve=True)))
+    except Exception as error:  # a tracker must never end a training run
+        logger.warning("tensorboard could not start, so it does not track this run: %s", error)
+        return
+    accelerator.trackers.append(tracker)
+
+
 def build_wandb(config: DictConfig, accelerator: Accelerator) -> None:
     """Start Weights & Biases where the configuration asks for it.
 
@@ -165,6 +229,7 @@ def build_wandb(config: DictConfig, accelerator: Accelerator) -> None:
     try:
         accelerator.init_trackers(project, init_kwargs={"wandb": arguments})
     except Exception as error:  # a tracker must never end a training run
+        accelerator.trackers.clear()
         logger.warning("wandb could not start, so this run is not tracked: %s", error)
 
 

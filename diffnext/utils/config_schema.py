@@ -1,6 +1,6 @@
 """Every key of a training configuration: type, default and meaning, in one place.
 
-The dataclasses below serve the typo check of command-line overrides, the defaults of keys left out,
+The dataclasses below serve the checks of files and command lines, the defaults of keys left out,
 ``scripts/train.py --help``, and people. A field of type ``dict`` is open: what may stand under it
 is decided by the class named in the ``target`` beside it, or by the component it configures.
 """
@@ -42,11 +42,11 @@ class ExperimentConfig:
     """Names, output folder and intervals of a run."""
 
     output_dir: str = key("Folder for checkpoints, logs and the saved configuration.")
-    project: str = key("Project name shown by the tracker.", "diffnext")
+    project: str | None = key("Project name shown by the tracker.", "diffnext")
     name: str | None = key("Run name shown by the tracker.", None)
     log_every: int = key("Steps between two log entries.", 20)
     save_every: int = key("Steps between two checkpoints.", 5000)
-    resume_from_checkpoint: str = key(
+    resume_from_checkpoint: str | None = key(
         'Where to continue: "latest", the path of a checkpoint, or "" to start afresh.', "latest"
     )
     resume_iter: int = key("Written by a run (step it resumed at); ignored as input.", 0)
@@ -61,6 +61,18 @@ class LossWeights:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LoraOptions:
+    """Train low-rank adapters and nothing else; leave the section out to train the model."""
+
+    rank: int = key("Rank of the adapters.", 16)
+    alpha: float | None = key("Adapters are scaled by alpha / rank; null: alpha is the rank.", None)
+    dropout: float = key("Dropout in front of the adapters.", 0.0)
+    target_modules: list[str] | None = key(
+        "Names, or ends of names, of the linear layers to adapt; null: those of attention.", None
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The trained component."""
 
@@ -71,11 +83,12 @@ class ModelConfig:
     )
     loss_repeat: int = key("Noise levels drawn per token in one step.", 4)
     loss_weights: LossWeights = key("Weights of the losses of videos.", {})
+    lora: LoraOptions | None = key("Low-rank adapters.", None)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TransformerConfig:
-    """Laid over the base folder's transformer/config.json; null leaves the folder's value."""
+    """Laid over the base folder's transformer/config.json; keys left out keep its values."""
 
     image_dim: int | None = key("Latent channels.", None)
     image_size: list[int] | int | None = key("Pixel height and width.", None)
@@ -203,6 +216,30 @@ class CheckpointConfig:
 
     format: Literal["safetensors", "bin"] = key("File format of the weights.", "safetensors")
     keep_last: int | None = key("Delete all but the newest so many checkpoints; null: none.", None)
+    keep_every: int | None = key("Never delete checkpoints of multiples of this step.", None)
+    async_save: bool = key("Write while training goes on; costs a copy in main memory.", False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationConfig:
+    """Samples and held-out loss while training."""
+
+    every: int | None = key("Steps between two validations; null for none.", None)
+    prompts: list[str] | list[int] | None = key(
+        "Prompts (or classes) to draw; null: some of the dataset.", None
+    )
+    seeds: list[int] = key("Each prompt is drawn once with each of these seeds.", [0])
+    num_inference_steps: int = key("Steps over which the tokens of a frame are drawn.", 16)
+    num_diffusion_steps: int = key("Denoising steps of a token.", 10)
+    guidance_scale: float = key("Strength of classifier-free guidance.", 5.0)
+    max_latent_length: int | None = key(
+        "Latent frames to draw; null: one, or for video models as many as trained on.", None
+    )
+    holdout: float | str | None = key(
+        "Share of the dataset (its end) kept from training, or a folder of records, for the "
+        "held-out loss; null for none.",
+        None,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,8 +250,16 @@ class TrainingConfig:
     batch_size: int = key("Examples per process and micro-batch.", 1)
     gradient_accumulation_steps: int = key("Micro-batches per optimizer step.", 1)
     seed: int = key("Seed of process 0; process r uses seed + r.", 1337)
-    mixed_precision: str | bool = key("no (or fp32, false), fp16 or bf16.", "bf16")
+    mixed_precision: str | bool | None = key("no (or fp32, false), fp16 or bf16.", "bf16")
     max_grad_norm: float | None = key("Clip the gradient norm to this; null for no clipping.", None)
+    on_nonfinite: Literal["stop", "skip"] = key(
+        "What to do when a loss or gradient is not finite: end the run, or leave the step out.",
+        "stop",
+    )
+    time_limit: str | None = key(
+        'Save and stop after this time, such as "23h30m"; null for no limit.', None
+    )
+    dry_run: bool = key("Check and estimate everything, train nothing.", False)
     progress_bar: bool = key("Show a live progress bar on process 0.", True)
     gpu_id: int | None = key("Written by a run (device index); ignored as input.", None)
 
@@ -224,7 +269,10 @@ class TrainConfig:
     """A whole training configuration."""
 
     config: str = key("YAML file that the other arguments override.")
-    wandb: WandbConfig | None = key("Tracking.", None)
+    wandb: WandbConfig | None = key("Weights & Biases.", None)
+    tracking: list[str] | None = key(
+        "Trackers, wandb or tensorboard; null: wandb if there is a wandb section.", None
+    )
     experiment: ExperimentConfig = key("Run.", {})
     model: ModelConfig = key("Model.", {})
     pipeline: PipelineConfig = key("Pipeline.", {})
@@ -233,6 +281,7 @@ class TrainConfig:
     train_dataloader: DataLoaderConfig = key("Data.", {})
     ema: EMAConfig | None = key("Weight averaging.", None)
     checkpoint: CheckpointConfig = key("Checkpoints.", {})
+    validation: ValidationConfig = key("Validation.", {})
     training: TrainingConfig = key("Loop.", {})
 
 
@@ -242,6 +291,7 @@ class SchemaKey:
 
     path: str
     type_name: str
+    hint: Any
     default: Any
     meaning: str
     section: type | None
@@ -267,6 +317,7 @@ def iterate_schema(schema: type, prefix: str = "") -> Iterator[SchemaKey]:
         yield SchemaKey(
             path=path,
             type_name=str(item.type),
+            hint=hints[item.name],
             default=_default_of(item),
             meaning=item.metadata["meaning"],
             section=section,

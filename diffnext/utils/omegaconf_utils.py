@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import ast
-import difflib
-import importlib
-import inspect
+import itertools
 import json
 import operator
 import os
@@ -17,13 +15,26 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from diffnext.utils.config_check import (
+    ConfigError,
+    Origins,
+    all_paths,
+    check_keys,
+    check_sections,
+    check_types,
+    did_you_mean,
+    import_target,
+    known_keys,
+    one_line,
+)
 from diffnext.utils.config_schema import TrainConfig, iterate_schema
 
-USAGE = "usage: {program} config=FILE.yaml [key.path=value ...] [+new.key=value ...]"
+USAGE = """usage: {program} config=FILE.yaml [key.path=value ...] [+new.key=value ...] [~key ...]
 
-
-class ConfigError(ValueError):
-    """A configuration that cannot be used; the message says which key and why."""
+  key=value   overrides the file; values are written as in YAML
+  +key=value  adds a key that is not in the list below
+  ~key        deletes a key, or a whole section, of the file
+"""
 
 
 class OmegaConfEncoder(json.JSONEncoder):
@@ -37,29 +48,39 @@ class OmegaConfEncoder(json.JSONEncoder):
 
 
 def get_config(argv: Sequence[str] | None = None, schema: type | None = TrainConfig) -> DictConfig:
-    """Merge a YAML file with command-line overrides.
+    """Merge a YAML file with command-line overrides and check keys and types.
 
     Args:
-        argv: ``key.path=value`` items with YAML values; one of them is ``config=<file>``. A leading
-            ``+`` adds a key which is neither in the file nor in the schema. Default: the
-            command line of the process.
-        schema: Dataclass of the keys that exist besides those of the file, or None.
+        argv: Items with YAML values, applied in order. ``key.path=value`` overrides the file,
+            ``+key.path=value`` adds a key that is not in the schema, ``~key.path`` deletes a key.
+            One of them is ``config=<file>``. Default: the command line of the process.
+        schema: Dataclass of the keys that exist; None for those of the file, of any type.
 
     Returns:
-        The file with the overrides applied in order; the key ``config`` stays in it.
+        The file with the overrides; the key ``config`` stays in it.
 
     Raises:
-        ConfigError: If ``config`` is missing or unreadable, an item is malformed, or an override
-            names an unknown key.
+        ConfigError: If ``config`` is missing or unreadable, an item is malformed, a key is unknown,
+            a value has the wrong type, or an interpolation does not resolve.
     """
     OmegaConf.register_resolver("eval", evaluate_arithmetic, replace=True)
     items = list(sys.argv[1:] if argv is None else argv)
-    forced = [item[1:] for item in items if item.startswith("+")]
-    checked = [item for item in items if not item.startswith("+")]
-    overrides = _parse_overrides(checked)
+    overrides = OmegaConf.to_container(_parse_overrides(items), resolve=False)
     file_config = _load_yaml(overrides.get("config"))
-    config = OmegaConf.merge(file_config, _parse_overrides([*checked, *forced]))
-    _check_overrides(overrides, file_config, config, schema)
+    config = _apply_items(file_config, items)
+    origins = Origins(
+        file=str(overrides["config"]),
+        command_line=frozenset(all_paths(overrides)),
+        forced=frozenset(_key_of(item[1:]) for item in items if item.startswith("+")),
+    )
+    if schema is None:
+        known = {"config"} | all_paths(OmegaConf.to_container(file_config, resolve=False))
+        check_keys(config, known, set(), origins)
+        return config
+    check_keys(config, *known_keys(config, schema), origins)
+    check_sections(config, schema)
+    # Interpolations may refer to keys that are left to their defaults.
+    check_types(fill_defaults(config, schema), schema, origins)
     return config
 
 
@@ -92,7 +113,7 @@ def fill_defaults(config: DictConfig, schema: type = TrainConfig) -> DictConfig:
         A new configuration.
     """
     filled = config.copy()
-    given = _all_paths(OmegaConf.to_container(config, resolve=False))
+    given = all_paths(OmegaConf.to_container(config, resolve=False))
     switched_off: tuple[str, ...] = ()
     for item in iterate_schema(schema):
         if item.section is not None:
@@ -139,11 +160,7 @@ def config_to_class(config: Mapping[str, Any] | None) -> Any:
         return None
     if "target" not in config:
         raise KeyError("Expected key `target` to instantiate.")
-    module_name, _, name = str(config["target"]).rpartition(".")
-    try:
-        return getattr(importlib.import_module(module_name), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"cannot import target {config['target']!r}: {error}") from error
+    return import_target(config["target"])
 
 
 def config_to_object(config: Mapping[str, Any] | None, **kwargs: Any) -> Any:
@@ -199,6 +216,8 @@ def evaluate_arithmetic(expression: Any) -> Any:
         return _evaluate_node(ast.parse(expression.strip(), mode="eval").body)
     except (SyntaxError, TypeError, ArithmeticError, ValueError) as error:
         raise ConfigError(f"cannot evaluate {expression!r}: {error}") from error
+    except (MemoryError, RecursionError) as error:
+        raise ConfigError(f"cannot evaluate {expression[:40]!r}...: too long") from error
 
 
 _OPERATORS: dict[type, Callable] = {
@@ -219,7 +238,7 @@ _OPERATORS: dict[type, Callable] = {
     ast.NotEq: operator.ne,
 }
 _FUNCTIONS = {"min": min, "max": max, "round": round, "int": int, "float": float, "abs": abs}
-_MAX_EXPONENT = 1000  # 9**9**9 would compute for hours
+_MAX_BITS = 4096  # of a power: 9**9**9 would compute for hours
 
 
 def _evaluate_node(node: ast.AST) -> Any:
@@ -241,104 +260,93 @@ def _evaluate_node(node: ast.AST) -> Any:
 def _evaluate_binary(node: ast.BinOp) -> Any:
     left = _evaluate_node(node.left)
     right = _evaluate_node(node.right)
-    if isinstance(node.op, ast.Pow) and abs(right) > _MAX_EXPONENT:
-        raise ValueError(f"exponents are limited to {_MAX_EXPONENT}, got {right}")
+    if isinstance(node.op, ast.Pow) and isinstance(left, int) and isinstance(right, int):
+        if left.bit_length() * abs(right) > _MAX_BITS:
+            raise ValueError(f"powers are limited to {_MAX_BITS} bits")
     return _OPERATORS[type(node.op)](left, right)
 
 
+def _key_of(item: str) -> str:
+    """The dotted key of ``key=value``, where ``a[b]`` is another spelling of ``a.b``."""
+    return item.partition("=")[0].replace("[", ".").replace("]", "")
+
+
 def _parse_overrides(items: Sequence[str]) -> DictConfig:
+    """The keys that a command line sets, with and without ``+``."""
     for item in items:
         if item.startswith("-"):
             raise ConfigError(f"arguments are written key=value without dashes, got {item!r}")
+        if item.startswith("~") and ("=" in item or item == "~config"):
+            raise ConfigError(f"~key deletes a key other than config and has no value, got {item}")
+        if item.startswith(("=", "+=")):
+            raise ConfigError(f"arguments are written key=value, got {item!r}")
+    settings = [item.removeprefix("+") for item in items if not item.startswith("~")]
     try:
-        return OmegaConf.from_dotlist(list(items))
+        return OmegaConf.from_dotlist(settings)
     except (OmegaConfBaseException, YAMLError, ValueError) as error:
-        raise ConfigError(f"cannot parse the arguments {list(items)}: {error}") from error
+        raise ConfigError(f"cannot parse the arguments {settings}: {one_line(error)}") from error
 
 
-def _load_yaml(path: str | None) -> DictConfig:
+def _apply_items(file_config: DictConfig, items: Sequence[str]) -> DictConfig:
+    """Override, add and delete keys in the order of the command line."""
+    config = file_config.copy()
+    for deletes, group in itertools.groupby(items, lambda item: item.startswith("~")):
+        if deletes:
+            for item in group:
+                _delete_key(config, item[1:])
+            continue
+        config = _merge(config, list(group))
+    return config
+
+
+def _merge(config: DictConfig, settings: list[str]) -> DictConfig:
+    try:
+        return OmegaConf.merge(config, _parse_overrides(settings))
+    except (OmegaConfBaseException, TypeError, ValueError) as error:
+        if len(settings) == 1:
+            reason = one_line(error)
+            raise ConfigError(f"cannot apply {settings[0]!r} to the file: {reason}") from error
+    for setting in settings:  # one by one, to find which it is
+        config = _merge(config, [setting])
+    return config
+
+
+def _delete_key(config: DictConfig, path: str) -> None:
+    existing = all_paths(OmegaConf.to_container(config, resolve=False))
+    if path not in existing:
+        raise ConfigError(f"~{path}: there is no such key{did_you_mean(path, existing)}")
+    *sections, name = path.split(".")
+    for section in sections:
+        config = config[section]
+    del config[name]
+
+
+def _load_yaml(path: Any) -> DictConfig:
     if path is None:
         raise ConfigError("config is required: add config=<file.yaml> to the command line")
-    if not os.path.isfile(path):
+    if not os.path.isfile(str(path)):
         raise ConfigError(f"config={path}: no such file")
     try:
-        config = OmegaConf.load(path)
-    except (OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"config={path} is not a readable YAML file: {error}") from error
+        config = OmegaConf.load(str(path))
+    except (OmegaConfBaseException, YAMLError, OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"config={path} is not a readable YAML file: {one_line(error)}"
+        ) from error
     if not isinstance(config, DictConfig):
         raise ConfigError(f"config={path} must hold key: value pairs at its top level")
     return config
 
 
-def _check_overrides(
-    overrides: DictConfig, file_config: DictConfig, config: DictConfig, schema: type | None
-) -> None:
-    """Refuse overrides of keys that nothing would read."""
-    known, open_keys = _known_keys(file_config, config, schema)
-    for path, _ in _flatten(OmegaConf.to_container(overrides, resolve=False), lists=False):
-        if path in known or any(path.startswith(f"{prefix}.") for prefix in open_keys):
-            continue
-        raise ConfigError(_unknown_key_message(path, known))
-
-
-def _unknown_key_message(path: str, known: set[str]) -> str:
-    leaf = path.rpartition(".")[2]
-    close = [name for name in sorted(known) if name.rpartition(".")[2] == leaf]
-    close = close or difflib.get_close_matches(path, known, n=1)
-    hint = f"did you mean {close[0]!r}? " if close else ""
-    return f"unknown key {path!r}: {hint}(write +{path}=... to add a new key)"
-
-
-def _known_keys(
-    file_config: DictConfig, config: DictConfig, schema: type | None
-) -> tuple[set[str], set[str]]:
-    """Keys that may be overridden, and keys under which anything may stand."""
-    known = {"config"} | _all_paths(OmegaConf.to_container(file_config, resolve=False))
-    open_keys = set()
-    for item in iterate_schema(schema) if schema is not None else ():
-        known.add(item.path)
-        if not item.open:
-            continue
-        section, _, name = item.path.rpartition(".")
-        accepted = _accepted_arguments(config, section) if name == "params" else None
-        if accepted is None:
-            open_keys.add(item.path)
-        else:
-            known |= {f"{item.path}.{argument}" for argument in accepted}
-    return known, open_keys
-
-
-def _accepted_arguments(config: DictConfig, section: str) -> list[str] | None:
-    """Argument names of the class a section targets; None if they cannot be known."""
-    try:
-        target = config_to_class(OmegaConf.select(config, section))
-        parameters = inspect.signature(target).parameters.values()
-    except (ConfigError, KeyError, TypeError, ValueError):
-        return None
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-        return None
-    return [parameter.name for parameter in parameters]
-
-
-def _all_paths(tree: Any, prefix: str = "") -> set[str]:
-    """Dotted paths of all nodes below a tree of dicts, inner ones included."""
-    paths = set()
-    for name, value in tree.items() if isinstance(tree, dict) else ():
-        paths.add(f"{prefix}{name}")
-        paths |= _all_paths(value, f"{prefix}{name}.")
-    return paths
-
-
-def _flatten(tree: Any, prefix: str = "", lists: bool = True) -> list[tuple[str, Any]]:
+def _flatten(tree: Any, prefix: str = "") -> list[tuple[str, Any]]:
     if isinstance(tree, dict) and tree:
         children = tree.items()
-    elif isinstance(tree, list) and tree and lists:
+    elif isinstance(tree, list) and tree:
         children = enumerate(tree)
     else:
         return [(prefix, tree)] if prefix else []
     pairs = []
     for name, value in children:
-        pairs += _flatten(value, f"{prefix}.{name}" if prefix else str(name), lists)
+        pairs += _flatten(value, f"{prefix}.{name}" if prefix else str(name))
     return pairs
 
 

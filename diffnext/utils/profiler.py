@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import re
 import statistics
 import time
 from collections import deque
@@ -110,3 +111,24 @@ def get_progress(timer: Timer, step: int, max_steps: int) -> str:
         f"< PROGRESS: {100 * step / max_steps:.2f}% | "
         f"SPEED: {timer.average_time:.3f}s / step | ETA: {remaining} >"
     )
+
+
+def parse_duration(text: str | None) -> float | None:
+    """Read a duration such as "23h30m", "90m", "45s" or "1d2h".
+
+    Args:
+        text: The text; None gives None.
+
+    Returns:
+        Seconds.
+
+    Raises:
+        ValueError: If the text is no duration.
+    """
+    if text is None:
+        return None
+    match = re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", text)
+    if not match or not any(match.groups()):
+        raise ValueError(f'a duration is written like "23h30m", got {text!r}')
+    days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
+    return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)

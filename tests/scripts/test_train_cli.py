@@ -3,52 +3,14 @@
 import runpy
 from pathlib import Path
 
-import numpy as np
 import pytest
-from accelerate.state import AcceleratorState
-
-from diffnext.data.records import RecordWriter
 
 ROOT = Path(__file__).parents[2]
-TINY = f"config={ROOT / 'configs' / 'nova_tiny_t2i.yaml'}"
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate_state():
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture
-def base(tmp_path):
-    """Enough of a release folder to pass the checks of paths."""
-    folder = tmp_path / "base"
-    folder.mkdir()
-    (folder / "model_index.json").write_text("{}")
-    return folder
-
-
-@pytest.fixture
-def dataset(tmp_path):
-    folder = tmp_path / "records"
-    folder.mkdir()
-    features = {"moments": "bytes", "caption": "string", "shape": ["int64"]}
-    with RecordWriter(str(folder), features) as writer:
-        for _ in range(3):
-            moments = np.zeros((8, 2, 2), np.float16)
-            writer.write({"moments": moments.tobytes(), "shape": (8, 2, 2), "caption": "a"})
-    return folder
-
-
-@pytest.fixture
-def arguments(tmp_path, base, dataset):
-    return [
-        TINY,
-        f"pipeline.paths.pretrained_path={base}",
-        f"experiment.output_dir={tmp_path / 'out'}",
-        f"train_dataloader.params.dataset={dataset}",
-        "wandb=null",
-    ]
+def arguments(scratch_run):
+    return scratch_run.arguments()
 
 
 def run(arguments):
@@ -70,7 +32,7 @@ def test_help_prints_usage_sections_and_keys(capsys):
     assert text.startswith("usage: train.py config=FILE.yaml")
     for section in ("experiment:", "pipeline.paths:", "training:", "checkpoint:"):
         assert f"\n{section}" in text
-    assert "  training.mixed_precision  (str | bool, default bf16)" in text
+    assert "  training.mixed_precision  (str | bool | None, default bf16)" in text
 
 
 @pytest.mark.parametrize(
@@ -108,29 +70,29 @@ def test_output_folder_below_a_file_is_refused(arguments, tmp_path):
     assert f"{tmp_path / 'file'} is not a folder" in message
 
 
-def test_base_folder_without_an_index_is_refused(arguments, base):
-    (base / "model_index.json").unlink()
+def test_base_folder_without_an_index_is_refused(arguments, scratch_run):
+    (scratch_run.base / "model_index.json").unlink()
     assert "model_index.json does not exist" in refuse(arguments)
 
 
-def test_dataset_with_damaged_metadata_is_refused(arguments, dataset):
-    (dataset / "METADATA").write_text("{")
+def test_dataset_with_damaged_metadata_is_refused(arguments, scratch_run):
+    (scratch_run.dataset / "METADATA").write_text("{")
     assert "METADATA is damaged" in refuse(arguments)
 
 
-def test_dataset_with_another_number_of_entries_is_refused(arguments, dataset):
-    index = dataset / "00000.index"
+def test_dataset_with_another_number_of_entries_is_refused(arguments, scratch_run):
+    index = scratch_run.dataset / "00000.index"
     index.write_text("".join(index.read_text().splitlines(keepends=True)[:-1]))
     message = refuse(arguments)
-    assert "3" in message and "2" in message and "METADATA" in message
+    assert "12" in message and "11" in message and "METADATA" in message
 
 
-def test_truncated_data_is_refused(arguments, dataset):
-    data = dataset / "00000.data"
+def test_truncated_data_is_refused(arguments, scratch_run):
+    data = scratch_run.dataset / "00000.data"
     data.write_bytes(data.read_bytes()[:-10])
     assert "00000.data" in refuse(arguments)
 
 
-def test_refused_runs_leave_no_output_folder(arguments, tmp_path):
+def test_refused_runs_leave_no_output_folder(arguments, scratch_run):
     refuse([*arguments, "train_dataloader.params.dataset=/path/to/none"])
-    assert not (tmp_path / "out").exists()
+    assert not scratch_run.output.exists()

@@ -8,7 +8,7 @@ import PIL.Image
 import pytest
 
 from diffnext.utils import export_to_image, export_to_video
-from diffnext.utils.profiler import SmoothedValue, Timer, get_progress
+from diffnext.utils.profiler import SmoothedValue, Timer, get_progress, parse_duration
 
 
 @pytest.mark.parametrize("as_array", [True, False])
@@ -79,3 +79,17 @@ def test_progress_line():
     assert get_progress(timer, 200, 30000) == expected
     assert "PROGRESS: 100.00%" in get_progress(timer, 300, 300)
     assert str(datetime.timedelta(seconds=0)) in get_progress(timer, 300, 300)
+
+
+@pytest.mark.parametrize(
+    "text, seconds",
+    [("23h30m", 84600), ("90m", 5400), ("45s", 45), ("1d2h", 93600), (None, None)],
+)
+def test_durations_are_read(text, seconds):
+    assert parse_duration(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "soon", "90", "1h 30m", "30m1h", "-1h", "1.5h"])
+def test_what_is_no_duration_is_refused(text):
+    with pytest.raises(ValueError, match="a duration is written like"):
+        parse_duration(text)
