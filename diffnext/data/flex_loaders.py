@@ -1,9 +1,12 @@
 """Endless, reproducible and resumable loaders of training batches."""
 
 import difflib
+import itertools
 import logging
 import multiprocessing
 import os
+import signal
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
@@ -122,6 +125,10 @@ class DataLoaderBase(ABC):
     @abstractmethod
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue at a saved position."""
+
+    @abstractmethod
+    def last_examples(self, count: int) -> list[int]:
+        """Return the places in the dataset of the last ``count`` examples, oldest first."""
 
     @abstractmethod
     def close(self) -> None:
@@ -245,12 +252,22 @@ class DataLoader(DataLoaderBase):
         self._consumed = int(state["consumed"])
         self._batches = None
 
+    def last_examples(self, count: int) -> list[int]:
+        """Return the places in the dataset of the last ``count`` examples, oldest first."""
+        count = min(count, self._consumed)
+        return list(itertools.islice(self._order.start_at(self._consumed - count), count))
+
     def close(self) -> None:
         """Stop the processes and release the files."""
         self._closed = True
         self._batches = None  # its destructor stops the processes
         if hasattr(self.dataset, "close"):
             self.dataset.close()
+
+    @property
+    def shard_size(self) -> int:
+        """Examples in one pass over the shard; the last shard may have fewer."""
+        return self._order.shard_size
 
     @property
     def _num_processes(self) -> int:
@@ -272,6 +289,7 @@ class DataLoader(DataLoaderBase):
                 prefetch_factor=self.options.queue_depth,
                 timeout=self.options.timeout,
                 multiprocessing_context=self.options.start_method or _default_start_method(),
+                worker_init_fn=_leave_signals_to_parent,
                 generator=torch.Generator(),  # leaves the global one to the training
             )
         )
@@ -383,6 +401,22 @@ def _own(value: Any) -> Any:
 
 def _keep(batch: Batch) -> Batch:
     return batch
+
+
+def _leave_signals_to_parent(worker: int) -> None:
+    """Outlive a signal to the whole job: the process that reads may still need its batches."""
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_when_told, daemon=True).start()
+
+
+def _end_when_told() -> None:
+    """End this process by a SIGTERM of the process that started it, and of no other."""
+    parent = multiprocessing.parent_process()
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent.pid:
+        pass
+    os._exit(128 + signal.SIGTERM)
 
 
 def _make_order(num_examples: int, options: LoaderOptions) -> ExampleOrder:

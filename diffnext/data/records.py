@@ -35,7 +35,7 @@ from diffnext.data.record_format import (
     normalize_features,
 )
 
-__all__ = ["RecordDataset", "RecordError", "RecordWriter"]
+__all__ = ["RecordDataset", "RecordError", "RecordSubset", "RecordWriter", "open_subset"]
 
 logger = logging.getLogger(__name__)
 
@@ -329,6 +329,54 @@ class RecordDataset:
                     f"the file) ends at byte {ends[local_index]}, the file has "
                     f"{shard.data_size} bytes"
                 )
+
+
+@dataclass(frozen=True)
+class RecordSubset:
+    """Consecutive examples of a dataset, in the place of a whole one.
+
+    Attributes:
+        dataset: The dataset.
+        start: Its first example that belongs to the subset.
+        stop: The first one behind it.
+    """
+
+    dataset: RecordDataset
+    start: int
+    stop: int
+
+    @property
+    def features(self) -> dict[str, Descriptor]:
+        """Types of the features."""
+        return self.dataset.features
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"example {index} of a subset of {len(self)}")
+        return self.dataset[self.start + index]
+
+    def describe(self, index: int) -> str:
+        """Name an example for messages."""
+        return self.dataset.describe(self.start + index)
+
+    def close(self) -> None:
+        """Release the files."""
+        self.dataset.close()
+
+
+def open_subset(path: str | os.PathLike[str], start: int, stop: int) -> RecordSubset:
+    """Open the examples ``start`` to ``stop`` (exclusive) of a dataset.
+
+    Raises:
+        ValueError: If there are no such examples, and for what ``RecordDataset`` lists.
+    """
+    dataset = RecordDataset(path)
+    if not 0 <= start < stop <= len(dataset):
+        raise ValueError(f"{path} has {len(dataset)} examples, none from {start} to {stop}")
+    return RecordSubset(dataset, start, stop)
 
 
 def _read_metadata(path: Path) -> tuple[int, dict[str, Descriptor]]:

@@ -3,11 +3,12 @@
     <output_dir>/checkpoints/checkpoint-<step>/
         model_index.json          copy of the base folder's
         base_folder.json          where the frozen components are: {"base_folder": <path>}
-        <model.name>/             config.json, weights in the training dtype, __transformer__.py
-        state/                    trainer_state.json, config.yaml, rank_<r>.json, and what
-                                  accelerate saves: optimizer, master weights, scaler, random states
+        <model.name>/             config.json, weights in the training dtype, __transformer__.py;
+                                  pytorch_lora_weights.safetensors instead if adapters are trained
+        state/                    what an exact resume needs, see run_state.py
     <output_dir>/ema_checkpoints/checkpoint-<step>/<model.name>/
-                                  config.json, float32 weights, beside the same two JSON files
+                                  config.json, float32 weights, beside the same two JSON files;
+                                  the adapters as above
 
 A checkpoint is written under a temporary name and renamed when all of it has reached the disk.
 """
@@ -33,6 +34,7 @@ from diffnext.engine.engine_utils import read_weights
 from diffnext.pipelines.release_folder import (
     BASE_FOLDER_FILE,
     INDEX_FILE,
+    LORA_FILE,
     find_folder,
     read_json,
     write_json,
@@ -74,22 +76,43 @@ class RunFolder:
         """Folder of the averaged weights of a step."""
         return self.output_dir / EMA_CHECKPOINTS / f"checkpoint-{step}"
 
-    def is_complete(self, checkpoint: Path) -> bool:
-        """Whether a checkpoint has readable weights and, if it has a state, all of that."""
+    def find_trained(self, checkpoint: Path) -> Path | None:
+        """The file of a checkpoint with what was trained: adapters or the model; None if none."""
+        adapters = checkpoint / LORA_FILE
+        if adapters.is_file():
+            return adapters if _is_readable(adapters) else None
+        return find_weights(checkpoint / self.model_name)
+
+    def find_damage(self, checkpoint: Path) -> str | None:
+        """Say what is missing from a checkpoint or cut short; None if it is whole."""
+        if self.find_trained(checkpoint) is None:
+            return f"no readable weights in {checkpoint / self.model_name}"
         state = checkpoint / STATE
-        state_is_complete = not state.exists() or (state / TRAINER_STATE).is_file()
-        return state_is_complete and find_weights(checkpoint / self.model_name) is not None
+        if not state.exists():
+            return None
+        try:
+            sizes = read_json(state / TRAINER_STATE).get("files", {})
+        except (OSError, ValueError):
+            return f"no readable {state / TRAINER_STATE}"
+        for name, size in sizes.items():
+            path = checkpoint / name
+            if not path.is_file():
+                return f"{path} is missing"
+            if path.stat().st_size != size:
+                return f"{path} has {path.stat().st_size} bytes instead of {size}"
+        return None
 
     def complete_checkpoints(self) -> list[Path]:
-        """Complete checkpoints, oldest step first; incomplete ones are reported and left out."""
+        """Complete checkpoints, oldest step first; damaged ones are reported and left out."""
         folders = list(self.output_dir.glob(f"{CHECKPOINTS}/checkpoint-*"))
         numbered = sorted((step_of(path), path) for path in folders if step_of(path) is not None)
         complete = []
         for _, path in numbered:
-            if self.is_complete(path):
+            damage = self.find_damage(path)
+            if damage is None:
                 complete.append(path)
             else:
-                logger.warning("ignoring the incomplete checkpoint %s", path)
+                logger.warning("ignoring the incomplete checkpoint %s: %s", path, damage)
         return complete
 
     def remove_leftovers(self) -> None:
@@ -98,13 +121,16 @@ class RunFolder:
             for path in self.output_dir.glob(f"{tree}/.checkpoint-*.tmp"):
                 shutil.rmtree(path)
 
-    def keep_newest(self, count: int) -> None:
+    def keep_newest(self, count: int, every: int | None = None) -> None:
         """Delete all but the newest complete checkpoints, averaged weights included.
 
         Args:
             count: How many to keep, at least 1.
+            every: Keep those of multiples of this step as well.
         """
         for path in self.complete_checkpoints()[:-count]:
+            if every is not None and step_of(path) % every == 0:
+                continue
             # Renaming first keeps a deletion that is cut short from leaving half a checkpoint.
             doomed = temporary_folder(path)
             path.rename(doomed)
@@ -156,7 +182,11 @@ def find_resume_point(run: RunFolder, resume: str | os.PathLike | None) -> Resum
     path = Path(os.path.abspath(resume))  # also removes a trailing slash
     if not path.is_dir():
         raise ConfigError(f"experiment.resume_from_checkpoint={resume}: no such folder")
-    if (path / run.model_name).is_dir():
+    if (path / run.model_name).is_dir() or (path / LORA_FILE).exists():
+        _require_step(path)
+        damage = run.find_damage(path)
+        if damage is not None:
+            raise ConfigError(f"experiment.resume_from_checkpoint={resume}: {damage}")
         return _describe(run, path)
     return _describe_bare(path)
 
@@ -167,13 +197,13 @@ def _describe(run: RunFolder, checkpoint: Path) -> ResumePoint:
     trainer_state = checkpoint / STATE / TRAINER_STATE
     has_state = trainer_state.is_file()
     # The averages lie beside the checkpoint's own parent, whatever else the path contains.
-    ema = checkpoint.parent.parent / EMA_CHECKPOINTS / checkpoint.name / run.model_name
+    ema = checkpoint.parent.parent / EMA_CHECKPOINTS / checkpoint.name
     return ResumePoint(
         step=_require_step(checkpoint),
         checkpoint=checkpoint,
-        weights=_require_weights(checkpoint / run.model_name),
+        weights=run.find_trained(checkpoint) or _require_weights(checkpoint / run.model_name),
         state=checkpoint / STATE if has_state else None,
-        ema_weights=find_weights(ema),
+        ema_weights=run.find_trained(ema),
         trainer_state=read_json(trainer_state) if has_state else {},
     )
 
@@ -281,6 +311,8 @@ def write_base_reference(folder: Path, base: str | os.PathLike) -> None:
         base_folder = Path(read_json(base_folder / BASE_FOLDER_FILE)["base_folder"])
     shutil.copyfile(base_folder / INDEX_FILE, folder / INDEX_FILE)
     write_json(folder / BASE_FOLDER_FILE, {"base_folder": str(base_folder.absolute())})
+    if not (folder / COMPONENT).is_dir():  # adapters only
+        return
     shim = base_folder / COMPONENT / SHIM
     if shim.is_file():
         shutil.copyfile(shim, folder / COMPONENT / SHIM)
@@ -291,6 +323,12 @@ def write_base_reference(folder: Path, base: str | os.PathLike) -> None:
 def temporary_folder(final: Path) -> Path:
     """Name under which a folder is written before it is renamed; never taken for a checkpoint."""
     return final.with_name(f".{final.name}.tmp")
+
+
+def list_file_sizes(folder: Path) -> dict[str, int]:
+    """Sizes in bytes of all files below a folder, by their names relative to it."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.stat().st_size for path in files}
 
 
 def publish(temporary: Path, final: Path) -> None:

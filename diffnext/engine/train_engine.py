@@ -1,51 +1,58 @@
-"""The trainer: builds a run from its configuration, steps it, logs it, saves it, resumes it."""
+"""The trainer: builds a run from its configuration, steps it, saves it, resumes it."""
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import json
 import logging
-import sys
-import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import accelerate
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
-from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
+from torch.distributed.tensor import DTensor
 
+from diffnext.data.records import open_subset
 from diffnext.engine import checkpoint as checkpoints
 from diffnext.engine.checkpoint import ResumePoint, RunFolder
-from diffnext.engine.engine_utils import get_param_groups
+from diffnext.engine.checkpoint_writer import CheckpointWriter, Snapshot, copy_tensors
+from diffnext.engine.control import (
+    Agreement,
+    StopRequests,
+    TrainingError,
+    TrainingStopped,
+    is_lost_connection,
+)
+from diffnext.engine.data_check import count_training_examples
+from diffnext.engine.engine_utils import get_param_groups, manual_seed
 from diffnext.engine.model_ema import ModelEMA
+from diffnext.engine.preflight import loss_weights
+from diffnext.engine.reporting import Reporter, StepResult
+from diffnext.engine.run_state import (
+    UNIVERSAL_TAG,
+    capture_random_state,
+    make_engine_state,
+    make_universal,
+    restore_random_state,
+)
+from diffnext.engine.validation import Validator
 from diffnext.pipelines.builder import build_pipeline, get_pipeline_path
-from diffnext.pipelines.release_folder import read_json, write_json
+from diffnext.pipelines.release_folder import LORA_FILE
 from diffnext.utils.accelerate_utils import normalize_precision, precision_to_dtype
 from diffnext.utils.omegaconf_utils import ConfigError, config_to_class, config_to_object
-from diffnext.utils.profiler import SmoothedValue, Timer, get_progress
+from diffnext.utils.profiler import Timer, get_progress
 from diffnext.version import __version__
 
-
-@dataclass(frozen=True)
-class StepResult:
-    """One optimizer step of this process.
-
-    Attributes:
-        step: Steps completed before it.
-        lr: Learning rate it used.
-        metrics: Losses and metrics, averaged over its micro-batches; scalars on the device.
-    """
-
-    step: int
-    lr: float
-    metrics: dict[str, Tensor]
+STATE_FORMAT = 2  # of trainer_state.json and what lies beside it
 
 
 class Trainer:
@@ -59,6 +66,7 @@ class Trainer:
         accelerator: From :func:`diffnext.utils.accelerate_utils.build_accelerator`.
         logger: Where the run reports.
         user_config: Configuration as the user gave it, saved with checkpoints; default ``config``.
+        stop: Asked between steps whether to go on; default: nobody stops the run.
 
     Raises:
         ConfigError: If the configuration cannot be built.
@@ -70,33 +78,49 @@ class Trainer:
         accelerator: Accelerator,
         logger: logging.Logger | logging.LoggerAdapter,
         user_config: DictConfig | None = None,
+        stop: StopRequests | None = None,
     ) -> None:
         self.config = config
         self.accelerator = accelerator
         self.logger = logger
         self.user_config = config.copy() if user_config is None else user_config
+        self.stop = StopRequests() if stop is None else stop
         self.precision = normalize_precision(config.training.get("mixed_precision"))
         self.dtype = precision_to_dtype(self.precision)
         self.run = RunFolder(Path(config.experiment.output_dir), config.model.name)
-        self.checkpoint_format = _checkpoint_format(config)
         self.loss_weights = loss_weights(config)
+        self.adapters = import_adapters(config)
         resume = find_resume(config)
         self.global_step = 0 if resume is None else resume.step
 
         # First, as it fails fastest. Its processes only start with the first batch.
-        self.loader = config_to_object(config.train_dataloader)
+        self.loader = build_loader(config)
         self.pipeline = self._build_pipeline(resume)
         self.ema = self._build_ema(resume)
         model = self.pipeline.configure_model(config)
         self.optimizer = config_to_object(config.optimizer, params=get_param_groups(model))
         self.lr_scheduler = config_to_object(config.lr_scheduler)
+        self.agreement = Agreement(accelerator)
+        universal_state = self._prepare_universal_state(resume)
         self.model, self.optimizer = accelerator.prepare(model, self.optimizer)
-
+        if self.uses_deepspeed:
+            # Else it checks gradients in fp16 only. A step that is not finite is left out.
+            self.model.optimizer.check_grad_overflow = True
+        self.engine = make_engine_state(accelerator, self.model, self.optimizer)
+        self.writer = CheckpointWriter(
+            self.run,
+            accelerator,
+            self.engine,
+            asynchronous=bool(OmegaConf.select(config, "checkpoint.async_save")),
+            keep_last=OmegaConf.select(config, "checkpoint.keep_last"),
+            keep_every=OmegaConf.select(config, "checkpoint.keep_every"),
+            logger=logger,
+        )
+        self.validator = Validator(config, accelerator, self.pipeline, logger)
         self.timer = Timer()
-        self.window: list[StepResult] = []
-        self.window_started = time.perf_counter()
+        self.reporter = Reporter(config, accelerator, logger)
         if resume is not None:
-            self._restore_state(resume)
+            self._restore_state(resume, universal_state)
 
     @property
     def uses_deepspeed(self) -> bool:
@@ -124,9 +148,24 @@ class Trainer:
             dtypes[checkpoints.COMPONENT] = torch.float32
         pipeline_class = config_to_class(self.config.pipeline)
         pipeline = build_pipeline(folder, pipeline_class, dtype=dtypes)
+        if self.adapters is not None:
+            self.adapters.add_lora(pipeline.model, self.config.model.lora)
         if resume is not None:
-            checkpoints.load_weights_into(pipeline.model, resume.weights)
+            self._load_trained(pipeline.model, resume.weights)
         return pipeline.to(self.accelerator.device)
+
+    def _load_trained(self, model: nn.Module, file: Path) -> None:
+        """Load what a run has trained: the model's weights, or its adapters."""
+        has_adapters = file.name == LORA_FILE
+        if has_adapters != (self.adapters is not None):
+            raise ConfigError(
+                f"model.lora is {self.config.model.get('lora')}, but {file} is of a run "
+                f"{'with' if has_adapters else 'without'} LoRA"
+            )
+        if self.adapters is None:
+            checkpoints.load_weights_into(model, file)
+        else:
+            self.adapters.load_adapter(model, file)
 
     def _build_ema(self, resume: ResumePoint | None) -> ModelEMA | None:
         """The average lives on the main process only, and starts before anything is frozen."""
@@ -136,7 +175,7 @@ class Trainer:
         if resume is None:
             return ema
         if resume.ema_weights is not None:
-            checkpoints.load_weights_into(ema.model, resume.ema_weights)
+            self._load_trained(ema.model, resume.ema_weights)
         else:
             self.logger.warning(
                 "%s has no averaged weights: EMA starts from its weights", resume.checkpoint
@@ -146,46 +185,142 @@ class Trainer:
     # Stepping
 
     def train_loop(self) -> None:
-        """Step until ``training.max_train_steps``, then log and save what is left."""
+        """Step until ``training.max_train_steps``, then log and save what is left.
+
+        Raises:
+            TrainingStopped: If asked to stop; the checkpoint is written.
+            TrainingError: If the run cannot go on, on every process.
+        """
         self.accelerator.step = 0  # micro-batches are counted from a whole step
-        self.window_started = time.perf_counter()
-        with self._progress_bar() as bar:
-            while self.global_step < self.max_steps:
-                with self.timer.tic_and_toc():
-                    result = self.run_step(self.config.training.gradient_accumulation_steps)
-                self.window.append(result)
-                self.global_step += 1
-                bar.update()
-                self._after_step(bar, is_last=self.global_step == self.max_steps)
+        self.reporter.rewind(self.global_step)
+        try:
+            with self.reporter.progress_bar(self.global_step):
+                while self.global_step < self.max_steps:
+                    self._stop_if_asked()
+                    self._advance()
+            self.writer.wait()
+        except RuntimeError as error:
+            if not is_lost_connection(error):
+                raise
+            raise TrainingError(
+                f"step {self.global_step} was cut short: another process of the run is gone. Its "
+                "own message, or that of the launcher, says why"
+            ) from error
+
+    def _advance(self) -> None:
+        """Do one step and all that is due after it."""
+        with self.timer.tic_and_toc():
+            result = self.run_step(self.config.training.gradient_accumulation_steps)
+        self.global_step += 1
+        self.reporter.add(result)
+        self._after_step(is_last=self.global_step == self.max_steps)
 
     def run_step(self, accum_steps: int) -> StepResult:
         """Do one optimizer step.
 
         Args:
             accum_steps: Micro-batches whose gradients are averaged.
-        """
-        lr = self._set_learning_rate()
-        totals: dict[str, Tensor] = {}
-        for _ in range(accum_steps):
-            for name, value in self.run_model().items():
-                totals[name] = totals.get(name, 0) + value / accum_steps
-        return StepResult(step=self.global_step, lr=lr, metrics=dict(sorted(totals.items())))
 
-    def run_model(self) -> dict[str, Tensor]:
-        """Run one micro-batch forward and backward; step the optimizer after the last one.
+        Raises:
+            TrainingError: If a process has no data, or if the step is not finite and
+                ``training.on_nonfinite`` says stop.
+        """
+        batches = self.agreement.together(
+            lambda: self._read_batches(accum_steps), f"step {self.global_step} cannot start"
+        )
+        lr = self._set_learning_rate()
+        num_tokens = sum(self._count_tokens(batch) for batch in batches)
+        totals: dict[str, Tensor] = {}
+        for batch in batches:
+            for name, value in self._run_forward_backward(batch).items():
+                totals[name] = totals.get(name, 0) + value / accum_steps
+        metrics = dict(sorted(totals.items()))
+        norm, applied = self._step_optimizer(metrics)
+        return StepResult(self.global_step, lr, metrics, norm, num_tokens, applied)
+
+    def _read_batches(self, count: int) -> list[dict[str, Any]]:
+        error = self.writer.take_error()
+        if error is not None:
+            raise error
+        return [self.loader.next()[0] for _ in range(count)]
+
+    def _run_forward_backward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """Run one micro-batch; returns its losses and metrics, detached."""
+        with self.accelerator.accumulate(self.model):
+            outputs = self.model(batch)
+            # Under DeepSpeed this also steps the optimizer after the last micro-batch.
+            self.accelerator.backward(_total_loss(outputs, self.loss_weights))
+        return _detach_metrics(outputs, self.accelerator.device)
+
+    def _step_optimizer(self, metrics: Mapping[str, Tensor]) -> tuple[Tensor, bool]:
+        """Clip the gradients and step, unless something is not finite.
 
         Returns:
-            Outputs named after a loss or a metric, detached.
+            The norm of the gradients before clipping, and whether the step was applied.
         """
-        with self.accelerator.accumulate(self.model):
-            outputs = self.model(self.loader.next()[0])
-            self.accelerator.backward(_total_loss(outputs, self.loss_weights))
-            max_norm = self.config.training.get("max_grad_norm")
-            if max_norm is not None and self.accelerator.sync_gradients:
-                self.accelerator.clip_grad_norm_(self.model.parameters(), max_norm)
+        if self.uses_deepspeed:
+            norm = torch.as_tensor(self.model.get_global_grad_norm(), device=self.model.device)
+            is_finite = not self.optimizer.step_was_skipped
+        else:
+            norm = self._clip_gradients()
+            is_finite = self.precision == "fp16" or math.isfinite(norm.item())
+        if self.precision == "fp16":
+            # Its scaler leaves out steps with infinite gradients, which are part of its search.
+            is_finite = not self.agreement.collect(_find_nonfinite(metrics))
+        applied = is_finite
+        if is_finite and not self.uses_deepspeed:
             self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
-        return _detach_metrics(outputs, self.accelerator.device)
+        if is_finite:
+            applied = not self.optimizer.step_was_skipped
+        else:
+            self._handle_nonfinite(metrics)
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm.detach().float(), applied
+
+    def _clip_gradients(self) -> Tensor:
+        """Return the norm of all gradients; scale them down to ``max_grad_norm`` if configured."""
+        self.accelerator.unscale_gradients(self.optimizer)
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()
+        max_norm = self.config.training.get("max_grad_norm")
+        if max_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+        return norm
+
+    def _handle_nonfinite(self, metrics: Mapping[str, Tensor]) -> None:
+        """Name what is not finite and stop, or leave the step out; collective.
+
+        Raises:
+            TrainingError: If ``training.on_nonfinite`` says stop.
+        """
+        name = _find_nonfinite(metrics)
+        message = None if name is None else f"{name} on {self._describe_last_examples()}"
+        culprits = self.agreement.collect(message)
+        if not culprits:  # the gradients are the same on every process
+            culprits = [f"the gradient of {self._find_nonfinite_gradient()}"]
+        text = f"step {self.global_step} is not finite: {'; '.join(culprits)}"
+        if self.config.training.get("on_nonfinite", "stop") == "skip":
+            self.logger.warning("%s. This step is left out", text)
+            return
+        raise TrainingError(f"{text}. Nothing of this step was applied")
+
+    def _find_nonfinite_gradient(self) -> str:
+        for name, parameter in self.bare_model.named_parameters():
+            if parameter.grad is not None and not parameter.grad.isfinite().all():
+                return name
+        return "a parameter"  # DeepSpeed has dropped the gradients by now
+
+    def _describe_last_examples(self) -> str:
+        count = self.config.training.batch_size * self.config.training.gradient_accumulation_steps
+        return f"examples {self.loader.last_examples(count)} of the dataset"
+
+    def _count_tokens(self, batch: Mapping[str, Any]) -> int:
+        """Latent tokens of a batch: frames x rows x columns of the image encoder's patches."""
+        latents = batch["latents"]
+        patch_size = self.bare_model.image_encoder.patch_embed.patch_size
+        return sum(math.prod(moments.shape[1:]) // patch_size**2 for moments in latents)
 
     def _set_learning_rate(self) -> float:
         lr = self.lr_scheduler.lr_at(self.global_step)
@@ -193,18 +328,34 @@ class Trainer:
             group["lr"] = lr * group.get("lr_scale", 1)
         return lr
 
-    def _after_step(self, bar: tqdm, is_last: bool) -> None:
+    def _after_step(self, is_last: bool) -> None:
         """Log, average and save as the intervals ask; the last step does whatever is still due."""
         log_every = self.config.experiment.log_every
         if is_last or (self.global_step - 1) % log_every == 0:
-            self.log_metrics(bar)
+            self.reporter.report()
         if self.global_step % (10 * log_every) == 0:
             self.logger.info(get_progress(self.timer, self.global_step, self.max_steps))
         if is_last or self.global_step % self._ema_interval() == 0:
             self.update_ema()
         if is_last or self.global_step % self.config.experiment.save_every == 0:
             self.save()
-            self.window_started = time.perf_counter()
+        if self.validator.is_due(self.global_step):
+            self.validate()
+
+    def _stop_if_asked(self) -> None:
+        """End the run with a checkpoint if any process was asked to; collective.
+
+        Raises:
+            TrainingStopped: If so.
+        """
+        reasons = self.agreement.collect(self.stop.reason())
+        if not reasons:
+            return
+        reason = "; ".join(reasons)
+        self.logger.info("Stopping at step %d: %s", self.global_step, reason)
+        self.save()
+        self.writer.wait()
+        raise TrainingStopped(f"stopped at step {self.global_step}: {reason}")
 
     def _ema_interval(self) -> int:
         return OmegaConf.select(self.config, "ema.params.update_every") or 100
@@ -213,117 +364,106 @@ class Trainer:
         """Move the average toward the master weights; every process takes part."""
         if not self.config.get("ema"):
             return
-        masters = self._master_weights()
+        masters = self.engine.masters()
         if self.ema is not None:
             self.ema.update_from(masters)
         else:
             for _ in masters:  # gathering is collective
                 pass
 
-    def _master_weights(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
-        """Each parameter with its float32 value, one at a time."""
-        if not self.uses_deepspeed:
-            for parameter in self.bare_model.parameters():
-                yield parameter, parameter
-            return
-        from deepspeed.utils import safe_get_full_fp32_param
-
-        for parameter in self.bare_model.parameters():
-            master = safe_get_full_fp32_param(parameter) if parameter.requires_grad else None
-            yield parameter, parameter if master is None else master
-
-    # Reporting
-
-    @contextlib.contextmanager
-    def _progress_bar(self) -> Iterator[tqdm]:
-        """A live bar on the main process; log lines pass above it."""
-        is_terminal = sys.stderr.isatty()
-        arguments = {
-            "total": self.max_steps,
-            "initial": self.global_step,
-            "unit": "step",
-            "dynamic_ncols": True,
-            "disable": not self.config.training.get("progress_bar", True)
-            or not self.accelerator.is_main_process,
-            # In a file each refresh is one more line, so refresh seldom.
-            "mininterval": 0.5 if is_terminal else 10.0,
-        }
-        with tqdm(**arguments) as bar, contextlib.ExitStack() as stack:
-            if is_terminal and not bar.disable:
-                logger = getattr(self.logger, "logger", self.logger)  # an adapter's own logger
-                stack.enter_context(logging_redirect_tqdm([logger]))
-            yield bar
-
-    def log_metrics(self, bar: tqdm | None = None) -> None:
-        """Report the steps since the last report: median and mean over them and all processes.
-
-        Args:
-            bar: Progress bar to update.
-        """
-        if not self.window:
-            return
-        last = self.window[-1]
-        names = list(last.metrics)
-        table = torch.stack([torch.stack(list(r.metrics.values())) for r in self.window])
-        table = self.accelerator.reduce(table, reduction="mean").tolist()  # (steps, metrics)
-        seconds = (time.perf_counter() - self.window_started) / len(self.window)
-        self.logger.info("Iteration %d, lr = %.8f, time = %.2fs", last.step, last.lr, seconds)
-        medians = {}
-        for name, column in zip(names, zip(*table, strict=True), strict=True):
-            values = SmoothedValue()
-            for value in column:
-                values.update(value)
-            self.logger.info("    Train net output(%s): %s", name, values)
-            medians[name] = values.median
-        self._track({**medians, "lr": last.lr, "time": seconds}, last.step)
-        if bar is not None:
-            values = {name: f"{median:.4f}" for name, median in medians.items()}
-            bar.set_postfix({**values, "lr": f"{last.lr:.2e}"}, refresh=False)
-        self.window.clear()
-        self.window_started = time.perf_counter()
-
-    def _track(self, values: dict[str, float], step: int) -> None:
-        """Hand values to the trackers; one that fails must not end the run."""
-        try:
-            self.accelerator.log(values, step=step)
-        except Exception as error:
-            self.logger.warning("the tracker did not take the values of step %d: %s", step, error)
+    def validate(self) -> None:
+        """Draw samples and report the held-out loss; every process takes part."""
+        average = None if self.ema is None else self.ema.model
+        losses = self.validator.run(self.global_step, self.bare_model, average)
+        if losses:
+            self.reporter.track(losses, self.global_step - 1)
+        self.reporter.pause()
 
     # Saving and resuming
 
     def save(self) -> None:
-        """Write the checkpoint of the current step, unless it is already there."""
+        """Write the checkpoint of the current step, unless it is already there; collective.
+
+        Raises:
+            TrainingError: On every process, if any could not write.
+        """
         final = self.run.checkpoint(self.global_step)
-        if self.run.is_complete(final):
+        exists = final.is_dir() and self.run.find_damage(final) is None
+        # No process may start writing while another still looks at what exists.
+        if self.agreement.collect("exists" if exists else None):
             self.logger.warning("%s exists already and is kept", final)
             return
-        # No process may start writing while another still looks at what exists.
-        self.accelerator.wait_for_everyone()
-        temporary = checkpoints.temporary_folder(final)
-        if self.accelerator.is_main_process:
-            self.run.remove_leftovers()
-            (temporary / checkpoints.STATE).mkdir(parents=True)
-        self.accelerator.wait_for_everyone()
-        self._write_state(temporary / checkpoints.STATE)
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            self._write_components(temporary, final)
-        self.accelerator.wait_for_everyone()
-        self.logger.info("Wrote snapshot to: %s", final)
+        self.writer.write(self._take_snapshot())
+        self.reporter.pause()
 
-    def _write_state(self, folder: Path) -> None:
-        """Write what an exact resume needs besides the weights; every process takes part."""
-        self.accelerator.save_state(str(folder))
-        rank = self.accelerator.process_index
-        write_json(folder / f"rank_{rank}.json", {"data": self.loader.state_dict()})
-        if self.accelerator.is_main_process:
-            OmegaConf.save(self.user_config, folder / "config.yaml")
-            write_json(folder / checkpoints.TRAINER_STATE, self._describe_run())
+    def _take_snapshot(self) -> Snapshot:
+        """Everything of this process but the engine's state; collective."""
+        weights = {
+            name: value.to(self.dtype) if value.is_floating_point() else value
+            for name, value in self.engine.weights().items()
+        }
+        average = None if self.ema is None else self.ema.model.state_dict()
+        if self.writer.asynchronous and self.accelerator.is_main_process:
+            weights = copy_tensors(weights)
+            average = None if average is None else copy_tensors(average)
+        return Snapshot(
+            step=self.global_step,
+            rank_state=self._rank_state(),
+            trainer_state=self._describe_run(),
+            write_weights=self._component_writer(weights, with_config=True),
+            write_average=None if average is None else self._component_writer(average),
+        )
+
+    def _component_writer(
+        self, weights: Mapping[str, Tensor], with_config: bool = False
+    ) -> Callable[[Path], None]:
+        """A function that makes a folder with these weights loadable as a pipeline."""
+        write_trained = self._trained_writer(weights)
+        name = self.run.model_name
+
+        def write(folder: Path) -> None:
+            write_trained(folder)
+            if name == checkpoints.COMPONENT:  # under another name no pipeline would find it
+                base = self.config.pipeline.paths.pretrained_path
+                checkpoints.write_base_reference(folder, base)
+            if with_config:
+                OmegaConf.save(self.user_config, folder / checkpoints.STATE / "config.yaml")
+
+        return write
+
+    def _trained_writer(self, weights: Mapping[str, Tensor]) -> Callable[[Path], None]:
+        """A function that writes the model, or its adapters, to a folder."""
+        if not self.accelerator.is_main_process:
+            return lambda folder: None
+        if self.adapters is not None:
+            metadata = self.adapters.adapter_metadata(self.bare_model)
+            adapters = self.adapters.adapter_weights(self.bare_model, weights)
+            write_adapter = self.adapters.write_adapter
+            return lambda folder: write_adapter(folder, adapters, metadata)
+        config = json.loads(self.bare_model.to_json_string())
+        file_format = OmegaConf.select(self.config, "checkpoint.format") or "safetensors"
+        name = self.run.model_name
+        return lambda folder: checkpoints.write_component(
+            folder / name, config, weights, file_format
+        )
+
+    def _rank_state(self) -> dict[str, Any]:
+        """What only this process knows."""
+        scaler = self.accelerator.scaler
+        return {
+            "data": self.loader.state_dict(),
+            "random": capture_random_state(self.accelerator.device),
+            "window": self.reporter.state_dict(),
+            "scaler": None if scaler is None else scaler.state_dict(),
+        }
 
     def _describe_run(self) -> dict[str, Any]:
         return {
+            "format": STATE_FORMAT,
             "step": self.global_step,
-            **self._parallel_layout(),
+            "num_processes": self.accelerator.num_processes,
+            "engine": self.engine.name,
+            "precision": self.precision,
             "wandb_run_id": OmegaConf.select(self.config, "wandb.run_id"),
             "versions": {
                 "diffnext": __version__,
@@ -332,91 +472,136 @@ class Trainer:
             },
         }
 
-    def _parallel_layout(self) -> dict[str, Any]:
-        """What must agree between saving and loading for the optimizer state to fit."""
-        return {
-            "num_processes": self.accelerator.num_processes,
-            "deepspeed": self.uses_deepspeed,
-            "precision": self.precision,
-        }
+    def _prepare_universal_state(self, resume: ResumePoint | None) -> Path | None:
+        """Rewrite DeepSpeed's state if it was saved by another number of processes; collective.
 
-    def _write_components(self, temporary: Path, final: Path) -> None:
-        """Write the loadable folders; the checkpoint appears last, when all else is in place."""
-        model = self.bare_model
-        config = json.loads(model.to_json_string())
-        base = self.config.pipeline.paths.pretrained_path
-        weights = {
-            name: value.to(self.dtype) if value.is_floating_point() else value
-            for name, value in model.state_dict().items()
-        }
-        folders = [(temporary, final, weights)]
-        if self.ema is not None:
-            ema_final = self.run.ema_checkpoint(self.global_step)
-            ema_temporary = checkpoints.temporary_folder(ema_final)
-            folders.insert(0, (ema_temporary, ema_final, self.ema.model.state_dict()))
-        name = self.run.model_name
-        for folder, _, state in folders:
-            checkpoints.write_component(folder / name, config, state, self.checkpoint_format)
-            if name == checkpoints.COMPONENT:  # under another name no pipeline would find it
-                checkpoints.write_base_reference(folder, base)
-        for folder, published, _ in folders:
-            checkpoints.publish(folder, published)
-        keep_last = OmegaConf.select(self.config, "checkpoint.keep_last")
-        if keep_last is not None:
-            self.run.keep_newest(keep_last)
+        Returns:
+            Folder of the rewritten state; None if there was nothing to do.
+        """
+        if resume is None or not self.uses_deepspeed or self._find_mismatch(resume) is not None:
+            return None
+        if resume.trainer_state["num_processes"] == self.accelerator.num_processes:
+            return None
+        target = self.run.output_dir / checkpoints.CHECKPOINTS / f".{UNIVERSAL_TAG}"
 
-    def _restore_state(self, resume: ResumePoint) -> None:
-        """Restore optimizer, masters, random states and data position as far as they fit."""
-        reason = self._state_mismatch(resume)
-        if reason is None:
-            self.accelerator.load_state(str(resume.state))
-        else:
-            self.logger.warning(
-                "%s: continuing from %s with its weights and step only. THE OPTIMIZER STATE IS "
-                "RESET, and so are the random states",
-                reason,
-                resume.checkpoint,
-            )
-        self._restore_data_position(resume)
+        def convert() -> None:
+            if self.accelerator.is_main_process:
+                make_universal(resume.state, target)
 
-    def _state_mismatch(self, resume: ResumePoint) -> str | None:
-        """Why the saved optimizer state cannot be used; None if it can."""
-        if resume.state is None:
-            return "the checkpoint holds no optimizer state"
-        saved = resume.trainer_state
-        layout = self._parallel_layout()
-        if saved["deepspeed"] != layout["deepspeed"]:
-            return f"saved {'with' if saved['deepspeed'] else 'without'} DeepSpeed"
-        # Without DeepSpeed every process holds the whole state, so their number does not matter.
-        names = ["num_processes", "precision"] if self.uses_deepspeed else []
-        if "fp16" in (saved["precision"], layout["precision"]):
-            names = [*names, "precision"]  # only fp16 has a gradient scaler
-        for name in names:
-            if saved[name] != layout[name]:
-                return f"saved with {name} {saved[name]}, now {layout[name]}"
-        return None
+        try:
+            self.agreement.together(convert, "the optimizer state could not be converted")
+        except TrainingError as error:
+            self._warn_of_reset(resume, str(error))
+            return None
+        plugin = self.accelerator.state.deepspeed_plugin
+        plugin.deepspeed_config["checkpoint"] = {"load_universal": True}
+        return target
 
-    def _restore_data_position(self, resume: ResumePoint) -> None:
-        if resume.state is None:
+    def _restore_state(self, resume: ResumePoint, universal_state: Path | None) -> None:
+        """Restore engine, random states, data position and open reports as far as they fit."""
+        mismatch = self._find_mismatch(resume)
+        same_processes = resume.trainer_state.get("num_processes") == self.accelerator.num_processes
+        if mismatch is not None:
+            self._warn_of_reset(resume, mismatch)
+        elif universal_state is not None:
+            self.engine.load(universal_state)
+        elif same_processes or not self.uses_deepspeed:
+            self.engine.load(resume.state)
+        if mismatch is not None or not same_processes:
+            self._draw_fresh_random_numbers()
+        if resume.state is None or not self._is_current_format(resume):
             self.logger.warning("%s holds no data position: data restarts", resume.checkpoint)
             return
-        saved = resume.trainer_state["num_processes"]
-        if saved != self.accelerator.num_processes:
+        rank = self.accelerator.process_index if same_processes else 0
+        rank_file = resume.state / f"rank_{rank}.pt"
+        state = torch.load(rank_file, map_location="cpu", weights_only=True)
+        self._restore_data_position(state["data"], resume.trainer_state["num_processes"])
+        if mismatch is None and same_processes:
+            restore_random_state(state["random"], self.accelerator.device)
+            self.reporter.load_state_dict(state["window"])
+        if self.accelerator.scaler is not None and state["scaler"] is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+
+    def _warn_of_reset(self, resume: ResumePoint, reason: str) -> None:
+        self.logger.warning(
+            "%s: continuing from %s with its weights and step only. THE OPTIMIZER STATE IS RESET, "
+            "and so are the random states",
+            reason,
+            resume.checkpoint,
+        )
+
+    def _is_current_format(self, resume: ResumePoint) -> bool:
+        return resume.trainer_state.get("format") == STATE_FORMAT
+
+    def _find_mismatch(self, resume: ResumePoint) -> str | None:
+        """Why the saved optimizer state cannot be used; None if it can."""
+        saved = resume.trainer_state
+        if resume.state is None:
+            return "the checkpoint holds no optimizer state"
+        if not self._is_current_format(resume):
+            return f"the checkpoint's state is of format {saved.get('format', 1)}"
+        engine = "deepspeed" if self.uses_deepspeed else "distributed"
+        if saved["engine"] != engine:
+            return f"saved {'without' if self.uses_deepspeed else 'with'} DeepSpeed"
+        if self.uses_deepspeed and saved["precision"] != self.precision:
+            return f"saved with precision {saved['precision']}, now {self.precision}"
+        return None
+
+    def _draw_fresh_random_numbers(self) -> None:
+        """Seed anew, so that the numbers of the first steps are not drawn once more."""
+        seeds = np.random.SeedSequence([self.config.training.seed, self.global_step])
+        seed = int(seeds.generate_state(1)[0])
+        manual_seed(seed, (self.accelerator.device, seed))
+
+    def _restore_data_position(self, saved: Mapping[str, Any], saved_processes: int) -> None:
+        """Continue in the data; with other processes, after as many examples in all."""
+        now = self.accelerator.num_processes
+        if saved_processes != now:
+            consumed = saved["consumed"] * saved_processes // now
+            saved = {**self.loader.state_dict(), "consumed": consumed}
             self.logger.warning(
-                "saved with %d processes, now %d: data restarts",
-                saved,
-                self.accelerator.num_processes,
+                "saved with %d processes, now %d: each continues after %d examples, in the order "
+                "of its new shard",
+                saved_processes,
+                now,
+                consumed,
             )
-            return
-        file = resume.state / f"rank_{self.accelerator.process_index}.json"
         try:
-            self.loader.load_state_dict(read_json(file)["data"])
+            self.loader.load_state_dict(saved)
         except ValueError as error:
             self.logger.warning("data restarts, as its position does not fit: %s", error)
 
     def close(self) -> None:
-        """Release the data loader and its workers."""
-        self.loader.close()
+        """Finish the checkpoint being written; release the data loader and its workers."""
+        try:
+            self.writer.wait()
+        finally:
+            self.loader.close()
+
+
+def import_adapters(config: DictConfig) -> ModuleType | None:
+    """The module for low-rank adapters if the configuration wants them, else None.
+
+    Raises:
+        ConfigError: If peft is missing.
+    """
+    if not config.model.get("lora"):
+        return None
+    if find_spec("peft") is None:
+        raise ConfigError("model.lora needs the package peft: pip install peft")
+    from diffnext.engine import lora
+
+    return lora
+
+
+def build_loader(config: DictConfig) -> Any:
+    """Open the training examples: the dataset without what validation holds out."""
+    holdout = OmegaConf.select(config, "validation.holdout")
+    if not isinstance(holdout, float):
+        return config_to_object(config.train_dataloader)
+    stop = count_training_examples(config)
+    getter = functools.partial(open_subset, start=0, stop=stop)
+    return config_to_object(config.train_dataloader, dataset_getter=getter)
 
 
 def find_resume(config: DictConfig) -> ResumePoint | None:
@@ -430,37 +615,6 @@ def find_resume(config: DictConfig) -> ResumePoint | None:
     """
     run = RunFolder(Path(config.experiment.output_dir), config.model.name)
     return checkpoints.find_resume_point(run, config.experiment.get("resume_from_checkpoint"))
-
-
-def _checkpoint_format(config: DictConfig) -> str:
-    file_format = OmegaConf.select(config, "checkpoint.format") or "safetensors"
-    if file_format not in checkpoints.WEIGHTS_FILES:
-        names = " or ".join(checkpoints.WEIGHTS_FILES)
-        raise ConfigError(f"checkpoint.format must be {names}, got {file_format!r}")
-    return file_format
-
-
-def loss_weights(config: DictConfig) -> dict[str, float]:
-    """Weights of the losses by the names they have among a model's outputs.
-
-    Args:
-        config: Training configuration; ``model.loss_weights`` is read.
-
-    Raises:
-        ConfigError: If a weight is no number of at least 0, or both are 0.
-    """
-    given = OmegaConf.select(config, "model.loss_weights") or {}
-    weights = {}
-    for key, name in (("t2i", "loss_t2i"), ("i2v", "loss_i2i")):
-        value = given.get(key, 1.0)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
-            raise ConfigError(
-                f"model.loss_weights.{key} must be a number of at least 0, got {value}"
-            )
-        weights[name] = float(value)
-    if not any(weights.values()):
-        raise ConfigError("model.loss_weights are all 0: nothing would be trained")
-    return weights
 
 
 def _total_loss(outputs: Mapping[str, Any], weights: Mapping[str, float]) -> Tensor:
@@ -486,3 +640,11 @@ def _detach_metrics(outputs: Mapping[str, Any], device: torch.device) -> dict[st
         for name, value in outputs.items()
         if "loss" in name or "metric" in name
     }
+
+
+def _find_nonfinite(metrics: Mapping[str, Tensor]) -> str | None:
+    """The first metric that is not finite, with its value; None if all are."""
+    for name, value in metrics.items():
+        if not math.isfinite(value.item()):
+            return f"{name} is {value.item()}"
+    return None

@@ -16,6 +16,7 @@ import torch
 from diffnext.pipelines.release_folder import (
     BASE_FOLDER_FILE,
     INDEX_FILE,
+    LORA_FILE,
     find_folder,
     link_component,
     link_release_folder,
@@ -78,9 +79,15 @@ def get_pipeline_path(
 
 
 def _complete(folder: Path) -> Path:
-    """The folder itself, or a training checkpoint joined with its base folder."""
+    """The folder itself, or a training checkpoint joined with its base folder.
+
+    Raises:
+        ValueError: If the checkpoint holds adapters in the place of a model.
+    """
     if not (folder / BASE_FOLDER_FILE).exists():
         return folder
+    if (folder / LORA_FILE).exists():
+        raise ValueError(f"{folder} holds adapters only: merge them first (scripts/merge_lora.py)")
     joined = _temporary_folder()
     link_release_folder(folder, joined, read_json(folder / INDEX_FILE))
     return joined

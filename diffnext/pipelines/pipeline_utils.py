@@ -14,6 +14,7 @@ from diffusers.utils import BaseOutput
 from diffnext.pipelines.release_folder import (
     BASE_FOLDER_FILE,
     INDEX_FILE,
+    LORA_FILE,
     find_folder,
     import_libraries,
     link_release_folder,
@@ -79,6 +80,8 @@ class PipelineMixin:
             link_release_folder(folder, Path(assembled), index)
             pipeline = super().from_pretrained(assembled, **kwargs)
         pipeline.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
+        if (folder / LORA_FILE).is_file():
+            pipeline.load_lora_weights(folder, weight_name=LORA_FILE)
         return pipeline
 
     def register_module(self, model_or_path: Any, name: str) -> Any:

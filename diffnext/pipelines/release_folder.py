@@ -19,6 +19,7 @@ from typing import Any
 __all__ = [
     "BASE_FOLDER_FILE",
     "INDEX_FILE",
+    "LORA_FILE",
     "find_folder",
     "import_libraries",
     "link_component",
@@ -31,6 +32,7 @@ __all__ = [
 
 INDEX_FILE = "model_index.json"
 BASE_FOLDER_FILE = "base_folder.json"
+LORA_FILE = "pytorch_lora_weights.safetensors"  # as diffusers names it
 
 # Homes of the classes that shims name; used where the shim itself is missing.
 _CLASS_MODULES = {

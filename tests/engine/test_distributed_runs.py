@@ -1,6 +1,5 @@
 """Runs through launchers: several processes, DeepSpeed ZeRO-2, and changes between them."""
 
-import json
 import os
 import re
 import socket
@@ -22,6 +21,10 @@ LAUNCHERS = {
         *("--config_file", str(ROOT / "accelerate_configs" / "1_gpus_zero2.yaml")),
     ],
 }
+LAUNCHERS["fsdp2_x2"] = [
+    *("-m", "accelerate.commands.launch", "--main_process_port={port}"),
+    *("--config_file", str(ROOT / "accelerate_configs" / "2_cpus_fsdp2.yaml")),
+]
 LAUNCHERS["zero2_x2"] = [*LAUNCHERS["zero2"], "--num_processes=2"]
 
 pytestmark = pytest.mark.slow
@@ -83,7 +86,7 @@ def test_zero2_in_full_precision_equals_plain_training(tiny_run, tmp_path):
 def test_two_processes_read_different_examples_and_log_once(tiny_run):
     launch(tiny_run, "plain_x2")
     state = tiny_run.checkpoint(6) / "state"
-    shards = [json.loads((state / f"rank_{rank}.json").read_text())["data"] for rank in (0, 1)]
+    shards = [torch.load(state / f"rank_{rank}.pt")["data"] for rank in (0, 1)]
     assert [shard["order"]["shard_id"] for shard in shards] == [0, 1]
     assert [shard["order"]["num_shards"] for shard in shards] == [2, 2]
     assert len(list(tiny_run.output.glob("logs/*.log"))) == 1
@@ -92,13 +95,9 @@ def test_two_processes_read_different_examples_and_log_once(tiny_run):
 
 @pytest.mark.parametrize(
     "first, second, message",
-    [
-        ("zero2_x2", "zero2", "saved with num_processes 2, now 1"),
-        ("zero2", "plain", "saved with DeepSpeed"),
-        ("plain", "zero2", "saved without DeepSpeed"),
-    ],
+    [("zero2", "plain", "saved with DeepSpeed"), ("plain", "zero2", "saved without DeepSpeed")],
 )
-def test_another_layout_continues_from_the_weights_with_a_loud_warning(
+def test_another_engine_continues_from_the_weights_with_a_loud_warning(
     tiny_run, first, second, message
 ):
     launch(tiny_run, first, "training.max_train_steps=3")
@@ -109,13 +108,38 @@ def test_another_layout_continues_from_the_weights_with_a_loud_warning(
     assert tiny_run.checkpoint(6).is_dir()
 
 
-def test_plain_training_keeps_its_optimizer_state_with_fewer_processes(tiny_run):
-    launch(tiny_run, "plain_x2", "training.max_train_steps=3")
-    launch(tiny_run, "plain")
+# On every process the same examples, so that their number does not change the gradient.
+SAME_EXAMPLES = [
+    "train_dataloader.params.shard_id=0",
+    "train_dataloader.params.num_shards=1",
+    "training.mixed_precision=no",
+]
+
+
+@pytest.mark.parametrize(
+    "first, second",
+    [
+        ("plain_x2", "plain"),
+        ("plain", "plain_x2"),
+        ("fsdp2_x2", "plain"),
+        ("plain_x2", "fsdp2_x2"),
+        ("zero2_x2", "zero2"),
+        ("zero2", "zero2_x2"),
+    ],
+)
+def test_another_number_of_processes_keeps_masters_and_optimizer_state(
+    tiny_run, tmp_path, first, second
+):
+    """A step of rate 0 shows the masters; the moments show in the size of the next update."""
+    launch(tiny_run, first, "training.max_train_steps=3")
+    launch(tiny_run, second, "training.max_train_steps=4", "optimizer.params.lr=0")
     log = tiny_run.log()
     assert "OPTIMIZER STATE IS RESET" not in log
-    assert "saved with 2 processes, now 1: data restarts" in log
-    assert "Iteration 5," in log
+    assert "each continues after" in log or first.endswith("x2") == second.endswith("x2")
+    assert "Iteration 3," in log
+    before = load_file(tiny_run.checkpoint(3) / WEIGHTS)
+    after = load_file(tiny_run.checkpoint(4) / WEIGHTS)
+    torch.testing.assert_close(after, before, rtol=0, atol=0)
 
 
 def test_empty_shard_is_an_error_on_every_rank_not_a_hang(tiny_run):

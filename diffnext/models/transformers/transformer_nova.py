@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.modeling_utils import ModelMixin
 
 from diffnext.models.diffusion_mlp import DiffusionMLP
@@ -101,7 +102,9 @@ def image_decoder(**kwargs: Any) -> DiffusionMLP:
     return DiffusionMLP(**kwargs)
 
 
-class NOVATransformer3DModel(StrictLoadingMixin, Transformer3DModel, ModelMixin, ConfigMixin):
+class NOVATransformer3DModel(
+    StrictLoadingMixin, Transformer3DModel, ModelMixin, ConfigMixin, PeftAdapterMixin
+):
     """NOVA by its config (arXiv:2412.14169).
 
     Args:

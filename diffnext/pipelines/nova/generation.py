@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers.loaders import CogVideoXLoraLoaderMixin
 from torch import Tensor
 
 from diffnext.image_processor import OUTPUT_TYPES, VaeImageProcessor
@@ -66,8 +67,12 @@ class PipelineMonitor(GenerationMonitor):
         return (self.callback(self.pipeline, index, frame, given) or {}).get("latents", latents)
 
 
-class GenerationPipelineMixin:
-    """Runs the model of a pipeline and decodes what it made."""
+class GenerationPipelineMixin(CogVideoXLoraLoaderMixin):
+    """Runs the model of a pipeline and decodes what it made.
+
+    The methods for low-rank adapters (``load_lora_weights``, ``fuse_lora``, ...) are diffusers'
+    own: those for any pipeline whose one trained component is called ``transformer``.
+    """
 
     _callback_tensor_inputs = ["latents"]
 

@@ -11,6 +11,7 @@ from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 from torch import Tensor
 
 from diffnext.models.transformers.transformer_nova import NOVATransformer3DModel
+from diffnext.pipelines.nova.pipeline_nova_c2i import NOVAC2IPipeline
 from diffnext.pipelines.nova.training import TrainingPipelineMixin
 from diffnext.pipelines.pipeline_utils import PipelineMixin
 
@@ -40,6 +41,12 @@ class NOVATrainC2IPipeline(TrainingPipelineMixin, PipelineMixin, DiffusionPipeli
         super().__init__()
         self.register_modules(vae=vae, transformer=transformer, scheduler=scheduler)
         self._setup_training()
+
+    def make_generation_pipeline(
+        self, transformer: NOVATransformer3DModel, vae: Any
+    ) -> NOVAC2IPipeline:
+        """See :meth:`TrainingPipelineMixin.make_generation_pipeline`."""
+        return NOVAC2IPipeline(transformer, self.scheduler, vae)
 
     def encode_prompt(self, inputs: dict[str, Any]) -> list[Tensor]:
         """One token a class id; takes the ids out of ``inputs``.

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from diffnext.models.transformers.transformer_nova import NOVATransformer3DModel
 from diffnext.pipelines.builder import build_diffusion_scheduler
+from diffnext.pipelines.nova.pipeline_nova import NOVAPipeline
 
 __all__ = ["TextConditionMixin", "TrainingPipelineMixin"]
 
@@ -97,6 +98,15 @@ class TrainingPipelineMixin(ABC):
         return self.vae.scale_(posterior.sample())
 
     @abstractmethod
+    def make_generation_pipeline(self, transformer: NOVATransformer3DModel, vae: Any) -> Any:
+        """A pipeline that generates with these two and the other components.
+
+        Args:
+            transformer: The model being trained, or a copy of it.
+            vae: Autoencoder to decode with.
+        """
+
+    @abstractmethod
     def encode_prompt(self, inputs: dict[str, Any]) -> list[Tensor]:
         """Condition tokens of the prompts, behind any given; takes prompts out of ``inputs``."""
 
@@ -110,6 +120,12 @@ class TextConditionMixin(TrainingPipelineMixin):
         if model.text_embed is not None:
             model.text_embed.encoders = [self.tokenizer, self.text_encoder]
         return model
+
+    def make_generation_pipeline(
+        self, transformer: NOVATransformer3DModel, vae: Any
+    ) -> NOVAPipeline:
+        """See :meth:`TrainingPipelineMixin.make_generation_pipeline`."""
+        return NOVAPipeline(transformer, self.scheduler, vae, self.text_encoder, self.tokenizer)
 
     def encode_prompt(self, inputs: dict[str, Any]) -> list[Tensor]:
         """Condition tokens of the prompts, behind any given; takes prompts out of ``inputs``."""

@@ -1,0 +1,155 @@
+"""Going on, stopping and failing together: what the processes of a run tell each other."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from types import FrameType, TracebackType
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import distributed
+
+# Exit code of a run that was asked to stop: EX_TEMPFAIL of sysexits.h, "try again later".
+EXIT_STOPPED = 75
+IMPATIENCE = 3.0  # seconds after which a repeated Ctrl-C is meant as such
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+class TrainingError(RuntimeError):
+    """A run that cannot go on; every process raises it with the same message."""
+
+
+class TrainingStopped(Exception):
+    """A run that ended early because it was asked to, with a checkpoint written."""
+
+
+class Agreement:
+    """Lets all processes know what one of them has to say.
+
+    The messages travel through main memory over a group of their own, so that they neither wait for
+    an accelerator nor mix with the collectives of the training.
+
+    Args:
+        accelerator: Knows the processes. Building is collective.
+    """
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.rank = accelerator.process_index
+        self.size = accelerator.num_processes
+        self.group = distributed.new_group(backend="gloo") if self.size > 1 else None
+
+    def collect(self, message: str | None) -> list[str]:
+        """Gather the messages of all processes; collective, and cheap when there is none.
+
+        Args:
+            message: What this process has to say; None for nothing.
+
+        Returns:
+            The messages with their ranks, the same list on every process.
+        """
+        if self.group is None:
+            return [] if message is None else [message]
+        raised = torch.tensor([message is not None], dtype=torch.int32)
+        distributed.all_reduce(raised, op=distributed.ReduceOp.MAX, group=self.group)
+        if not raised.item():
+            return []
+        messages: list[str | None] = [None] * self.size
+        distributed.all_gather_object(messages, message, group=self.group)
+        return [f"rank {rank}: {text}" for rank, text in enumerate(messages) if text is not None]
+
+    def together(self, action: Callable[[], Any], failure: str) -> Any:
+        """Do something that may fail on some processes only; collective.
+
+        Args:
+            action: Called without arguments.
+            failure: Start of the message if a process fails.
+
+        Returns:
+            What ``action`` returned.
+
+        Raises:
+            TrainingError: On every process, if ``action`` failed on any.
+        """
+        error = None
+        result = None
+        try:
+            result = action()
+        except Exception as caught:
+            error = caught
+        message = None if error is None else _describe(error)
+        problems = self.collect(message)
+        if problems:
+            raise TrainingError(f"{failure}: {'; '.join(problems)}") from error
+        return result
+
+
+def is_lost_connection(error: BaseException) -> bool:
+    """Whether an error says that another process of the group has gone away."""
+    is_of_gloo = isinstance(error, RuntimeError) and "gloo" in str(error)  # has no class of its own
+    return is_of_gloo or isinstance(error, distributed.DistError)
+
+
+def _describe(error: Exception) -> str:
+    """One line that names the error's kind unless its text speaks for itself."""
+    text = " ".join(str(error).split())
+    speaks_for_itself = text and isinstance(error, ValueError | OSError | TrainingError)
+    return text if speaks_for_itself else f"{type(error).__name__}: {text}"
+
+
+class StopRequests:
+    """Notes signals and the end of the allotted time; the trainer asks between steps.
+
+    Launchers pass a signal on to processes that have received it themselves, so further signals
+    change nothing, but for an interrupt from the keyboard a while later, which ends the process at
+    once. Used as a context manager in the main thread.
+
+    Args:
+        time_limit: Seconds from now; None for no limit.
+    """
+
+    def __init__(self, time_limit: float | None = None) -> None:
+        self.time_limit = time_limit
+        self._started = time.monotonic()
+        self._process = os.getpid()
+        self._received: signal.Signals | None = None
+        self._received_at = 0.0
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> StopRequests:
+        if threading.current_thread() is threading.main_thread():
+            for number in STOP_SIGNALS:
+                self._previous[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(
+        self,
+        error_type: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def reason(self) -> str | None:
+        """Why this process shall stop; None if it shall not."""
+        if self._received is not None:
+            return f"received {self._received.name}"
+        if self.time_limit is not None and time.monotonic() - self._started >= self.time_limit:
+            return f"training.time_limit of {self.time_limit:g} s reached"
+        return None
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:  # a worker of the loader, which the trainer stops
+            return
+        received = signal.Signals(number)
+        now = time.monotonic()
+        if self._received is None:
+            self._received = received
+            self._received_at = now
+        elif received is signal.SIGINT and now - self._received_at > IMPATIENCE:
+            raise KeyboardInterrupt

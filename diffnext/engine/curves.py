@@ -1,0 +1,94 @@
+"""The metrics file of a run, and learning curves drawn from it.
+
+Each line of ``metrics.jsonl`` is a JSON object with a ``step`` and some values: losses, ``lr``,
+``grad_norm``, ``samples_per_s``; those of a validation are named ``validation/...``.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Callable, Iterable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+logger = logging.getLogger(__name__)
+
+SMOOTHING = 0.05  # share of the points that one point of the smooth curve averages over
+
+
+def read_metrics(file: Path) -> list[dict[str, Any]]:
+    """Read the lines of a metrics file; a line cut short by a crash is left out."""
+    rows = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return rows
+
+
+def truncate_metrics(file: Path, step: int) -> None:
+    """Drop the lines of a step and all later ones, which a resumed run will write again."""
+    kept = [json.dumps(row) + "\n" for row in read_metrics(file) if row["step"] < step]
+    temporary = file.with_name(f".{file.name}.tmp")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    os.replace(temporary, file)
+
+
+def draw_curves(metrics_file: Path, output: Path) -> None:
+    """Draw losses, gradient norm, learning rate and speed over the steps.
+
+    Without matplotlib there is a warning and no picture.
+
+    Args:
+        metrics_file: Written by a run.
+        output: PNG file, replaced when the new one is whole.
+    """
+    if find_spec("matplotlib") is None:
+        logger.warning("matplotlib is not installed, so no learning curves: pip install matplotlib")
+        return
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows = read_metrics(metrics_file)
+    panels: list[tuple[str, Callable[[str], bool]]] = [
+        ("loss", lambda name: "loss" in name),
+        ("gradient norm", lambda name: name == "grad_norm"),
+        ("learning rate", lambda name: name == "lr"),
+        ("samples / s", lambda name: name == "samples_per_s"),
+    ]
+    figure = Figure(figsize=(10, 7), layout="constrained")
+    axes = figure.subplots(2, 2).flat
+    for panel, (title, belongs) in zip(axes, panels, strict=True):
+        names = sorted({name for row in rows for name in row if belongs(name)})
+        for index, name in enumerate(names):
+            _draw_line(panel, rows, name, f"C{index}")
+        panel.set_title(title)
+        panel.set_xlabel("step")
+        panel.grid(alpha=0.3)
+        if len(names) > 1:
+            panel.legend()
+    temporary = output.with_name(f".{output.name}.tmp")
+    FigureCanvasAgg(figure).print_png(temporary)
+    os.replace(temporary, output)
+
+
+def _draw_line(panel: Any, rows: Iterable[dict[str, Any]], name: str, color: str) -> None:
+    """One value over the steps: thin as it is, thick when smoothed; dashed for a validation."""
+    points = np.array([(row["step"], row[name]) for row in rows if name in row], dtype=float)
+    steps, values = points.T
+    if name.startswith("validation/"):
+        panel.plot(steps, values, "o--", color=color, label=name, markersize=3)
+        return
+    width = max(1, round(SMOOTHING * len(values)))
+    if width == 1:
+        panel.plot(steps, values, color=color, label=name)
+        return
+    panel.plot(steps, values, color=color, alpha=0.3, linewidth=0.8)
+    smooth = np.convolve(values, np.ones(width) / width, mode="valid")
+    panel.plot(steps[width - 1 :], smooth, color=color, label=name)

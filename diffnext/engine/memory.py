@@ -1,0 +1,446 @@
+"""The memory of a training step, computed without running it.
+
+What a step holds beyond its weights is found by *simulation*: the real forward and backward pass
+run on tensors that have shapes but no data (``FakeTensorMode``), while every allocation and release
+is counted. What the engines add (shards, buckets, gathered weights) is arithmetic.
+
+Not counted: the CUDA context, libraries, scratch space inside kernels and fragmentation.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from diffnext.models import embeddings
+from diffnext.models.transformers.transformer_nova import NOVATransformer3DModel
+from diffnext.schedulers.scheduling_cfm import FlowMatchEulerDiscreteScheduler
+
+__all__ = [
+    "ENGINES",
+    "BatchShape",
+    "Engine",
+    "MemoryEstimate",
+    "ParameterCounts",
+    "StepMemory",
+    "estimate_memory",
+    "make_meta_model",
+    "set_worst_mask",
+    "simulate_step",
+]
+
+Engine = Literal["ddp", "zero2", "fsdp2"]
+ENGINES: tuple[Engine, ...] = ("ddp", "zero2", "fsdp2")
+
+FLOAT32 = 4  # bytes
+ZERO2_BUCKET = 500_000_000  # elements; DeepSpeed's default reduce_bucket_size
+WRAPPED_BLOCKS = ("Block", "DiffusionBlock")  # gathered one at a time by FSDP2
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchShape:
+    """The shapes of one micro-batch.
+
+    Attributes:
+        size: Samples B.
+        frames: Latent frames T.
+        latent_size: Rows and columns of a latent frame.
+    """
+
+    size: int
+    frames: int
+    latent_size: tuple[int, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepMemory:
+    """Most bytes that forward and backward hold at a time.
+
+    Attributes:
+        activations: Beyond weights and weight gradients: saved and temporary tensors.
+        with_gradients: Beyond weights, if all gradients are kept as backward makes them.
+    """
+
+    activations: int
+    with_gradients: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParameterCounts:
+    """Numbers of parameters.
+
+    Attributes:
+        total: Of the trained component.
+        trainable: Those with a gradient.
+        unwrapped: Those outside the blocks that FSDP2 gathers one at a time.
+        largest_block: Of the largest of these blocks.
+        buffers: Bytes of the buffers.
+    """
+
+    total: int
+    trainable: int
+    unwrapped: int
+    largest_block: int
+    buffers: int
+
+    @classmethod
+    def of(cls, model: nn.Module) -> ParameterCounts:
+        """Count a model, on any device."""
+        blocks = [m for m in model.modules() if type(m).__name__ in WRAPPED_BLOCKS]
+        sizes = [count_parameters(block) for block in blocks]
+        total = count_parameters(model)
+        return cls(
+            total=total,
+            trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
+            unwrapped=total - sum(sizes),
+            largest_block=max(sizes, default=0),
+            buffers=sum(buffer.nbytes for buffer in model.buffers()),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryEstimate:
+    """Bytes on one device.
+
+    Attributes:
+        weights: Of the trained component, as held between steps.
+        gradients: All weight gradients.
+        optimizer: Optimizer state and, where the engine keeps them, float32 masters.
+        buffers: What the engine needs to communicate.
+        activations: What forward and backward hold besides.
+        frozen: Autoencoder and text encoder.
+        ema: The averaged weights, if they are on this device.
+        peak: Most bytes at a time. Less than the sum where gradients take the place of
+            activations that backward has used up.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    buffers: int
+    activations: int
+    frozen: int
+    ema: int
+    peak: int
+
+
+def estimate_memory(
+    engine: Engine,
+    num_processes: int,
+    *,
+    counts: ParameterCounts,
+    step: StepMemory,
+    dtype: torch.dtype,
+    optimizer_states: float = 2.0,
+    frozen_bytes: int = 0,
+    ema_bytes: int = 0,
+    is_accumulating: bool = False,
+) -> MemoryEstimate:
+    """Add up one device.
+
+    Args:
+        engine: "ddp" (also one process without any engine), "zero2" or "fsdp2".
+        num_processes: Processes N.
+        counts: Of the trained component.
+        step: Of a micro-batch, from :func:`simulate_step` for the same engine.
+        dtype: Training dtype.
+        optimizer_states: Float32 numbers the optimizer keeps for each parameter; 2 for Adam.
+        frozen_bytes: Of the frozen components.
+        ema_bytes: Of the averaged weights on this device.
+        is_accumulating: Whether gradients of earlier micro-batches lie in memory during a step.
+    """
+    held = {"ddp": _hold_ddp, "zero2": _hold_zero2, "fsdp2": _hold_fsdp2}[engine]
+    return held(
+        num_processes, counts, step, dtype.itemsize, optimizer_states, is_accumulating
+    ).with_extras(frozen_bytes, ema_bytes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Held(MemoryEstimate):
+    """An estimate before frozen components and EMA are added."""
+
+    frozen: int = 0
+    ema: int = 0
+
+    def with_extras(self, frozen: int, ema: int) -> MemoryEstimate:
+        return replace(self, frozen=frozen, ema=ema, peak=self.peak + frozen + ema)
+
+
+def _hold_ddp(
+    processes: int,
+    counts: ParameterCounts,
+    step: StepMemory,
+    itemsize: int,
+    states: float,
+    is_accumulating: bool,
+) -> _Held:
+    """Everything on every device, in float32; buckets hold a second copy of the gradients."""
+    weights = FLOAT32 * counts.total + counts.buffers
+    gradients = FLOAT32 * counts.trainable
+    optimizer = int(FLOAT32 * states * counts.trainable)
+    buffers = gradients if processes > 1 else 0
+    during_step = step.activations + gradients if is_accumulating else step.with_gradients
+    return _Held(
+        weights=weights,
+        gradients=gradients,
+        optimizer=optimizer,
+        buffers=buffers,
+        activations=step.activations,
+        peak=weights + optimizer + buffers + max(during_step, gradients),
+    )
+
+
+def _hold_zero2(
+    processes: int,
+    counts: ParameterCounts,
+    step: StepMemory,
+    itemsize: int,
+    states: float,
+    is_accumulating: bool,
+) -> _Held:
+    """Weights everywhere in the training dtype; masters, moments and gradients in shards.
+
+    Gradients pass through one bucket on their way to their owner. The optimizer takes its shard of
+    them in float32, when activations and bucket are gone.
+    """
+    shard = -(-counts.trainable // processes)
+    weights = itemsize * counts.total + counts.buffers
+    gradients = itemsize * shard
+    optimizer = int(FLOAT32 * (1 + states) * shard)
+    buffers = itemsize * ZERO2_BUCKET
+    made = (step.with_gradients - step.activations) // processes
+    during_step = step.activations + buffers + (gradients if is_accumulating else made)
+    return _Held(
+        weights=weights,
+        gradients=gradients,
+        optimizer=optimizer,
+        buffers=buffers,
+        activations=step.activations,
+        peak=weights + optimizer + max(during_step, gradients + FLOAT32 * shard),
+    )
+
+
+def _hold_fsdp2(
+    processes: int,
+    counts: ParameterCounts,
+    step: StepMemory,
+    itemsize: int,
+    states: float,
+    is_accumulating: bool,
+) -> _Held:
+    """Float32 shards of everything.
+
+    Gathered in the training dtype are what is in no block, for the whole step and with its
+    gradients, and blocks: the one at work and the next one, each as it arrives and as it is used;
+    in backward their gradients.
+    """
+    shard = -(-counts.trainable // processes)
+    weights = FLOAT32 * -(-counts.total // processes) + counts.buffers
+    gradients = FLOAT32 * shard
+    optimizer = int(FLOAT32 * states * shard)
+    buffers = itemsize * (2 * counts.unwrapped + 6 * counts.largest_block)
+    # Shards are in float32, the gradients of the simulation in the training dtype.
+    made = (step.with_gradients - step.activations) * FLOAT32 // itemsize // processes
+    during_step = step.activations + buffers + (gradients if is_accumulating else made)
+    return _Held(
+        weights=weights,
+        gradients=gradients,
+        optimizer=optimizer,
+        buffers=buffers,
+        activations=step.activations,
+        peak=weights + optimizer + max(during_step, gradients + buffers),
+    )
+
+
+def count_parameters(module: nn.Module) -> int:
+    """Number of parameters of a module, on any device."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def make_meta_model(
+    config: Mapping[str, Any],
+    *,
+    frozen_modules: Sequence[str] = (),
+    gradient_checkpointing: int = 0,
+    loss_repeat: int = 4,
+) -> NOVATransformer3DModel:
+    """The model of a config.json, without memory for its weights, ready for training.
+
+    Args:
+        config: Arguments of the model; those starting with an underscore are left out.
+        frozen_modules: Names of the parts that are not trained.
+        gradient_checkpointing: Level, 0 to 3.
+        loss_repeat: Noise levels a token.
+
+    Raises:
+        KeyError: If the architecture is unknown.
+        TypeError: If an argument is unknown or missing.
+        ValueError: If a value is out of range.
+    """
+    arguments = {key: value for key, value in config.items() if not key.startswith("_")}
+    with torch.device("meta"):
+        model = NOVATransformer3DModel(**arguments)
+    for name, module in model.named_modules():
+        if name in frozen_modules:
+            module.requires_grad_(False)
+    model.set_gradient_checkpointing(gradient_checkpointing)
+    model.loss_repeat = loss_repeat
+    return model.train()
+
+
+def set_worst_mask(model: NOVATransformer3DModel) -> None:
+    """Always hide the smallest share of tokens: memory is largest when most tokens are known."""
+    low, _, std = model.mask_embed.mask_ratios
+    model.mask_embed.mask_ratios = [low, low, std]
+
+
+def simulate_step(
+    model: NOVATransformer3DModel,
+    batch: BatchShape,
+    *,
+    engine: Engine = "ddp",
+    dtype: torch.dtype = torch.float32,
+    device_type: str = "cuda",
+) -> StepMemory:
+    """Count the bytes of a forward and a backward pass.
+
+    Args:
+        model: From :func:`make_meta_model`; afterwards its weights are of no further use.
+        batch: Shapes of the micro-batch.
+        engine: DDP computes from float32 weights under autocast, FSDP2 from gathered weights in
+            the training dtype under autocast, ZeRO-2 in the training dtype throughout.
+        dtype: Training dtype.
+        device_type: "cuda" or "cpu": where autocast keeps float32 differs.
+    """
+    # The noise levels are a table that must exist before tensors lose their data.
+    model.noise_scheduler = FlowMatchEulerDiscreteScheduler()
+    model.noise_scheduler.corrupt(torch.zeros(1, 1), torch.zeros(1, 1), torch.zeros(1).long())
+    set_worst_mask(model)
+    weight_dtype = torch.float32 if engine == "ddp" else dtype
+    uses_autocast = engine != "zero2" and dtype != torch.float32
+    # Tensors without data pass for tensors of the CPU.
+    if uses_autocast and device_type == "cuda":
+        _follow_cuda_autocast(model)
+    with _shapes_only():
+        _fill_weights(model, weight_dtype)
+        inputs = _make_inputs(model, batch, weight_dtype)
+        with LiveBytes(model) as live:
+            with torch.autocast("cpu", dtype=dtype, enabled=uses_autocast):
+                loss = sum(model(inputs).values())
+            loss.backward()
+    return StepMemory(activations=live.most_other, with_gradients=live.most)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Follows the bytes of all tensors made inside, from allocation to release.
+
+    Args:
+        model: Its weights are left out, the gradients of its parameters counted apart.
+
+    Attributes:
+        most: Most bytes at a time.
+        most_other: Most bytes at a time without gradients.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.most = 0
+        self.most_other = 0
+        self._live = 0
+        self._gradients = 0
+        self._sizes: dict[int, int] = {}
+        self._known: set[int] = set()
+        for tensor in [*model.parameters(), *model.buffers()]:
+            self._known.add(tensor.untyped_storage()._cdata)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(self._add_gradient)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        """Run an operation and count the storages it has made."""
+        outputs = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(outputs):
+            if isinstance(tensor, Tensor):
+                self._add(tensor)
+        return outputs
+
+    def _add(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._sizes or key in self._known:
+            return
+        self._sizes[key] = storage.nbytes()
+        weakref.finalize(storage, self._remove, key)
+        self._live += self._sizes[key]
+        self._note()
+
+    def _remove(self, key: int) -> None:
+        self._live -= self._sizes.pop(key)
+
+    def _add_gradient(self, parameter: nn.Parameter) -> None:
+        self._gradients += parameter.grad.nbytes
+        self._note()
+
+    def _note(self) -> None:
+        self.most = max(self.most, self._live)
+        self.most_other = max(self.most_other, self._live - self._gradients)
+
+
+def _follow_cuda_autocast(model: nn.Module) -> None:
+    """Compute layer norms in float32, as CUDA's autocast does and the CPU's does not."""
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.register_forward_pre_hook(lambda _, args: (args[0].float(),))
+
+
+@contextlib.contextmanager
+def _shapes_only() -> Iterator[None]:
+    """Tensors made inside have no data, and none of them outlives the block in a table."""
+    numpy_state = np.random.get_state()
+    embeddings._sincos_grid.cache_clear()
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            yield
+    finally:
+        embeddings._sincos_grid.cache_clear()
+        np.random.set_state(numpy_state)
+
+
+def _fill_weights(model: nn.Module, dtype: torch.dtype) -> None:
+    """Replace weights by new tensors of the current mode, in place."""
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[name] = nn.Parameter(
+                    torch.empty(parameter.shape, dtype=dtype), requires_grad=parameter.requires_grad
+                )
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+
+
+def _make_inputs(
+    model: NOVATransformer3DModel, batch: BatchShape, dtype: torch.dtype
+) -> dict[str, Any]:
+    """What a training pipeline hands to the model."""
+    channels = model.image_encoder.image_dim
+    frames = (batch.frames,) if batch.frames > 1 else ()
+    inputs = {"x": torch.empty(batch.size, channels, *frames, *batch.latent_size, dtype=dtype)}
+    if model.text_embed is not None:
+        shape = (batch.size, model.text_embed.num_tokens, model.text_embed.token_dim)
+        inputs["prompt"] = torch.empty(shape, dtype=dtype)
+    else:
+        inputs["c"] = [model.label_embed(torch.zeros(batch.size, dtype=torch.int64))]
+    return inputs

@@ -1,0 +1,103 @@
+"""Fine-tuning by low-rank adapters: what is trained, written, loaded and merged."""
+
+import merge_lora
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from diffnext.pipelines import NOVAPipeline
+from diffnext.pipelines.builder import get_pipeline_path
+from diffnext.pipelines.release_folder import LORA_FILE
+
+LORA = ["model.lora.rank=4", "model.lora.alpha=8", "optimizer.params.lr=0.01"]
+STEPS = "training.max_train_steps=4"
+WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
+
+
+def draw(pipe):
+    generator = torch.Generator().manual_seed(0)
+    steps = {"num_inference_steps": 2, "num_diffusion_steps": 2}
+    options = {"output_type": "latent", "disable_progress_bar": True, "generator": generator}
+    return pipe("a red circle", **steps, **options).frames
+
+
+@pytest.fixture
+def trained(tiny_run):
+    tiny_run.train(*LORA, STEPS, "ema.params.update_every=2")
+    return tiny_run
+
+
+def test_checkpoint_holds_small_adapters_and_nothing_else(trained):
+    file = trained.checkpoint(4) / LORA_FILE
+    assert not (trained.checkpoint(4) / "transformer").exists()
+    assert file.stat().st_size < 0.2 * (trained.base / WEIGHTS).stat().st_size
+    weights = load_file(file)
+    assert all(name.startswith("transformer.") for name in weights)
+    layers = {name.rsplit(".lora_", 1)[0].split(".", 3)[-1] for name in weights}
+    assert {name.split(".")[-1] for name in layers} == {"qkv", "proj"}
+    assert all(4 in value.shape for value in weights.values())
+    average = load_file(trained.ema_checkpoint(4) / LORA_FILE)
+    assert average.keys() == weights.keys()
+    assert any(not torch.equal(average[name], weights[name]) for name in weights)
+
+
+def test_checkpoint_loads_as_a_pipeline_and_unloads_to_its_base(trained):
+    base = draw(NOVAPipeline.from_pretrained(trained.base))
+    pipe = NOVAPipeline.from_pretrained(trained.checkpoint(4))
+    assert not torch.allclose(draw(pipe), base)
+    pipe.unload_lora_weights()
+    torch.testing.assert_close(draw(pipe), base, rtol=0, atol=0)
+    pipe.load_lora_weights(trained.checkpoint(4))
+    again = draw(NOVAPipeline.from_pretrained(trained.checkpoint(4)))
+    torch.testing.assert_close(draw(pipe), again, rtol=0, atol=0)
+    average = draw(NOVAPipeline.from_pretrained(trained.ema_checkpoint(4)))
+    assert not torch.allclose(average, again)
+
+
+def test_merged_equals_unmerged(trained, tmp_path, capsys):
+    expected = draw(NOVAPipeline.from_pretrained(trained.checkpoint(4)))
+    pipe = NOVAPipeline.from_pretrained(trained.checkpoint(4))
+    pipe.fuse_lora()
+    torch.testing.assert_close(draw(pipe), expected, rtol=1e-4, atol=1e-4)
+    merged = tmp_path / "merged"
+    merge_lora.main([str(trained.checkpoint(4)), str(merged), "--dtype", "float32"])
+    assert f"Wrote {merged}" in capsys.readouterr().out
+    assert load_file(merged / WEIGHTS).keys() == load_file(trained.base / WEIGHTS).keys()
+    pipe = NOVAPipeline.from_pretrained(merged)
+    torch.testing.assert_close(draw(pipe), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_stopped_and_continued_equals_straight(tiny_run, tmp_path):
+    options = [*LORA, "model.lora.dropout=0.2", "experiment.save_every=2"]
+    tiny_run.train(*options, "training.max_train_steps=2", "ema.params.update_every=2")
+    tiny_run.train(*options, STEPS, "ema.params.update_every=2")
+    straight = type(tiny_run)(tiny_run.base, tiny_run.dataset, tmp_path / "straight")
+    straight.train(*options, STEPS, "ema.params.update_every=2")
+    for folder in ("checkpoint", "ema_checkpoint"):
+        expected = load_file(getattr(straight, folder)(4) / LORA_FILE)
+        actual = load_file(getattr(tiny_run, folder)(4) / LORA_FILE)
+        torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+def error_of(run, *overrides):
+    with pytest.raises(SystemExit) as stopped:
+        run.train(*overrides)
+    return stopped.value.code
+
+
+def test_wrong_layer_is_named_with_those_that_exist(tiny_run):
+    error = error_of(tiny_run, "model.lora.target_modules=[attn.q]", STEPS)
+    assert "model.lora.target_modules: no linear layer is named 'attn.q'" in error
+    assert "attn.qkv" in error
+
+
+def test_run_with_and_without_adapters_do_not_continue_each_other(trained):
+    error = error_of(trained, "training.max_train_steps=5")
+    assert "model.lora is None" in error and "of a run with LoRA" in error
+    error = error_of(trained, "model.lora.rank=8", "training.max_train_steps=5")
+    assert "model.lora does not fit" in error
+
+
+def test_adapters_alone_are_no_base_folder(trained):
+    with pytest.raises(ValueError, match="merge them first"):
+        get_pipeline_path(trained.checkpoint(4), module_config={})
