@@ -1,0 +1,201 @@
+"""Memory of real training steps against the estimate of the dry run, for small models.
+
+    python scripts/measure_memory.py
+    python scripts/measure_memory.py --device cuda --arch vit_d16w768 vit_d32w768 mlp_d6w768 \
+        --image-size 1024 --batch-size 8 --dtype bfloat16 --levels 0 1 2 3
+
+Each case trains two steps on random latents in a process of its own, as one process of the
+trainer does: float32 weights, autocast, AdamW. On a CPU the peak is the process's high-water mark
+(VmHWM) less its size before the model is built; freed memory is given back at once
+(MALLOC_ARENA_MAX, MALLOC_TRIM_THRESHOLD_, MALLOC_MMAP_THRESHOLD_), as the allocator would otherwise
+keep some. On a GPU it is torch.cuda.max_memory_allocated. The share of hidden tokens, in training
+drawn at random, is always the smallest, which needs the most memory. Prints a Markdown table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor, nn
+
+from diffnext.engine.memory import (
+    BatchShape,
+    MemoryEstimate,
+    ParameterCounts,
+    estimate_memory,
+    make_meta_model,
+    set_worst_mask,
+    simulate_step,
+)
+from diffnext.models.transformers.transformer_nova import NOVATransformer3DModel
+from diffnext.schedulers.scheduling_cfm import FlowMatchEulerDiscreteScheduler
+
+SMALL = ("vit_d3w192", "vit_d6w192", "mlp_d3w192")
+LARGE = ("vit_d16w768", "vit_d32w768", "mlp_d6w768")
+ALLOCATOR = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_TRIM_THRESHOLD_": "0",
+    "MALLOC_MMAP_THRESHOLD_": "65536",
+}
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Case:
+    """One model and batch."""
+
+    arch: tuple[str, ...]
+    image_size: int
+    batch_size: int
+    dtype: str = "float32"
+    level: int = 0
+    device: str = "cpu"
+
+
+DEFAULT_CASES = (
+    Case(SMALL, 512, 16),
+    Case(SMALL, 512, 16, level=3),
+    Case(LARGE, 256, 4),
+    Case(SMALL, 256, 16, dtype="bfloat16"),
+)
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--arch", nargs=3, help="names of the two encoders and the head")
+    parser.add_argument("--image-size", type=int, default=512, help="pixels (512)")
+    parser.add_argument("--batch-size", type=int, default=16, help="samples (16)")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "float16", "bfloat16"])
+    parser.add_argument("--levels", type=int, nargs="+", default=[0], help="checkpointing (0)")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--case", help=argparse.SUPPRESS)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Print the table, or, in a child process, measure one case."""
+    args = parse_args(argv)
+    if args.case is not None:
+        values = json.loads(args.case)
+        print(measure(Case(**{**values, "arch": tuple(values["arch"])})))
+        return
+    print("| model | px | batch | dtype | level | estimated, GiB | measured, GiB | ratio |")
+    print("|---|---|---|---|---|---|---|---|")
+    for case in make_cases(args):
+        estimated = estimate(case).peak
+        measured = run_child(case)
+        print(
+            f"| {' '.join(case.arch)} | {case.image_size} | {case.batch_size} | {case.dtype} "
+            f"| {case.level} | {estimated / GIB:.2f} | {measured / GIB:.2f} "
+            f"| {estimated / measured:.3f} |",
+            flush=True,
+        )
+
+
+def make_cases(args: argparse.Namespace) -> list[Case]:
+    """The cases of the command line, or those shown in docs/scaling.md."""
+    if args.arch is None and args.device == "cpu":
+        return list(DEFAULT_CASES)
+    arch = tuple(args.arch or SMALL)
+    return [
+        Case(arch, args.image_size, args.batch_size, args.dtype, level, args.device)
+        for level in args.levels
+    ]
+
+
+def model_config(case: Case) -> dict:
+    """Arguments of the model: an image model on latents of 8 pixels a side."""
+    tokens = case.image_size // 16
+    return {
+        "image_dim": 4,
+        "image_size": [case.image_size] * 2,
+        "image_stride": 8,
+        "text_token_dim": 2560,
+        "text_token_len": 256,
+        "image_base_size": [tokens] * 2,
+        "video_base_size": [1, tokens // 2, tokens // 2],
+        "arch": list(case.arch),
+    }
+
+
+def estimate(case: Case) -> MemoryEstimate:
+    """What the dry run says for one process."""
+    dtype = getattr(torch, case.dtype)
+    model = make_meta_model(model_config(case), gradient_checkpointing=case.level)
+    counts = ParameterCounts.of(model)
+    batch = BatchShape(size=case.batch_size, frames=1, latent_size=(case.image_size // 8,) * 2)
+    step = simulate_step(model, batch, engine="ddp", dtype=dtype, device_type=case.device)
+    return estimate_memory("ddp", 1, counts=counts, step=step, dtype=dtype)
+
+
+def run_child(case: Case) -> int:
+    """Measure a case in a fresh process."""
+    command = [sys.executable, __file__, "--case", json.dumps(asdict(case))]
+    environment = {**os.environ, **ALLOCATOR}
+    result = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    return int(result.stdout.splitlines()[-1])
+
+
+def measure(case: Case) -> int:
+    """Train two steps, the second with optimizer state.
+
+    Returns:
+        The peak in bytes, without what the process held before.
+    """
+    baseline = read_status("VmRSS") if case.device == "cpu" else 0
+    torch.manual_seed(0)
+    model = NOVATransformer3DModel(**model_config(case)).to(case.device).train()
+    model.noise_scheduler = FlowMatchEulerDiscreteScheduler()
+    model.set_gradient_checkpointing(case.level)
+    set_worst_mask(model)
+    inputs = random_batch(case)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    for _ in range(2):
+        train_step(model, inputs, optimizer, getattr(torch, case.dtype), case.device)
+    if case.device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return read_status("VmHWM") - baseline
+
+
+def random_batch(case: Case) -> dict[str, Tensor]:
+    """Latents and text states."""
+    side = case.image_size // 8
+    return {
+        "x": torch.randn(case.batch_size, 4, side, side, device=case.device),
+        "prompt": torch.randn(case.batch_size, 256, 2560, device=case.device),
+    }
+
+
+def train_step(
+    model: nn.Module,
+    inputs: dict[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+    dtype: torch.dtype,
+    device: str,
+) -> None:
+    """Forward under autocast, backward, update."""
+    with torch.autocast(device, dtype=dtype, enabled=dtype != torch.float32):
+        loss = model(inputs)["loss"]
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def read_status(name: str) -> int:
+    """A line of /proc/self/status, in bytes."""
+    with open("/proc/self/status") as file:
+        line = next(line for line in file if line.startswith(f"{name}:"))
+    return int(line.split()[1]) * 1024
+
+
+if __name__ == "__main__":
+    main()
