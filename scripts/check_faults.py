@@ -25,6 +25,7 @@ from check_resume import last_step, make_inputs, started
 from diffnext.data.records import RecordDataset, RecordWriter
 from diffnext.engine.checkpoint import RunFolder
 
+KEEP_ALL = ["checkpoint.keep_last=null"]
 LONG = ["training.max_train_steps=1000000", "experiment.save_every=4", "checkpoint.keep_last=2"]
 
 
@@ -55,13 +56,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--output", type=Path, default=Path("fault_check"), help="folder to write")
     parser.add_argument("--tmpfs", type=Path, help="small file system (20 MB) for the full disk")
-    parser.add_argument("--only", help="run the faults with this text in their name")
+    parser.add_argument("--only", default="", help="run the faults with this text in their name")
+    parser.add_argument("--launcher", help="run those under this launcher (see check_resume.py)")
     args = parser.parse_args(argv)
     inputs = [*make_inputs(args.output), "training.mixed_precision=no"]
     print("| fault | run | message | exit code | seconds | continues from |")
     print("|---|---|---|---|---|---|")
     for index, fault in enumerate(make_faults(args.output, args.tmpfs)):
-        if args.only in (None, "") or args.only in fault.name:
+        if args.only in fault.name and args.launcher in (None, fault.launcher):
             output = args.output / f"run{index}"
             if "disk full" in fault.name:
                 output = args.tmpfs / "run"
@@ -98,9 +100,6 @@ def make_faults(folder: Path, tmpfs: Path | None) -> list[Fault]:
         asynchronous = [*KEEP_ALL, "checkpoint.async_save=true"]
         faults.append(Fault("disk full, async", "plain", options=asynchronous, at_step=-1))
     return faults
-
-
-KEEP_ALL = ["checkpoint.keep_last=null"]
 
 
 def bring_about(fault: Fault, inputs: Sequence[str], output: Path) -> str:

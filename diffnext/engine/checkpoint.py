@@ -2,7 +2,8 @@
 
     <output_dir>/checkpoints/checkpoint-<step>/
         model_index.json          copy of the base folder's
-        base_folder.json          where the frozen components are: {"base_folder": <path>}
+        base_folder.json          where the frozen components are: {"base_folder": <path>,
+                                  "components": {<name>: <path> of those from elsewhere}}
         <model.name>/             config.json, weights in the training dtype, __transformer__.py;
                                   pytorch_lora_weights.safetensors instead if adapters are trained
         state/                    what an exact resume needs, see run_state.py
@@ -32,11 +33,12 @@ from torch import Tensor
 
 from diffnext.engine.engine_utils import read_weights
 from diffnext.pipelines.release_folder import (
-    BASE_FOLDER_FILE,
     INDEX_FILE,
     LORA_FILE,
     find_folder,
+    read_base_reference,
     read_json,
+    write_base_reference,
     write_json,
     write_shim,
 )
@@ -299,18 +301,33 @@ def write_component(
         torch.save(tensors, path)
 
 
-def write_base_reference(folder: Path, base: str | os.PathLike) -> None:
+def complete_pipeline(
+    folder: Path, base: str | os.PathLike, components: Mapping[str, str | None]
+) -> None:
     """Make a folder with a trained transformer loadable as a whole pipeline.
 
     Args:
         folder: Checkpoint folder.
         base: Release folder or Hub id that the other components are read from.
+        components: Components that the run took from elsewhere, as its ``module_dict``.
     """
     base_folder = find_folder(base)
-    if (base_folder / BASE_FOLDER_FILE).is_file():  # itself a checkpoint
-        base_folder = Path(read_json(base_folder / BASE_FOLDER_FILE)["base_folder"])
+    elsewhere = {
+        name: Path(path).expanduser().absolute()
+        for name, path in components.items()
+        if path and name not in ("model_index", COMPONENT)
+    }
+    named = {
+        name: path
+        for name, path in elsewhere.items()
+        if path != base_folder / name and path.is_dir()
+    }
+    older_base, older = read_base_reference(base_folder)
+    if older_base is not None:  # the base is itself a checkpoint
+        named = {**older, **named}
+        base_folder = older_base
     shutil.copyfile(base_folder / INDEX_FILE, folder / INDEX_FILE)
-    write_json(folder / BASE_FOLDER_FILE, {"base_folder": str(base_folder.absolute())})
+    write_base_reference(folder, base_folder, named)
     if not (folder / COMPONENT).is_dir():  # adapters only
         return
     shim = base_folder / COMPONENT / SHIM

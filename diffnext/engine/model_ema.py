@@ -58,15 +58,23 @@ class ModelEMA:
             parameters: For every parameter of the model, in order: the parameter and its value.
 
         Raises:
-            ValueError: If their number differs from the model's.
+            ValueError: If their number differs from the model's, or a value is not finite; the
+                average of that parameter is unchanged then. All values are read first: getting
+                them may be collective.
         """
+        not_finite = []
         for average, (parameter, value) in zip(self.model.parameters(), parameters, strict=True):
             if not parameter.requires_grad:
+                continue
+            if not value.isfinite().all():
+                not_finite.append(tuple(value.shape))
                 continue
             # The arithmetic runs on the live device: with the average on the CPU, moving one tensor
             # there and back is far cheaper than lerping it on the CPU.
             moved = average.to(value.device, torch.float32)
             average.copy_(self.decay * moved + (1 - self.decay) * value.detach().float())
+        if not_finite:
+            raise ValueError(f"{len(not_finite)} weights are not finite, one of {not_finite[0]}")
 
 
 def _copy_module(model: nn.Module) -> nn.Module:

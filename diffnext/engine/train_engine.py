@@ -361,15 +361,23 @@ class Trainer:
         return OmegaConf.select(self.config, "ema.params.update_every") or 100
 
     def update_ema(self) -> None:
-        """Move the average toward the master weights; every process takes part."""
+        """Move the average toward the master weights; every process takes part.
+
+        Raises:
+            TrainingError: On every process, if a weight is not finite.
+        """
         if not self.config.get("ema"):
             return
-        masters = self.engine.masters()
-        if self.ema is not None:
-            self.ema.update_from(masters)
-        else:
-            for _ in masters:  # gathering is collective
-                pass
+
+        def move() -> None:
+            masters = self.engine.masters()
+            if self.ema is not None:
+                self.ema.update_from(masters)
+            else:
+                for _ in masters:  # gathering is collective
+                    pass
+
+        self.agreement.together(move, f"the average of step {self.global_step} is not updated")
 
     def validate(self) -> None:
         """Draw samples and report the held-out loss; every process takes part."""
@@ -424,8 +432,10 @@ class Trainer:
         def write(folder: Path) -> None:
             write_trained(folder)
             if name == checkpoints.COMPONENT:  # under another name no pipeline would find it
-                base = self.config.pipeline.paths.pretrained_path
-                checkpoints.write_base_reference(folder, base)
+                paths = self.config.pipeline.paths
+                checkpoints.complete_pipeline(
+                    folder, paths.pretrained_path, paths.get("module_dict") or {}
+                )
             if with_config:
                 OmegaConf.save(self.user_config, folder / checkpoints.STATE / "config.yaml")
 

@@ -3,7 +3,7 @@
 A release folder holds ``model_index.json`` and a folder for each component. The index names a
 component's class as ``[library, class]``; the library is a package, a dotted module, or a shim
 such as ``__vae__`` for a file ``vae/__vae__.py`` that imports the class. A checkpoint written by
-training holds its own components only and names the folder of the others in ``base_folder.json``.
+training holds its own components only and names the folders of the others in ``base_folder.json``.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import ast
 import importlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,10 @@ __all__ = [
     "import_libraries",
     "link_component",
     "link_release_folder",
+    "read_base_reference",
     "read_json",
     "resolve_index",
+    "write_base_reference",
     "write_json",
     "write_shim",
 ]
@@ -93,6 +95,30 @@ def link_component(source: Path, target: Path, replaced: Iterable[str] = ()) -> 
             link.symlink_to(entry.resolve())
 
 
+def read_base_reference(folder: Path) -> tuple[Path | None, dict[str, Path]]:
+    """Where a training checkpoint has its other components.
+
+    Args:
+        folder: Any release folder.
+
+    Returns:
+        Its base folder, None if it is complete in itself, and components that are elsewhere.
+    """
+    file = folder / BASE_FOLDER_FILE
+    if not file.is_file():
+        return None, {}
+    content = read_json(file)
+    components = {name: Path(path) for name, path in content.get("components", {}).items()}
+    return Path(content["base_folder"]), components
+
+
+def write_base_reference(folder: Path, base: Path, components: Mapping[str, Path]) -> None:
+    """Name the folders that :func:`read_base_reference` finds."""
+    elsewhere = {name: str(path) for name, path in components.items()}
+    content = {"base_folder": str(base), "components": elsewhere}
+    write_json(folder / BASE_FOLDER_FILE, content)
+
+
 def link_release_folder(source: Path, target: Path, index: dict[str, Any]) -> None:
     """Assemble a release folder of links to ``source`` and its base folder, with another index.
 
@@ -101,14 +127,13 @@ def link_release_folder(source: Path, target: Path, index: dict[str, Any]) -> No
         target: Folder to fill.
         index: Content of its ``model_index.json``.
     """
-    base_file = source / BASE_FOLDER_FILE
-    folders = [source]
-    if base_file.is_file():
-        folders.append(Path(read_json(base_file)["base_folder"]))
+    base, elsewhere = read_base_reference(source)
     for name, value in index.items():
         if not isinstance(value, (list, tuple)):
             continue
-        component = next((f / name for f in folders if (f / name).is_dir()), None)
+        places = [source / name, elsewhere.get(name), None if base is None else base / name]
+        folders = [place for place in places if place is not None]
+        component = next((folder for folder in folders if folder.is_dir()), None)
         if component is None and value[0] is not None:
             raise FileNotFoundError(
                 f"component {name!r} of {source} is in none of {[str(f) for f in folders]}"

@@ -39,6 +39,19 @@ def test_small_updates_of_half_precision_weights_are_not_lost():
     assert ema.model.weight.item() == 1.0 + 2**-13
 
 
+def test_weights_that_are_not_finite_never_enter_the_average():
+    model = nn.Linear(2, 1)
+    ema = ModelEMA(model, decay=0.5)
+    start = ema.model.weight.clone()
+    with torch.no_grad():
+        model.weight[0, 1] = float("inf")
+        model.bias.add_(1)
+    with pytest.raises(ValueError, match=r"1 weights are not finite, one of \(1, 2\)"):
+        ema.update(model)
+    assert torch.equal(ema.model.weight, start)
+    assert torch.isfinite(ema.model.bias).all()
+
+
 def test_what_merely_hangs_on_a_model_is_shared_not_copied():
     model = nn.Linear(2, 2)
     model.encoders = [nn.Linear(2, 2)]

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from diffnext.pipelines import NOVAPipeline
 from diffnext.utils.accelerate_utils import build_accelerator, set_logger
 from diffnext.utils.omegaconf_utils import get_config, save_config
+from tests.tiny import make_vae
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 
@@ -83,6 +84,21 @@ def test_checkpoints_generate_as_they_are(tiny_run):
     )
     average = load_file(tiny_run.ema_checkpoint(2) / WEIGHTS)
     assert average["mask_embed.mask_token"].dtype == torch.float32
+
+
+def test_autoencoder_from_elsewhere_is_remembered(tiny_run, tmp_path):
+    vae = make_vae(seed=5)
+    vae.save_pretrained(tmp_path / "other-vae")
+    overrides = [f"pipeline.paths.module_dict.vae={tmp_path / 'other-vae'}"]
+    tiny_run.train("training.max_train_steps=1", *overrides)
+    pipe = NOVAPipeline.from_pretrained(tiny_run.checkpoint(1))
+    for name, value in vae.state_dict().items():
+        torch.testing.assert_close(pipe.vae.state_dict()[name], value, rtol=0, atol=0)
+    # A run that starts from this checkpoint passes the memory on.
+    later = type(tiny_run)(tiny_run.checkpoint(1), tiny_run.dataset, tmp_path / "later")
+    later.train("training.max_train_steps=1")
+    pipe = NOVAPipeline.from_pretrained(later.checkpoint(1))
+    torch.testing.assert_close(pipe.vae.state_dict(), vae.state_dict(), rtol=0, atol=0)
 
 
 def test_small_updates_survive_mixed_precision(tiny_run):

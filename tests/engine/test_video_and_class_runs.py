@@ -4,6 +4,7 @@ import re
 import runpy
 from pathlib import Path
 
+import imageio.v3
 import numpy as np
 import pytest
 import torch
@@ -20,6 +21,11 @@ from tests.pipelines.conftest import make_text_encoder, make_tokenizer, write_re
 from tests.tiny import make_model, make_vae, make_video_vae
 
 ROOT = Path(__file__).parents[2]
+VALIDATION = [
+    "validation.holdout=0.25",
+    "validation.num_inference_steps=2",
+    "validation.num_diffusion_steps=2",
+]
 QUICK = {"num_inference_steps": 3, "num_diffusion_steps": 2, "disable_progress_bar": True}
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 # The shipped video config at a size for tests; it names no mixer.
@@ -181,8 +187,25 @@ def test_classes_train_and_draw(tmp_path):
             record = {"moments": moments.tobytes(), "shape": moments.shape, "label": index}
             writer.write(record)
     arguments = ("nova_shapes_c2i.yaml", base, dataset, tmp_path / "run")
-    log = train(*arguments, "training.max_train_steps=30", "optimizer.params.lr=0.002", sizes=sizes)
+    steps = ["training.max_train_steps=30", "optimizer.params.lr=0.002", "validation.every=30"]
+    log = train(*arguments, *steps, *VALIDATION, sizes=sizes)
+    assert "no samples" not in log and "Validation(loss)" in log
+    assert (tmp_path / "run" / "validation" / "step-30" / "raw.png").is_file()
     values = losses(log, "loss")
     assert np.mean(values[-5:]) < 0.9 * np.mean(values[:5])
     pipe = NOVAC2IPipeline.from_pretrained(tmp_path / "run" / "checkpoints" / "checkpoint-30")
     assert pipe([0, 3], output_type="np", **QUICK).images.shape == (2, 64, 96, 3)
+
+
+def test_validation_of_a_video_model_writes_clips_and_both_losses(
+    video_release, video_dataset, tmp_path
+):
+    output = tmp_path / "run"
+    arguments = ("nova_d48w1024_osp480.yaml", video_release, video_dataset, output)
+    log = train(*arguments, *VALIDATION, "training.max_train_steps=2", "validation.every=2")
+    assert "no samples" not in log
+    assert re.search(r"Validation\(loss_i2i\): \d", log) and "Validation(loss_t2i)" in log
+    folder = output / "validation" / "step-2"
+    for name in ("raw", "ema"):
+        frames = imageio.v3.imread(folder / f"{name}.mp4")
+        assert len(frames) == 9  # of three latent frames

@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from diffnext.utils import accelerate_utils
 from diffnext.utils.accelerate_utils import (
     build_accelerator,
+    build_trackers,
     build_wandb,
     get_ddp_shards,
     normalize_precision,
@@ -187,3 +188,23 @@ def test_tracker_that_fails_does_not_end_the_run(accelerator, monkeypatch, caplo
     monkeypatch.setattr(accelerator, "init_trackers", fail)
     build_wandb(config(), accelerator)
     assert "no route to host" in caplog.text
+
+
+def test_trackers_are_started_by_name(accelerator, monkeypatch, tmp_path):
+    settings = config()
+    settings.experiment.output_dir = str(tmp_path)
+    settings.tracking = ["tensorboard"]
+    build_trackers(settings, accelerator)
+    assert [tracker.name for tracker in accelerator.trackers] == ["tensorboard"]
+    accelerator.log({"loss": 1.0}, step=0)
+    accelerator.trackers[0].finish()
+    assert list(tmp_path.glob("tensorboard/*/events*"))
+
+
+def test_without_names_only_a_wandb_section_starts_a_tracker(accelerator, monkeypatch):
+    settings = config()
+    settings.wandb = None
+    build_trackers(settings, accelerator)
+    settings.tracking = []
+    build_trackers(settings, accelerator)
+    assert accelerator.trackers == []

@@ -1,0 +1,56 @@
+"""Runs that are killed, damaged and starved, through the scripts that anyone can run."""
+
+import check_faults
+import check_resume
+import pytest
+
+pytestmark = pytest.mark.slow
+
+
+def rows(capsys):
+    """The printed table, without its head."""
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+
+
+@pytest.mark.parametrize("launcher, precision", [("plain", "no"), ("zero2_x2", "bf16")])
+def test_killed_runs_end_with_the_same_bytes(tmp_path, capsys, launcher, precision):
+    pytest.importorskip("deepspeed")
+    options = ["--launcher", launcher, "--precision", precision, "--kills", "2", "--steps", "30"]
+    with pytest.raises(SystemExit) as ended:
+        check_resume.main(["--output", str(tmp_path), *options])
+    assert ended.value.code == 0
+    ((name, _, kills, losses, weights),) = rows(capsys)
+    assert name == launcher
+    assert len(kills.split(",")) == 2
+    assert (losses, weights) == ("0", "0")
+    straight = check_resume.read_metrics(tmp_path / f"{launcher}-{precision}" / "straight")
+    assert [row[0] for row in straight] == list(range(30))
+    assert len({row[3] for row in straight}) == 30  # the losses differ step by step
+
+
+def test_differing_bytes_are_counted():
+    assert check_resume.differing_bytes(b"abcd", b"abcd") == 0
+    assert check_resume.differing_bytes(b"abcd", b"axcdef") == 3
+
+
+@pytest.mark.parametrize(
+    "fault, launcher, message, code",
+    [
+        ("loader worker killed", "plain", "DataLoader worker", "1"),
+        ("rank killed", "plain_x2", "another process of the run is gone", "1"),
+        ("corrupt record", "plain_x2", "example 36", "1"),
+        ("NaN", "zero2_x2", "is not finite: rank 1: loss is nan on examples", "1"),
+        ("SIGTERM", "plain", "received SIGTERM", "75"),
+        ("SIGTERM", "zero2_x2", "rank 1: received SIGTERM", "1"),
+    ],
+)
+def test_fault_ends_in_a_message(tmp_path, capsys, fault, launcher, message, code):
+    options = ["--output", str(tmp_path), "--only", fault, "--launcher", launcher]
+    check_faults.main(options)
+    ((_, run, printed, exit_code, seconds, newest),) = rows(capsys)
+    assert run == launcher
+    assert message in printed
+    assert exit_code == code
+    assert "processes left" not in seconds
+    assert newest.startswith("checkpoint-") or fault in ("corrupt record", "NaN")
