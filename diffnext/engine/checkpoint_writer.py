@@ -101,6 +101,11 @@ class CheckpointWriter:
         self._thread = threading.Thread(target=self._guard, args=(complete,), name="checkpoint")
         self._thread.start()
 
+    @property
+    def is_writing(self) -> bool:
+        """Whether a checkpoint is being written in the background."""
+        return self._thread is not None and self._thread.is_alive()
+
     def wait(self) -> None:
         """Wait until nothing is being written.
 

@@ -48,6 +48,9 @@ ENGINE = "engine"
 ZERO_TAG = "zero"
 UNIVERSAL_TAG = "universal"
 
+# A single process is no reason to warn. Not in a context, as threads write, too.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninit")
+
 # Random numbers
 
 
@@ -227,15 +230,12 @@ def _finish(write: Callable[[], Any]) -> None:
 
 @contextlib.contextmanager
 def _as_plain_errors() -> Iterator[None]:
-    """Make the errors of distributed checkpoints ordinary ones, and a single process no warning."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=UserWarning, module="torch.distributed")
-        warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
-        try:
-            yield
-        except CheckpointException as error:  # derives from BaseException
-            rank, (cause, _) = next(iter(error.failures.items()))
-            raise OSError(f"writing or reading the state failed on rank {rank}: {cause}") from error
+    """Make the errors of distributed checkpoints ordinary ones; they derive from BaseException."""
+    try:
+        yield
+    except CheckpointException as error:
+        rank, (cause, _) = next(iter(error.failures.items()))
+        raise OSError(f"writing or reading the state failed on rank {rank}: {cause}") from error
 
 
 class DeepSpeedState(EngineState):

@@ -256,23 +256,18 @@ class Trainer:
         """Clip the gradients and step, unless something is not finite.
 
         Returns:
-            The norm of the gradients before clipping, and whether the step was applied.
+            The norm of the gradients before clipping, and whether the step was applied; the latter
+            is the same on every process, as the gradients are.
         """
-        if self.uses_deepspeed:
+        if self.uses_deepspeed:  # which has stepped already, unless the gradients overflowed
             norm = torch.as_tensor(self.model.get_global_grad_norm(), device=self.model.device)
-            is_finite = not self.optimizer.step_was_skipped
-        else:
-            norm = self._clip_gradients()
-            is_finite = self.precision == "fp16" or math.isfinite(norm.item())
-        if self.precision == "fp16":
-            # Its scaler leaves out steps with infinite gradients, which are part of its search.
-            is_finite = not self.agreement.collect(_find_nonfinite(metrics))
-        applied = is_finite
-        if is_finite and not self.uses_deepspeed:
-            self.optimizer.step()
-        if is_finite:
             applied = not self.optimizer.step_was_skipped
         else:
+            norm = self._clip_gradients()
+            applied = math.isfinite(norm.item())
+            if applied or self.precision == "fp16":  # whose scaler must see what overflows
+                self.optimizer.step()
+        if not applied:
             self._handle_nonfinite(metrics)
         self.optimizer.zero_grad(set_to_none=True)
         return norm.detach().float(), applied
@@ -292,13 +287,18 @@ class Trainer:
     def _handle_nonfinite(self, metrics: Mapping[str, Tensor]) -> None:
         """Name what is not finite and stop, or leave the step out; collective.
 
+        In fp16 the scaler searches for the largest scale that does not overflow, so that only a
+        loss that is not finite counts.
+
         Raises:
             TrainingError: If ``training.on_nonfinite`` says stop.
         """
         name = _find_nonfinite(metrics)
         message = None if name is None else f"{name} on {self._describe_last_examples()}"
         culprits = self.agreement.collect(message)
-        if not culprits:  # the gradients are the same on every process
+        if not culprits and self.precision == "fp16":
+            return
+        if not culprits:
             culprits = [f"the gradient of {self._find_nonfinite_gradient()}"]
         text = f"step {self.global_step} is not finite: {'; '.join(culprits)}"
         if self.config.training.get("on_nonfinite", "stop") == "skip":
@@ -395,6 +395,7 @@ class Trainer:
         Raises:
             TrainingError: On every process, if any could not write.
         """
+        self.writer.wait()
         final = self.run.checkpoint(self.global_step)
         exists = final.is_dir() and self.run.find_damage(final) is None
         # No process may start writing while another still looks at what exists.
