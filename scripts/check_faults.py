@@ -10,9 +10,7 @@ process was gone, and the newest checkpoint that a new start would continue from
 from __future__ import annotations
 
 import argparse
-import os
 import shutil
-import signal
 import subprocess
 import time
 from collections.abc import Callable, Sequence
@@ -20,7 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from check_resume import last_step, make_inputs, started
+import psutil
+from check_resume import family, last_step, make_inputs, started
 
 from diffnext.data.records import RecordDataset, RecordWriter
 from diffnext.engine.checkpoint import RunFolder
@@ -36,15 +35,14 @@ class Fault:
     Attributes:
         name: Row of the table.
         launcher: How the run is started, see check_resume.py.
-        act: Does it to a run that has reached ``at_step``: called with the process id of the run's
-            session and the output folder; None if it lies in the options.
+        act: Does it to a run that has reached ``at_step``; None if it lies in the options.
         options: Further arguments of train.py.
         at_step: Step that must have been reported.
     """
 
     name: str
     launcher: str
-    act: Callable[[int, Path], None] | None = None
+    act: Callable[[subprocess.Popen], None] | None = None
     options: Sequence[str] = ()
     at_step: int = 10
 
@@ -112,11 +110,13 @@ def bring_about(fault: Fault, inputs: Sequence[str], output: Path) -> str:
         while last_step(output) < fault.at_step and process.poll() is None:
             time.sleep(0.05)
         begin = time.monotonic()
+        members = family(process)
         if fault.act is not None:
-            fault.act(process.pid, output)
+            fault.act(process)
         code = process.wait()
+        psutil.wait_procs(members, timeout=60)
         seconds = time.monotonic() - begin
-        left = session_members(process.pid)
+        left = [member for member in members if member.is_running()]
     lines = log_file.read_text().splitlines()
     messages = [line for line in lines if line.startswith(("error: ", "stopped at"))]
     message = "; ".join(dict.fromkeys(messages)) or "NO MESSAGE"
@@ -127,54 +127,42 @@ def bring_about(fault: Fault, inputs: Sequence[str], output: Path) -> str:
     return f"| {fault.name} | {fault.launcher} | {message} | {code} | {when}{rest} | {newest} |"
 
 
-def session_members(session: int) -> list[int]:
-    """Processes of a session, without zombies."""
-    listed = subprocess.run(
-        ["ps", "-o", "pid=,stat=", "-s", str(session)], capture_output=True, text=True
-    ).stdout
-    rows = [line.split() for line in listed.splitlines()]
-    return [int(pid) for pid, state in rows if not state.startswith("Z")]
+def ranks_of(process: subprocess.Popen) -> list[psutil.Process]:
+    """The training processes of a run in the order of their ranks, without loader workers."""
+    trainers = [member for member in family(process) if is_trainer(member)]
+    ranks = [member for member in trainers if not is_trainer(member.parent())]
+    return sorted(ranks, key=lambda member: int(member.environ().get("RANK", 0)))
 
 
-def training_processes(session: int) -> list[int]:
-    """The ranks of a run, without launcher and loader workers, by rank."""
-    ranks = {}
-    members = session_members(session)
-    for pid in members:
-        environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-        command = Path(f"/proc/{pid}/cmdline").read_bytes()
-        parent = int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
-        is_worker = parent in ranks.values()
-        if b"scripts/train.py" in command and b"launch" not in command and not is_worker:
-            rank = next((v for v in environment if v.startswith(b"RANK=")), b"RANK=0")
-            ranks.setdefault(int(rank[5:]), pid)
-    return [pid for _, pid in sorted(ranks.items())]
+def is_trainer(member: psutil.Process) -> bool:
+    """Whether a process runs train.py itself."""
+    command = member.cmdline()
+    return any(word.endswith("train.py") for word in command[:3])
 
 
-def kill_rank(session: int, output: Path) -> None:
+def kill_rank(process: subprocess.Popen) -> None:
     """Kill the second rank."""
-    os.kill(training_processes(session)[1], signal.SIGKILL)
+    ranks_of(process)[1].kill()
 
 
-def kill_worker(session: int, output: Path) -> None:
+def kill_worker(process: subprocess.Popen) -> None:
     """Kill the reading process of the only rank."""
-    rank = training_processes(session)[0]
-    children = Path(f"/proc/{rank}/task/{rank}/children").read_text().split()
-    os.kill(int(children[-1]), signal.SIGKILL)
+    ranks_of(process)[0].children()[-1].kill()
 
 
-def terminate(session: int, output: Path) -> None:
+def terminate(process: subprocess.Popen) -> None:
     """Send SIGTERM to every process, launcher included, as a job scheduler does."""
-    os.killpg(session, signal.SIGTERM)
+    for member in family(process):
+        member.terminate()
 
 
 def copy_records(folder: Path, name: str, change: Callable[[dict], None]) -> str:
-    """Copy the records and spoil the last; returns the argument that names the copy."""
+    """Copy the records and spoil one that no check before a run samples; returns the argument."""
     target = folder / name
     if not target.exists():
         target.mkdir()
         examples = [dict(example) for example in RecordDataset(folder / "records")]
-        change(examples[-1])
+        change(examples[-2])
         features = {"moments": "bytes", "caption": "string", "text": "string", "shape": ["int64"]}
         with RecordWriter(str(target), features) as writer:
             for example in examples:

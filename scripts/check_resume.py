@@ -17,7 +17,6 @@ import json
 import os
 import random
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -27,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import psutil
 
 from diffnext.data.records import RecordWriter
 
@@ -192,7 +192,7 @@ def command_line(launcher: str, options: Sequence[str], output: Path) -> list[st
 
 @contextlib.contextmanager
 def started(launcher: str, options: Sequence[str], output: Path) -> Iterator[subprocess.Popen]:
-    """A run in a session of its own; its log goes to a file beside the output folder."""
+    """A run that is killed at the end; its log goes to a file beside the output folder."""
     bin_folder = str(Path(sys.executable).parent)  # DeepSpeed looks for ninja
     environment = {**os.environ, "PATH": f"{bin_folder}{os.pathsep}{os.environ['PATH']}"}
     environment.setdefault("OMP_NUM_THREADS", "1")
@@ -203,7 +203,6 @@ def started(launcher: str, options: Sequence[str], output: Path) -> Iterator[sub
             stdout=log,
             stderr=subprocess.STDOUT,
             env=environment,
-            start_new_session=True,
         )
         try:
             yield process
@@ -234,7 +233,10 @@ def run_and_kill(
         RuntimeError: If it ends by itself.
     """
     with started(launcher, options, output) as process:
-        while last_step(output) < target:
+        begin = time.time()
+        metrics = output / "metrics.jsonl"
+        # A run first drops the lines of steps that it will do again.
+        while not metrics.exists() or metrics.stat().st_mtime < begin or last_step(output) < target:
             if process.poll() is not None:
                 raise RuntimeError(f"the run ended before step {target}, see {output}.log")
             time.sleep(0.005)
@@ -244,9 +246,21 @@ def run_and_kill(
 
 def kill(process: subprocess.Popen) -> None:
     """Kill a run with all its processes, and wait until they are gone."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+    victims = family(process)
+    for victim in victims:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            victim.kill()
+    psutil.wait_procs(victims)
     process.wait()
+
+
+def family(process: subprocess.Popen) -> list[psutil.Process]:
+    """A launcher and all its descendants; ranks are leaders of sessions of their own."""
+    try:
+        launcher = psutil.Process(process.pid)
+        return [launcher, *launcher.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
 
 
 def last_step(output: Path) -> int:

@@ -23,6 +23,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from omegaconf import DictConfig, OmegaConf
 
+from diffnext.engine.data_check import count_holdout
 from diffnext.engine.engine_utils import synchronize_device
 from diffnext.engine.memory import (
     ENGINES,
@@ -268,8 +269,12 @@ def _describe_data(
         f"Data: {dataset.num_examples} examples; moments {dataset.moments} {dataset.dtype}; "
         f"{dataset.prompt}; {dataset.record_bytes / MB:.2f} MB each"
     ]
+    holdout = OmegaConf.select(config, "validation.holdout")
+    num_held_out = count_holdout(holdout, dataset.num_examples)
+    if num_held_out:
+        lines.append(f"  {num_held_out} of them, the last, are held out for validation")
     try:
-        size, last = shard_sizes(dataset.num_examples, launch.num_processes)
+        size, last = shard_sizes(dataset.num_examples - num_held_out, launch.num_processes)
     except ValueError as error:
         problems.append(f"train_dataloader: {error}")
         return lines[0]

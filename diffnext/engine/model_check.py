@@ -15,7 +15,7 @@ from diffnext.models.transformers.transformer_nova import (
     IMAGE_ENCODERS,
     VIDEO_ENCODERS,
 )
-from diffnext.pipelines.release_folder import BASE_FOLDER_FILE, INDEX_FILE
+from diffnext.pipelines.release_folder import INDEX_FILE, read_base_reference
 from diffnext.utils.omegaconf_utils import ConfigError, config_to_class
 
 OVERLAY = "pipeline.paths.module_config.transformer"
@@ -100,9 +100,9 @@ def component_folder(config: DictConfig, name: str) -> Path | None:
     if name in given and not given[name]:
         return None
     folder = Path(given[name]).expanduser() if name in given else base / name
-    reference = base / BASE_FOLDER_FILE
-    if not folder.exists() and folder.is_relative_to(base) and reference.is_file():
-        return Path(read_config(reference)["base_folder"]) / folder.relative_to(base)
+    older_base, elsewhere = read_base_reference(base)
+    if older_base is not None and folder == base / name and not folder.exists():
+        return elsewhere.get(name, older_base / name)
     return folder
 
 
