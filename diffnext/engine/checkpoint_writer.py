@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import shutil
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from diffnext.engine.checkpoint import RunFolder
 from diffnext.engine.control import Agreement, TrainingError
 from diffnext.engine.run_state import EngineState
 from diffnext.pipelines.release_folder import write_json
+
+FULL_DISK = 2**20  # bytes; what could not be written was larger
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,11 +89,12 @@ class CheckpointWriter:
         final = self.run.checkpoint(snapshot.step)
         failure = f"checkpoint-{snapshot.step} could not be written"
         temporary = checkpoints.temporary_folder(final)
-        self._agreement.together(lambda: self._prepare(temporary), failure)
-        state = temporary / checkpoints.STATE
-        finish_engine = self._agreement.together(
-            lambda: self.engine.begin_save(state, self.asynchronous), failure
-        )
+        with self._cleaning_up([temporary]):
+            self._agreement.together(lambda: self._prepare(temporary), failure)
+            state = temporary / checkpoints.STATE
+            finish_engine = self._agreement.together(
+                lambda: self.engine.begin_save(state, self.asynchronous), failure
+            )
 
         def complete() -> None:
             self._complete(snapshot, temporary, final, finish_engine, failure)
@@ -168,24 +172,30 @@ class CheckpointWriter:
             for source, target in folders:
                 checkpoints.publish(source, target)
 
-        try:
+        with self._cleaning_up([source for source, _ in folders]):
             self._agreement.together(write, failure)
             self._agreement.together(publish, failure)
-        except TrainingError as error:
-            if self.is_main:
-                for source, _ in folders:
-                    shutil.rmtree(source, ignore_errors=True)
-            raise TrainingError(f"{error}; {self._describe_rest()}") from error
         self.logger.info("Wrote snapshot to: %s", final)
         if self.is_main and self.keep_last is not None:
             self.run.keep_newest(self.keep_last, self.keep_every)
 
-    def _describe_rest(self) -> str:
-        """What is left to continue from, and to write on."""
-        complete = self.run.complete_checkpoints()
-        newest = complete[-1].name if complete else "none"
-        free = shutil.disk_usage(self.run.output_dir).free / 2**30
-        return f"the newest complete checkpoint is {newest}, and {free:.2f} GB are free there"
+    @contextlib.contextmanager
+    def _cleaning_up(self, folders: Sequence[Path]) -> Iterator[None]:
+        """Remove what was half written, and say what is left to continue from and to write on."""
+        try:
+            yield
+        except TrainingError as error:
+            free = shutil.disk_usage(self.run.output_dir).free
+            complete = self.run.complete_checkpoints()
+            newest = complete[-1].name if complete else "none"
+            if self.is_main:
+                for folder in folders:
+                    shutil.rmtree(folder, ignore_errors=True)
+            disk = f"{free / 2**30:.2f} GB were free"
+            if free < FULL_DISK:
+                disk = f"the disk of {self.run.output_dir} is full"
+            text = f"{error}; {disk}; the newest complete checkpoint is {newest}"
+            raise TrainingError(text) from error
 
 
 def copy_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -85,7 +85,7 @@ def _draw_line(panel: Any, rows: Iterable[dict[str, Any]], name: str, color: str
     if name.startswith("validation/"):
         panel.plot(steps, values, "o--", color=color, label=name, markersize=3)
         return
-    width = max(1, round(SMOOTHING * len(values)))
+    width = 1 if name == "lr" else max(1, round(SMOOTHING * len(values)))
     if width == 1:
         panel.plot(steps, values, color=color, label=name)
         return

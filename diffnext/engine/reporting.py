@@ -112,11 +112,14 @@ class Reporter:
         if self._bar is not None:
             self._bar.update()
 
-    def pause(self) -> None:
-        """Draw the curves; the time since the last step does not count for the next one."""
+    @contextlib.contextmanager
+    def excluded_time(self) -> Iterator[None]:
+        """Keep what is done inside out of the time of steps; draw the curves at the end."""
+        start = time.perf_counter()
+        yield
         if self.accelerator.is_main_process and self.metrics_file.is_file():
             draw_curves(self.metrics_file, self.curves_file)
-        self._window_started = time.perf_counter()
+        self._window_started += time.perf_counter() - start
 
     def report(self) -> None:
         """Report the steps since the last report: median and mean over them and all processes."""

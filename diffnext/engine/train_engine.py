@@ -338,9 +338,11 @@ class Trainer:
         if is_last or self.global_step % self._ema_interval() == 0:
             self.update_ema()
         if is_last or self.global_step % self.config.experiment.save_every == 0:
-            self.save()
+            with self.reporter.excluded_time():
+                self.save()
         if self.validator.is_due(self.global_step):
-            self.validate()
+            with self.reporter.excluded_time():
+                self.validate()
 
     def _stop_if_asked(self) -> None:
         """End the run with a checkpoint if any process was asked to; collective.
@@ -385,7 +387,6 @@ class Trainer:
         losses = self.validator.run(self.global_step, self.bare_model, average)
         if losses:
             self.reporter.track(losses, self.global_step - 1)
-        self.reporter.pause()
 
     # Saving and resuming
 
@@ -403,7 +404,6 @@ class Trainer:
             self.logger.warning("%s exists already and is kept", final)
             return
         self.writer.write(self._take_snapshot())
-        self.reporter.pause()
 
     def _take_snapshot(self) -> Snapshot:
         """Everything of this process but the engine's state; collective."""
