@@ -24,12 +24,12 @@ from diffnext.data.flex_pipelines import FeaturePipe
 from diffnext.data.records import METADATA_NAME, RecordDataset, RecordError
 from diffnext.engine.model_check import (
     OVERLAY,
-    WEIGHTS_SUFFIXES,
     component_config,
     component_folder,
     is_local,
     read_config,
     transformer_sizes,
+    weights_files,
 )
 from diffnext.models.embeddings import LabelEmbed
 from diffnext.utils.config_schema import DataLoaderConfig
@@ -53,16 +53,18 @@ class Sample:
     Attributes:
         name: Of the record, for messages.
         shape: Of the moments: (2C, h, w) or (2C, T, h, w).
+        dtype: Of the moments.
         prompts: All that may become its prompt: texts, text states (L, D), or a class.
     """
 
     name: str
     shape: tuple[int, ...]
+    dtype: np.dtype
     prompts: list[Any]
 
 
-def check_data(config: DictConfig) -> None:
-    """Check the dataset, and a folder of held-out records, against the rest of a configuration.
+def check_dataset(config: DictConfig) -> None:
+    """Check that the dataset, and a folder of held-out records, can be read and shared out.
 
     Records of other loaders than the package's are not looked at.
 
@@ -70,7 +72,7 @@ def check_data(config: DictConfig) -> None:
         config: Training configuration with its defaults.
 
     Raises:
-        ConfigError: Naming the keys that do not fit together and both values.
+        ConfigError: Naming the key and its value.
     """
     try:
         config_to_class(config.train_dataloader)
@@ -78,13 +80,25 @@ def check_data(config: DictConfig) -> None:
         raise ConfigError(f"train_dataloader.target: {error}") from error
     num_examples = count_examples(config.train_dataloader.params.dataset)
     holdout = check_holdout(config, num_examples)
-    if config.train_dataloader.target != DataLoaderConfig().target:
+    if not _reads_records(config):
         return
     check_loader(config, num_examples - count_holdout(holdout, num_examples))
-    folders = {DATASET: config.train_dataloader.params.dataset}
-    if isinstance(holdout, str):
-        folders[HOLDOUT] = holdout
-    for key, folder in folders.items():
+    for key, folder in _folders(config).items():
+        check_batches(f"{key}={folder}", read_samples(f"{key}={folder}", folder))
+
+
+def check_records(config: DictConfig) -> None:
+    """Check records against the pipeline, the model and the autoencoder.
+
+    Args:
+        config: Training configuration with its defaults, its dataset and model checked.
+
+    Raises:
+        ConfigError: Naming the keys that do not fit together and both values.
+    """
+    if not _reads_records(config):
+        return
+    for key, folder in _folders(config).items():
         samples = read_samples(f"{key}={folder}", folder)
         check_frames(config, samples)
         if is_local(config):
@@ -93,6 +107,17 @@ def check_data(config: DictConfig) -> None:
             check_autoencoder(config, f"{key}={folder}", Path(folder), samples)
         if key == DATASET:
             check_validation_prompts(config, samples)
+
+
+def _reads_records(config: DictConfig) -> bool:
+    return config.train_dataloader.target == DataLoaderConfig().target
+
+
+def _folders(config: DictConfig) -> dict[str, str]:
+    """Folders of records by the key that names them."""
+    holdout = OmegaConf.select(config, HOLDOUT)
+    held_out = {HOLDOUT: holdout} if isinstance(holdout, str) else {}
+    return {DATASET: config.train_dataloader.params.dataset, **held_out}
 
 
 def count_examples(dataset: str) -> int:
@@ -210,6 +235,24 @@ def read_samples(name: str, folder: str) -> list[Sample]:
         raise ConfigError(f"{name}: {error}") from error
 
 
+def check_batches(name: str, samples: list[Sample]) -> None:
+    """Check that records can be stacked to a batch.
+
+    Raises:
+        ConfigError: If there are none, or two differ in the shape of their moments.
+    """
+    if not samples:
+        raise ConfigError(f"{name} has no examples")
+    for sample in samples:
+        if sample.shape != samples[0].shape:
+            raise ConfigError(
+                f"{samples[0].name} and {sample.name} have moments of the shapes "
+                f"{samples[0].shape} and {sample.shape}: they cannot be in one batch"
+            )
+        if not np.issubdtype(sample.dtype, np.floating):
+            raise ConfigError(f"{sample.name} has moments of {sample.dtype}, not of floats")
+
+
 def check_frames(config: DictConfig, samples: list[Sample]) -> None:
     """Check that an image pipeline gets images and a video pipeline videos.
 
@@ -323,11 +366,10 @@ def vae_hash(folder: str | os.PathLike) -> str:
         by name.
     """
     digest = hashlib.sha256()
-    for path in sorted(Path(folder).iterdir(), key=lambda path: path.name):
-        if path.suffix in WEIGHTS_SUFFIXES:
-            with path.open("rb") as file:
-                while block := file.read(1 << 20):
-                    digest.update(block)
+    for path in weights_files(Path(folder)):
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
     return digest.hexdigest()
 
 
@@ -365,7 +407,8 @@ def _read_sample(dataset: RecordDataset, index: int) -> Sample:
     except (LookupError, TypeError, ValueError) as error:
         raise RecordError(f"{name}: {error}") from error
     prompts = [prompt for output in outputs for prompt in output["prompt"]]
-    return Sample(name=name, shape=outputs[0]["latents"][0].shape, prompts=prompts)
+    moments = outputs[0]["latents"][0]
+    return Sample(name=name, shape=moments.shape, dtype=moments.dtype, prompts=prompts)
 
 
 def _check_text(config: DictConfig, sizes: Mapping[str, Any], name: str, prompt: Any) -> None:

@@ -36,16 +36,16 @@ from diffnext.engine.memory import (
     estimate_memory,
     simulate_step,
 )
-from diffnext.engine.preflight import check_config
+from diffnext.engine.preflight import find_problems
 from diffnext.engine.run_facts import (
     DatasetFacts,
     ModelFacts,
     batch_shape,
     checkpoints_kept,
     device_bytes,
+    fits_model,
     inspect_dataset,
     inspect_model,
-    latents_misfit,
     optimizer_states,
     shard_sizes,
 )
@@ -184,46 +184,27 @@ def time_steps(
 def _inspect(config: DictConfig, launch: Launch, problems: list[str]) -> Iterator[str]:
     """Yield the paragraphs that need no training; add what is wrong to ``problems``."""
     yield _describe_launch(config, launch)
+    problems += find_problems(config)
     try:
         resume = find_resume(config)
         yield f"Starts {'afresh' if resume is None else f'from {resume.checkpoint}'}"
     except ConfigError as error:
         problems.append(str(error))
-    dataset = inspect_dataset(config.train_dataloader.params.dataset)
-    if isinstance(dataset, str):
-        problems.append(dataset)
-        dataset = None
-    else:
-        problems += dataset.problems
     try:
         model = inspect_model(config)
     except (KeyError, TypeError, ValueError) as error:
-        problems.append(f"pipeline.paths.module_config.transformer: {error}")
-        _add_config_error(config, problems)
+        if not problems:
+            problems.append(f"pipeline.paths.module_config.transformer: {error}")
         return
     problems += model.problems
-    misfit = None if dataset is None else latents_misfit(model.config, dataset)
-    if misfit is not None:
-        problems.append(misfit)
-    _add_config_error(config, problems)
-    samples = dataset if misfit is None else None
-    batch = batch_shape(config.training.batch_size, model.config, samples)
+    dataset = inspect_dataset(config)
+    is_assumed = dataset is None or not fits_model(model.config, dataset)
+    batch = batch_shape(config.training.batch_size, model.config, dataset)
     yield _describe_parameters(model)
-    yield _describe_data(config, launch, dataset, problems)
-    yield _describe_step(config, launch, model, batch, is_assumed=samples is None)
+    yield _describe_data(config, launch, dataset)
+    yield _describe_step(config, launch, model, batch, is_assumed=is_assumed)
     yield _describe_memory(config, launch, model, batch, problems)
     yield _describe_disk(config, launch, ParameterCounts.of(model.make()), problems)
-
-
-def _add_config_error(config: DictConfig, problems: list[str]) -> None:
-    """Add what the checks before every run find, unless it is there already."""
-    try:
-        check_config(config)
-    except ConfigError as error:
-        keys = ("pipeline.paths.pretrained_path", "dataset", "no weights")
-        known = [key for key in keys if key in str(error) and any(key in p for p in problems)]
-        if not known:
-            problems.append(str(error))
 
 
 def _describe_launch(config: DictConfig, launch: Launch) -> str:
@@ -260,9 +241,7 @@ def _parameter_line(title: str, modules: list[torch.nn.Module]) -> str:
     return f"  {title:<22}{total / 1e6:>9.2f}{trained / 1e6:>9.2f}"
 
 
-def _describe_data(
-    config: DictConfig, launch: Launch, dataset: DatasetFacts | None, problems: list[str]
-) -> str:
+def _describe_data(config: DictConfig, launch: Launch, dataset: DatasetFacts | None) -> str:
     if dataset is None:
         return "Data: not readable"
     lines = [
@@ -275,8 +254,7 @@ def _describe_data(
         lines.append(f"  {num_held_out} of them, the last, are held out for validation")
     try:
         size, last = shard_sizes(dataset.num_examples - num_held_out, launch.num_processes)
-    except ValueError as error:
-        problems.append(f"train_dataloader: {error}")
+    except ValueError:  # of the problems
         return lines[0]
     per_step = config.training.batch_size * config.training.gradient_accumulation_steps
     max_steps = config.training.max_train_steps

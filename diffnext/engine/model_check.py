@@ -33,14 +33,14 @@ WITH_WEIGHTS = ("transformer", "vae", "text_encoder")
 WEIGHTS_SUFFIXES = (".safetensors", ".bin")
 
 
-def check_model(config: DictConfig) -> None:
-    """Check the pipeline class, the component folders and the sizes of the transformer.
+def check_pipeline(config: DictConfig) -> None:
+    """Check the pipeline class.
 
     Args:
         config: Training configuration.
 
     Raises:
-        ConfigError: Naming the first key that cannot work.
+        ConfigError: If there is none of that name, or it does not train.
     """
     try:
         pipeline_class = config_to_class(config.pipeline)
@@ -48,9 +48,19 @@ def check_model(config: DictConfig) -> None:
         raise ConfigError(f"pipeline.target: {error}") from error
     if not hasattr(pipeline_class, "configure_model"):
         raise ConfigError(f"pipeline.target={config.pipeline.target} is no training pipeline")
+
+
+def check_transformer(config: DictConfig) -> None:
+    """Check the sizes and the architecture of the transformer.
+
+    Args:
+        config: Training configuration; nothing is known of a base folder that is not here.
+
+    Raises:
+        ConfigError: Naming the first key that cannot work.
+    """
     if not is_local(config):
         return
-    check_components(config)
     sizes = transformer_sizes(config)
     check_sizes(sizes)
     check_architecture(sizes.get("arch"))
@@ -65,24 +75,35 @@ def is_local(config: DictConfig) -> bool:
 def check_components(config: DictConfig) -> None:
     """Check that the folder of each component exists, with weights where it needs some.
 
+    Args:
+        config: Training configuration; nothing is known of a base folder that is not here.
+
     Raises:
-        ConfigError: Naming the first that does not.
+        ConfigError: Naming all that do not.
     """
-    names = OmegaConf.select(config, "pipeline.paths.module_dict") or {}
-    for name in ["transformer", *names]:
+    if not is_local(config):
+        return
+    replaced = OmegaConf.select(config, "pipeline.paths.module_dict") or {}
+    path = index_path(config)
+    index = read_config(path) if path.is_file() else {}
+    indexed = [name for name, entry in index.items() if isinstance(entry, list) and entry[0]]
+    missing = []
+    for name in dict.fromkeys(["transformer", *replaced, *indexed]):
         folder = component_folder(config, name)
         if name == "model_index" or folder is None:
             continue
-        where = f"pipeline.paths.module_dict.{name}" if name in names else "the base folder"
+        where = f"pipeline.paths.module_dict.{name}" if name in replaced else "the base folder"
         if not folder.is_dir():
-            raise ConfigError(f"{where}: there is no folder {folder}")
-        # A dry run works without, and tells so itself.
-        if name in WITH_WEIGHTS and not config.training.get("dry_run") and not _weights(folder):
-            raise ConfigError(f"{where}: there are no weights in {folder}")
+            missing.append(f"{where}: there is no folder {folder}")
+        elif name in WITH_WEIGHTS and not weights_files(folder):
+            missing.append(f"{where}: there are no weights in {folder}")
+    if missing:
+        raise ConfigError("; ".join(missing))
 
 
-def _weights(folder: Path) -> list[Path]:
-    return [path for path in folder.iterdir() if path.suffix in WEIGHTS_SUFFIXES]
+def weights_files(folder: Path) -> list[Path]:
+    """The files of weights in a component's folder, sorted by name."""
+    return sorted(path for path in folder.iterdir() if path.suffix in WEIGHTS_SUFFIXES)
 
 
 def component_folder(config: DictConfig, name: str) -> Path | None:
@@ -192,11 +213,17 @@ def check_base_folder(config: DictConfig) -> None:
         if name.count("/") == 1 and not name.startswith((".", "/", "~")):
             return
         raise ConfigError(f"pipeline.paths.pretrained_path={name}: no such folder")
-    index = OmegaConf.select(config, "pipeline.paths.module_dict.model_index")
-    index = Path(index).expanduser() if index else folder / INDEX_FILE
+    index = index_path(config)
     if not index.is_file():
         raise ConfigError(f"pipeline.paths.pretrained_path={name}: {index} does not exist")
     read_config(index)
+
+
+def index_path(config: DictConfig) -> Path:
+    """The file that names the components."""
+    given = OmegaConf.select(config, "pipeline.paths.module_dict.model_index")
+    base = Path(config.pipeline.paths.pretrained_path).expanduser()
+    return Path(given).expanduser() if given else base / INDEX_FILE
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -12,8 +12,13 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from diffnext.engine.data_check import check_data, count_examples
-from diffnext.engine.model_check import check_base_folder, check_model
+from diffnext.engine.data_check import check_dataset, check_records, count_examples
+from diffnext.engine.model_check import (
+    check_base_folder,
+    check_components,
+    check_pipeline,
+    check_transformer,
+)
 from diffnext.utils.config_check import look_up, resolve
 from diffnext.utils.omegaconf_utils import (
     ConfigError,
@@ -23,7 +28,7 @@ from diffnext.utils.omegaconf_utils import (
 )
 from diffnext.utils.profiler import parse_duration
 
-__all__ = ["check_config", "count_examples", "loss_weights"]
+__all__ = ["check_config", "count_examples", "find_problems", "loss_weights"]
 
 REQUIRED_KEYS = (
     "experiment.output_dir",
@@ -114,17 +119,41 @@ def check_config(config: DictConfig) -> None:
     Raises:
         ConfigError: Naming the first key whose value cannot work.
     """
+    for stage in STAGES:
+        for check in stage:
+            check(config)
+
+
+def find_problems(config: DictConfig) -> list[str]:
+    """Do the checks of :func:`check_config`, and go on after one that fails.
+
+    Args:
+        config: Training configuration with its defaults.
+
+    Returns:
+        What keeps the run from starting, as far as one problem does not hide the next.
+    """
+    for stage in STAGES:
+        problems = []
+        for check in stage:
+            try:
+                check(config)
+            except ConfigError as error:
+                problems.append(str(error))
+        if problems:
+            return problems
+    return []
+
+
+def check_values(config: DictConfig) -> None:
+    """Check single values, and that none is missing that has no default.
+
+    Raises:
+        ConfigError: Naming the first key that is missing or cannot work.
+    """
     values = resolve(config)
     require_keys(config, REQUIRED_KEYS)
     check_rules(values)
-    loss_weights(config)
-    check_learning_rate(config)
-    check_optimizer(config)
-    check_output_dir(config.experiment.output_dir)
-    check_base_folder(config)
-    count_examples(config.train_dataloader.params.dataset)
-    check_model(config)
-    check_data(config)
 
 
 def check_rules(values: Mapping[str, Any]) -> None:
@@ -186,12 +215,13 @@ def check_optimizer(config: DictConfig) -> None:
         raise ConfigError(f"optimizer.params of {config.optimizer.target}: {error}") from error
 
 
-def check_output_dir(output_dir: str) -> None:
-    """Check that a folder exists or can be made.
+def check_output_dir(config: DictConfig) -> None:
+    """Check that the output folder exists or can be made.
 
     Raises:
         ConfigError: If a file is in the way or the place is not writable.
     """
+    output_dir = config.experiment.output_dir
     path = Path(output_dir).absolute()
     existing = next(parent for parent in (path, *path.parents) if os.path.lexists(parent))
     if not existing.is_dir():
@@ -221,3 +251,21 @@ def loss_weights(config: DictConfig) -> dict[str, float]:
     if not any(weights.values()):
         raise ConfigError("model.loss_weights are all 0: nothing would be trained")
     return weights
+
+
+# The checks of a stage do not need each other; they need those of the stages before.
+STAGES: tuple[tuple[Callable[[DictConfig], Any], ...], ...] = (
+    (check_values,),
+    (
+        loss_weights,
+        check_learning_rate,
+        check_optimizer,
+        check_output_dir,
+        check_base_folder,
+        check_pipeline,
+        check_components,
+        check_transformer,
+        check_dataset,
+    ),
+    (check_records,),
+)

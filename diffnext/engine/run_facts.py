@@ -21,8 +21,7 @@ from torch import nn
 from transformers import PhiConfig
 
 from diffnext.data.example_order import ExampleOrder
-from diffnext.data.flex_pipelines import FeatureWorker
-from diffnext.data.records import RecordDataset, RecordError
+from diffnext.engine.data_check import check_batches, count_examples, read_samples
 from diffnext.engine.memory import BatchShape, count_parameters, make_meta_model
 from diffnext.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffnext.models.autoencoders.autoencoder_kl_opensora import AutoencoderKLOpenSora
@@ -30,11 +29,10 @@ from diffnext.models.text_encoders.phi import PhiEncoderModel
 from diffnext.models.transformers.transformer_nova import NOVATransformer3DModel
 from diffnext.pipelines.builder import get_pipeline_path
 from diffnext.pipelines.release_folder import find_folder, read_json, resolve_index
-from diffnext.utils.omegaconf_utils import config_to_class, config_to_object
+from diffnext.utils.omegaconf_utils import ConfigError, config_to_class, config_to_object
 
 TRANSFORMER = "transformer"
 FROZEN = ("vae", "text_encoder")  # with the transformer, the components that have weights
-SAMPLED_RECORDS = 8
 # Latent frames assumed where no dataset tells: 33 frames of video, 4 to a latent after the first.
 DEFAULT_VIDEO_FRAMES = 9
 # Phi-2, which the released models read text with; assumed where no text encoder is at hand.
@@ -56,7 +54,7 @@ class ModelFacts:
         make: Builds it on the meta device, ready for training.
         frozen_parameters: Parameters of each frozen component.
         notes: What had to be assumed.
-        problems: What keeps the run from starting.
+        problems: Weights of the base folder that do not fit.
     """
 
     config: dict[str, Any]
@@ -76,7 +74,6 @@ class DatasetFacts:
         dtype: Of the moments.
         prompt: What the model is conditioned on, in words.
         record_bytes: Mean size of the sampled records' arrays and captions.
-        problems: What keeps the run from reading it.
     """
 
     num_examples: int
@@ -84,7 +81,6 @@ class DatasetFacts:
     dtype: str
     prompt: str
     record_bytes: int
-    problems: tuple[str, ...]
 
 
 def inspect_model(config: DictConfig) -> ModelFacts:
@@ -99,9 +95,8 @@ def inspect_model(config: DictConfig) -> ModelFacts:
         ValueError: If an argument is out of range.
     """
     notes: list[str] = []
-    problems: list[str] = []
     paths = OmegaConf.to_container(config.pipeline.paths, resolve=True)
-    folder = _assemble(paths, notes, problems)
+    folder = _assemble(paths, notes)
     transformer_config = _transformer_config(folder, paths)
     pipeline_class = config_to_class(config.pipeline)
 
@@ -120,9 +115,7 @@ def inspect_model(config: DictConfig) -> ModelFacts:
         return model
 
     bare_model = make_meta_model(transformer_config)
-    if folder is not None:
-        problems += _missing_files(folder)
-        problems += _misfits(folder / TRANSFORMER, bare_model)
+    problems = [] if folder is None else _misfits(folder / TRANSFORMER, bare_model)
     dropped = [name for name, path in (paths.get("module_dict") or {}).items() if not path]
     frozen = _count_frozen(folder, transformer_config, dropped, notes)
     return ModelFacts(
@@ -134,58 +127,65 @@ def inspect_model(config: DictConfig) -> ModelFacts:
     )
 
 
-def inspect_dataset(path: str) -> DatasetFacts | str:
+def inspect_dataset(config: DictConfig) -> DatasetFacts | None:
     """Read some records, evenly spaced, as training would.
 
     Args:
-        path: Dataset folder.
+        config: Training configuration.
 
     Returns:
-        What they tell, or why they cannot be read.
+        What they tell; None if they cannot be read or cannot be in one batch.
     """
+    folder = config.train_dataloader.params.dataset
     try:
-        with RecordDataset(path) as dataset:
-            if len(dataset) == 0:
-                return f"train_dataloader.params.dataset={path} has no examples"
-            indices = np.linspace(0, len(dataset) - 1, min(SAMPLED_RECORDS, len(dataset)))
-            outputs = [_read_record(dataset, int(index)) for index in indices.round()]
-            return _summarize(len(dataset), outputs)
-    except (RecordError, OSError) as error:
-        return f"train_dataloader.params.dataset={path}: {error}"
+        num_examples = count_examples(folder)
+        samples = read_samples(folder, folder)
+        check_batches(folder, samples)
+    except ConfigError:
+        return None
+    first = samples[0]
+    prompts = [prompt for sample in samples for prompt in sample.prompts]
+    prompt_bytes = sum(_prompt_bytes(prompt) for prompt in prompts) / len(prompts)
+    return DatasetFacts(
+        num_examples=num_examples,
+        moments=first.shape,
+        dtype=str(first.dtype),
+        prompt=_describe_prompt(first.prompts[0]),
+        record_bytes=math.prod(first.shape) * first.dtype.itemsize + round(prompt_bytes),
+    )
 
 
 def batch_shape(
     size: int, transformer: Mapping[str, Any], dataset: DatasetFacts | None = None
 ) -> BatchShape:
-    """The shapes of a micro-batch, by the dataset or, without one, by the model.
+    """The shapes of a micro-batch, by the dataset or, without one that fits, by the model.
 
     Args:
         size: Samples.
         transformer: Arguments of the transformer.
         dataset: What is known of the dataset.
     """
-    if dataset is not None and len(dataset.moments) in (3, 4):
-        _, *frames, rows, columns = dataset.moments
-        return BatchShape(size=size, frames=frames[0] if frames else 1, latent_size=(rows, columns))
-    frames = DEFAULT_VIDEO_FRAMES if transformer["video_base_size"][0] > 1 else 1
-    sides = transformer["image_size"]
-    sides = (sides, sides) if isinstance(sides, int) else sides
-    latent_size = tuple(side // transformer["image_stride"] for side in sides)
-    return BatchShape(size=size, frames=frames, latent_size=latent_size)
+    if dataset is not None and fits_model(transformer, dataset):
+        frames = dataset.moments[1] if len(dataset.moments) == 4 else 1
+    else:
+        frames = DEFAULT_VIDEO_FRAMES if transformer["video_base_size"][0] > 1 else 1
+    return BatchShape(size=size, frames=frames, latent_size=_latent_size(transformer))
 
 
-def latents_misfit(transformer: Mapping[str, Any], dataset: DatasetFacts) -> str | None:
-    """Why the model cannot be trained on a dataset's moments; None if it can, by their shape."""
-    expected = batch_shape(1, transformer).latent_size
-    is_fixed = not transformer.get("rotary_pos_embed")
-    fits = len(dataset.moments) in (3, 4) and (dataset.moments[-2:] == expected or not is_fixed)
-    if fits:
-        return None
+def fits_model(transformer: Mapping[str, Any], dataset: DatasetFacts) -> bool:
+    """Whether a dataset's latents have the size the model is built for."""
     return (
-        f"the dataset holds moments of shape {dataset.moments}, the model is built for latents of "
-        f"{expected[0]} x {expected[1]} (image_size over image_stride of "
-        "pipeline.paths.module_config.transformer)"
+        len(dataset.moments) in (3, 4)
+        and dataset.moments[0] == 2 * transformer["image_dim"]
+        and dataset.moments[-2:] == _latent_size(transformer)
     )
+
+
+def _latent_size(transformer: Mapping[str, Any]) -> tuple[int, int]:
+    sides = transformer["image_size"]
+    height, width = (sides, sides) if isinstance(sides, int) else sides
+    stride = transformer["image_stride"]
+    return height // stride, width // stride
 
 
 def shard_sizes(num_examples: int, num_shards: int) -> tuple[int, int]:
@@ -226,14 +226,14 @@ def checkpoints_kept(config: DictConfig) -> int:
     return min(written, keep_last + 1 + pinned)
 
 
-def _assemble(paths: Mapping[str, Any], notes: list[str], problems: list[str]) -> Path | None:
+def _assemble(paths: Mapping[str, Any], notes: list[str]) -> Path | None:
     """The base folder with replaced components and overlays, as the run would see it."""
     base = paths["pretrained_path"]
     try:
         folder = find_folder(base, local_files_only=True)
         return Path(get_pipeline_path(folder, paths.get("module_dict"), paths.get("module_config")))
-    except (FileNotFoundError, NotADirectoryError) as error:
-        problems.append(f"pipeline.paths.pretrained_path={base}: {error}")
+    except (FileNotFoundError, NotADirectoryError):
+        notes.append(f"the base folder {base} is not complete")
     except Exception as error:  # huggingface_hub has many ways to say that it has no copy
         if not type(error).__module__.startswith("huggingface_hub"):
             raise
@@ -250,27 +250,9 @@ def _transformer_config(folder: Path | None, paths: Mapping[str, Any]) -> dict[s
     return {k: v for k, v in config.items() if not k.startswith("_") and v is not None}
 
 
-def _missing_files(folder: Path) -> list[str]:
-    """What a pipeline needs and the folder does not have."""
-    missing = []
-    for name, entry in resolve_index(folder).items():
-        if name.startswith("_") or not isinstance(entry, list) or entry[0] is None:
-            continue
-        component = folder / name
-        if not component.is_dir():
-            missing.append(f"the base folder has no {name}")
-        elif name in (TRANSFORMER, *FROZEN) and not _weights_files(component):
-            missing.append(f"the base folder's {name} has no weights (*.safetensors or *.bin)")
-    return missing
-
-
-def _weights_files(folder: Path) -> list[Path]:
-    return sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])
-
-
 def _misfits(folder: Path, model: nn.Module) -> list[str]:
     """Weights of other names or shapes than the model's, by the headers of safetensors files."""
-    files = [file for file in _weights_files(folder) if file.suffix == ".safetensors"]
+    files = sorted(folder.glob("*.safetensors"))
     found: dict[str, tuple[int, ...]] = {}
     for file in files:
         with safe_open(file, framework="pt") as weights:
@@ -324,40 +306,6 @@ def _assumed_component(name: str, transformer: Mapping[str, Any]) -> nn.Module:
         if name == "text_encoder":
             return PhiEncoderModel(PhiConfig(**PHI2))
         return autoencoder(latent_channels=transformer["image_dim"])
-
-
-def _read_record(dataset: RecordDataset, index: int) -> dict[str, Any]:
-    """One example as the loader makes it, with its place for messages."""
-    example = dataset[index]
-    try:
-        outputs = FeatureWorker().process(example, index)
-    except (LookupError, TypeError, ValueError) as error:
-        raise RecordError(f"{dataset.describe(index)}: {error}") from error
-    return {"index": index, **{name: values[0] for name, values in outputs.items()}}
-
-
-def _summarize(num_examples: int, outputs: list[dict[str, Any]]) -> DatasetFacts:
-    first = outputs[0]
-    moments = first["latents"]
-    problems = []
-    for output in outputs:
-        if output["latents"].shape != moments.shape:
-            problems.append(
-                f"examples {first['index']} and {output['index']} have latents of the shapes "
-                f"{moments.shape} and {output['latents'].shape}: they cannot be in one batch"
-            )
-            break
-    if not np.issubdtype(moments.dtype, np.floating):
-        problems.append(f"the dataset holds {moments.dtype} codes; training takes VAE moments")
-    sizes = [output["latents"].nbytes + _prompt_bytes(output["prompt"]) for output in outputs]
-    return DatasetFacts(
-        num_examples=num_examples,
-        moments=tuple(moments.shape),
-        dtype=str(moments.dtype),
-        prompt=_describe_prompt(first["prompt"]),
-        record_bytes=sum(sizes) // len(sizes),
-        problems=tuple(problems),
-    )
 
 
 def _prompt_bytes(prompt: Any) -> int:

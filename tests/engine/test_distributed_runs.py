@@ -36,18 +36,20 @@ def free_port():
         return server.getsockname()[1]
 
 
-def launch(run, launcher, *overrides):
+def launch(run, launcher, *overrides, script="scripts/train.py"):
+    """Train, and return what was printed."""
     if "zero2" in launcher:
         pytest.importorskip("deepspeed")
     arguments = run.arguments("training.max_train_steps=6", "ema.params.update_every=2", *overrides)
     options = [option.format(port=free_port()) for option in LAUNCHERS[launcher]]
-    command = [*options, str(ROOT / "scripts" / "train.py"), *arguments]
+    command = [*options, str(ROOT / script), *arguments]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # ninja for DeepSpeed
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": path}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": path, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, *command], env=environment, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
 
 
 def losses(run):
@@ -70,6 +72,23 @@ def test_stopped_and_continued_equals_straight(tiny_run, tmp_path, launcher, pre
         expected = load_file(getattr(straight, folder)(6) / WEIGHTS)
         actual = load_file(getattr(tiny_run, folder)(6) / WEIGHTS)
         torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+def test_gradients_are_reduced_once_a_step_under_accumulation(tiny_run, tmp_path):
+    def count(run, accumulation):
+        printed = launch(
+            run,
+            "plain_x2",
+            f"training.gradient_accumulation_steps={accumulation}",
+            script="tests/engine/train_counting_reductions.py",
+        )
+        return [int(number) for number in re.findall(r"reductions: (\d+)", printed)]
+
+    other = type(tiny_run)(tiny_run.base, tiny_run.dataset, tmp_path / "other")
+    once = count(tiny_run, 1)
+    assert len(once) == 2
+    assert all(number >= 6 for number in once)  # a bucket or two for each of 6 steps
+    assert count(other, 3) == once
 
 
 def test_zero2_in_full_precision_equals_plain_training(tiny_run, tmp_path):

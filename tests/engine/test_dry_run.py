@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 
 from diffnext.data.records import RecordWriter
 from diffnext.engine.dry_run import dry_run
+from diffnext.engine.preflight import find_problems
 from diffnext.engine.run_facts import (
     PHI2,
     checkpoints_kept,
@@ -146,9 +147,10 @@ def test_a_base_folder_of_configs_only_gives_sizes_and_says_what_is_missing(tmp_
     facts = inspect_model(config)
     assert facts.frozen_parameters["text_encoder"] == pytest.approx(2.78e9, rel=0.01)
     assert facts.notes == ()
-    missing = " ".join(facts.problems)
+    assert facts.problems == ()
+    text, _ = report_of(config)
     for name in ("transformer", "text_encoder", "vae"):
-        assert f"{name} has no weights" in missing
+        assert f"there are no weights in {base / name}" in text
 
 
 def test_weights_of_another_shape_are_reported(tiny_run):
@@ -194,39 +196,55 @@ def write_records(folder, shapes):
     return str(folder)
 
 
-def test_a_dataset_is_described_by_some_of_its_records(tmp_path):
-    facts = inspect_dataset(write_records(tmp_path / "data", [(8, 4, 6)] * 100))
+def with_dataset(tiny_run, folder):
+    return configure(tiny_run.arguments(f"train_dataloader.params.dataset={folder}"))
+
+
+def test_a_dataset_is_described_by_some_of_its_records(tiny_run, tmp_path):
+    path = write_records(tmp_path / "data", [(8, 4, 6)] * 100)
+    facts = inspect_dataset(with_dataset(tiny_run, path))
     assert facts.num_examples == 100
     assert facts.moments == (8, 4, 6)
     assert facts.dtype == "float16"
     assert facts.record_bytes == 8 * 4 * 6 * 2 + len("a star")
-    assert facts.problems == ()
 
 
-def test_records_of_different_shapes_are_a_problem(tmp_path):
-    facts = inspect_dataset(write_records(tmp_path / "data", [(8, 4, 6)] * 9 + [(8, 6, 4)]))
-    assert len(facts.problems) == 1
-    assert "(8, 6, 4)" in facts.problems[0]
+def test_records_of_different_shapes_are_a_problem(tiny_run, tmp_path):
+    path = write_records(tmp_path / "data", [(8, 4, 6)] * 9 + [(8, 6, 4)])
+    text, is_ready = report_of(with_dataset(tiny_run, path))
+    assert not is_ready
+    assert "(8, 6, 4)" in text.split("because")[1]
+    assert "cannot be in one batch" in text
 
 
-def test_a_record_that_does_not_decode_is_named(tmp_path):
-    path = write_records(tmp_path / "data", [(8, 4, 6)] * 3)
+def test_a_record_that_does_not_decode_is_named(tiny_run, tmp_path):
+    path = write_records(tmp_path / "data", [(8, 8, 8)] * 3)
     data = tmp_path / "data" / "00000.data"
     data.write_bytes(b"\xff" * data.stat().st_size)
-    problem = inspect_dataset(path)
-    assert "example 0" in problem
-    assert "train_dataloader.params.dataset" in problem
+    text, is_ready = report_of(with_dataset(tiny_run, path))
+    assert not is_ready
+    assert "example 0" in text
+    assert "train_dataloader.params.dataset" in text
 
 
-def test_a_truncated_dataset_is_a_problem(tmp_path):
-    path = write_records(tmp_path / "data", [(8, 4, 6)] * 3)
+def test_a_truncated_dataset_is_a_problem(tiny_run, tmp_path):
+    path = write_records(tmp_path / "data", [(8, 8, 8)] * 3)
     data = tmp_path / "data" / "00000.data"
     data.write_bytes(data.read_bytes()[:-5])
-    assert "truncated" in inspect_dataset(path)
+    text, is_ready = report_of(with_dataset(tiny_run, path))
+    assert not is_ready
+    assert "truncated" in text
 
 
-def test_a_missing_dataset_is_a_problem(tmp_path):
-    assert "METADATA" in inspect_dataset(str(tmp_path / "nothing"))
+def test_a_missing_dataset_is_a_problem_beside_others(tiny_run, tmp_path):
+    config = with_dataset(tiny_run, tmp_path / "nothing")
+    config.training.batch_size = 0
+    assert any("batch_size" in problem for problem in find_problems(config))
+    config.training.batch_size = 1
+    config.optimizer.params.betas = "?"
+    problems = " ".join(find_problems(config))
+    assert "METADATA" in problems
+    assert "optimizer" in problems
 
 
 def test_latents_of_another_size_are_a_problem_and_sizes_are_the_models(tiny_run, tmp_path):
@@ -236,7 +254,7 @@ def test_latents_of_another_size_are_a_problem_and_sizes_are_the_models(tiny_run
         configure(tiny_run.arguments(transformer, f"train_dataloader.params.dataset={path}"))
     )
     assert not is_ready
-    assert "(8, 4, 6)" in text.split("because")[1]
+    assert "4x6" in text.split("because")[1]
     assert "A sample: 1 x 8 x 8 latents, assumed" in text
 
 
