@@ -10,6 +10,8 @@ process was gone, and the newest checkpoint that a new start would continue from
 from __future__ import annotations
 
 import argparse
+import os
+import re
 import shutil
 import subprocess
 import time
@@ -19,11 +21,12 @@ from pathlib import Path
 
 import numpy as np
 import psutil
-from check_resume import family, last_step, make_inputs, started
+from check_resume import family, last_step, make_inputs, run_to_end, started
 
 from diffnext.data.records import RecordDataset, RecordWriter
 from diffnext.engine.checkpoint import RunFolder
 
+MESSAGE = re.compile(r"(^error: |^stopped at|ignoring the incomplete).*")
 KEEP_ALL = ["checkpoint.keep_last=null"]
 LONG = ["training.max_train_steps=1000000", "experiment.save_every=4", "checkpoint.keep_last=2"]
 
@@ -38,6 +41,7 @@ class Fault:
         act: Does it to a run that has reached ``at_step``; None if it lies in the options.
         options: Further arguments of train.py.
         at_step: Step that must have been reported.
+        before: Prepares the output folder, given the options of the run.
     """
 
     name: str
@@ -45,6 +49,7 @@ class Fault:
     act: Callable[[subprocess.Popen], None] | None = None
     options: Sequence[str] = ()
     at_step: int = 10
+    before: Callable[[Sequence[str], Path], None] | None = None
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -88,6 +93,13 @@ def make_faults(folder: Path, tmpfs: Path | None) -> list[Fault]:
             options=[f"experiment.output_dir={below_file.resolve()}/run"],
             at_step=-1,
         ),
+        Fault(
+            "newest checkpoint truncated",
+            "plain",
+            options=["training.max_train_steps=16"],
+            at_step=-1,
+            before=leave_truncated_checkpoint,
+        ),
         Fault("SIGTERM", "plain", terminate),
         Fault("SIGTERM", "plain_x2", terminate),
         Fault("SIGTERM", "zero2_x2", terminate),
@@ -104,6 +116,8 @@ def bring_about(fault: Fault, inputs: Sequence[str], output: Path) -> str:
     """Start a run, do the fault to it and wait for its end; returns a row of the table."""
     options = [*inputs, *LONG, "training.batch_size=2", *fault.options]
     log_file = output.parent / f"{output.name}.log"
+    if fault.before is not None:
+        fault.before(options, output)
     log_file.unlink(missing_ok=True)
     begin = time.monotonic()
     with started(fault.launcher, options, output) as process:
@@ -118,7 +132,7 @@ def bring_about(fault: Fault, inputs: Sequence[str], output: Path) -> str:
         seconds = time.monotonic() - begin
         left = [member for member in members if member.is_running()]
     lines = log_file.read_text().splitlines()
-    messages = [line for line in lines if line.startswith(("error: ", "stopped at"))]
+    messages = [match[0] for line in lines if (match := MESSAGE.search(line))]
     message = "; ".join(dict.fromkeys(messages)) or "NO MESSAGE"
     checkpoints = RunFolder(output).complete_checkpoints()
     newest = checkpoints[-1].name if checkpoints else "none"
@@ -154,6 +168,14 @@ def terminate(process: subprocess.Popen) -> None:
     """Send SIGTERM to every process, launcher included, as a job scheduler does."""
     for member in family(process):
         member.terminate()
+
+
+def leave_truncated_checkpoint(options: Sequence[str], output: Path) -> None:
+    """Train for 12 steps and cut the largest file of the newest checkpoint in half."""
+    run_to_end("plain", [*options, "training.max_train_steps=12"], output)
+    newest = RunFolder(output).complete_checkpoints()[-1]
+    largest = max((p for p in newest.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    os.truncate(largest, largest.stat().st_size // 2)
 
 
 def copy_records(folder: Path, name: str, change: Callable[[dict], None]) -> str:
