@@ -223,8 +223,10 @@ class DataLoader(DataLoaderBase):
             raise RuntimeError(
                 f"{self._path}: no batch at position {self._consumed} of the stream: {error}"
             ) from error
-        except Exception:
+        except Exception as error:
             self._batches = None
+            if isinstance(error, RecordError):
+                raise RecordError(_own_message(error)) from error
             raise
         return [batch]
 
@@ -325,6 +327,14 @@ class FeatureDataLoader(DataLoader):
                 f"{self._path} holds VQ 'codes', which no training pipeline can use; "
                 "it needs VAE 'moments'"
             )
+
+
+def _own_message(error: RecordError) -> str:
+    """The message without the traceback that PyTorch puts before that of a loading process."""
+    text = str(error)
+    if not text.startswith("Caught "):
+        return text
+    return text.rstrip().splitlines()[-1].partition("RecordError: ")[2]
 
 
 class _SampleStream:

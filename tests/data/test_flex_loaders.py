@@ -282,7 +282,7 @@ def test_a_corrupt_record_is_an_error_of_next(make_dataset, two_cpus, num_worker
     with FeatureDataLoader(folder, shuffle=False, num_workers=num_workers) as loader:
         take(loader, 4)
         for _ in range(2):
-            with pytest.raises(RecordError, match=r"example 4 \(number 1 in .*00001.data\) is"):
+            with pytest.raises(RecordError, match=r"^example 4 \(number 1 in .*00001.data\) is"):
                 loader.next()
 
 
@@ -294,7 +294,7 @@ def test_latents_of_another_dtype_are_an_error_of_next(make_dataset, two_cpus, n
         make_dataset(examples), shuffle=False, num_workers=num_workers
     ) as loader:
         loader.next()
-        with pytest.raises(RecordError, match=r"example 1 .*00000.data\): 'moments' .* float16"):
+        with pytest.raises(RecordError, match=r"^example 1 .*00000.data\): 'moments' .* float16"):
             loader.next()
 
 
