@@ -187,7 +187,7 @@ def command_line(launcher: str, options: Sequence[str], output: Path) -> list[st
     words = [word.format(port=free_port()) for word in LAUNCHERS[launcher]]
     script = str(ROOT / "scripts" / "train.py")
     output = f"experiment.output_dir={output.resolve()}"
-    return [sys.executable, *words, script, *options, output, "training.progress_bar=false"]
+    return [sys.executable, *words, script, output, *options, "training.progress_bar=false"]
 
 
 @contextlib.contextmanager
