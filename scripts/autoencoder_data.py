@@ -18,7 +18,17 @@ from pathlib import Path
 import imageio.v2 as imageio
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
+from shapes_world.rendering import render_clip, render_scene
+from shapes_world.scenes import (
+    CATEGORIES,
+    CLIP_CATEGORIES,
+    choose,
+    draw_clip,
+    draw_clip_description,
+    draw_description,
+    draw_scene,
+)
 from torch import Tensor
 
 from diffnext.utils.config_schema import key
@@ -71,132 +81,17 @@ def check_data(data: DataSettings) -> None:
 # --- shapes -------------------------------------------------------------------------------------
 
 
-def star(points: int, inner: float) -> list[tuple[float, float]]:
-    """Corners of a star inside the unit circle; ``inner`` = cos(pi / points) gives a polygon."""
-    angles = [math.pi * k / points - math.pi / 2 for k in range(2 * points)]
-    radii = [1.0, inner] * points
-    return [(r * math.cos(a), r * math.sin(a)) for r, a in zip(radii, angles, strict=True)]
-
-
-OUTLINES = {
-    "circle": star(24, 1.0),
-    "triangle": star(3, 0.5),
-    "square": star(4, math.cos(math.pi / 4)),
-    "hexagon": star(6, math.cos(math.pi / 6)),
-    "star": star(5, 0.4),
-    "cross": star(4, 0.35),
-}
-
-Color = tuple[int, int, int]
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A filled outline; lengths are shares of the picture's side.
-
-    Attributes:
-        outline: A name of ``OUTLINES``.
-        radius: Distance of the outermost corners from the center.
-        center: Horizontal and vertical position.
-        turn: Angle in radians.
-        color: Red, green and blue, 0 to 255.
-    """
-
-    outline: str
-    radius: float
-    center: tuple[float, float]
-    turn: float
-    color: Color
-
-    def corners(self, side: int) -> list[tuple[float, float]]:
-        """Corners in pixels of a picture of ``side`` pixels."""
-        cos = side * self.radius * math.cos(self.turn)
-        sin = side * self.radius * math.sin(self.turn)
-        left, top = (side * position for position in self.center)
-        return [
-            (left + x * cos - y * sin, top + x * sin + y * cos) for x, y in OUTLINES[self.outline]
-        ]
-
-
-@dataclass(frozen=True)
-class Motion:
-    """What happens to a shape between the first and the last frame of a clip.
-
-    Attributes:
-        shift: Horizontal and vertical way, in shares of the picture's side.
-        spin: Angle in radians.
-        growth: Logarithm of the factor that the radius changes by.
-    """
-
-    shift: tuple[float, float]
-    spin: float
-    growth: float
-
-    def apply(self, shape: Shape, time: float) -> Shape:
-        """The shape at a time from 0, the first frame, to 1, the last one."""
-        return Shape(
-            shape.outline,
-            shape.radius * math.exp(self.growth * time),
-            (shape.center[0] + self.shift[0] * time, shape.center[1] + self.shift[1] * time),
-            shape.turn + self.spin * time,
-            shape.color,
-        )
-
-
-def random_color(rng: np.random.Generator) -> Color:
-    """Draw a color; half of them are corners of the color cube, the named colors of prompts."""
-    color = rng.uniform(0, 255, 3)
-    if rng.random() < 0.5:
-        color = np.where(color < 128, 0, 255)
-    red, green, blue = (int(channel) for channel in color)
-    return red, green, blue
-
-
-def random_shape(rng: np.random.Generator) -> Shape:
-    """Draw a shape whose center is inside the picture."""
-    outline = str(rng.choice(list(OUTLINES)))
-    radius = rng.uniform(0.1, 0.4)
-    left, top = rng.uniform(0.15, 0.85, 2)
-    turn = rng.choice([0.0, math.pi / 4, rng.uniform(0, 2 * math.pi)])
-    return Shape(outline, radius, (left, top), turn, random_color(rng))
-
-
-def random_motion(rng: np.random.Generator) -> Motion:
-    """Draw a motion that a viewer can follow over a clip."""
-    across, down = rng.uniform(-0.5, 0.5, 2)
-    return Motion((across, down), rng.uniform(-1.0, 1.0) * math.pi / 2, rng.uniform(-0.5, 0.5))
-
-
-def random_scene(rng: np.random.Generator) -> tuple[Color, list[Shape]]:
-    """Draw a background color and one to three shapes."""
-    background = random_color(rng)
-    return background, [random_shape(rng) for _ in range(rng.integers(1, 4))]
-
-
-def paint(background: Color, shapes: list[Shape], size: int) -> Image.Image:
-    """Paint shapes on a plain background, anti-aliased."""
-    canvas = size * 4
-    picture = Image.new("RGB", (canvas, canvas), background)
-    pen = ImageDraw.Draw(picture)
-    for shape in shapes:
-        pen.polygon(shape.corners(canvas), fill=shape.color)
-    return picture.resize((size, size), Image.Resampling.BOX)
-
-
 def draw_shapes(rng: np.random.Generator, size: int) -> Image.Image:
-    """Draw one to three colored shapes on a plain background."""
-    background, shapes = random_scene(rng)
-    return paint(background, shapes, size)
+    """Draw coloured shapes on a plain background."""
+    description = draw_description(rng, choose(rng, CATEGORIES))
+    return Image.fromarray(render_scene(draw_scene(rng, description), size))
 
 
 def draw_moving_shapes(rng: np.random.Generator, size: int, num_frames: int) -> list[Image.Image]:
-    """Draw a clip of shapes that move straight on, turn and grow or shrink."""
-    background, shapes = random_scene(rng)
-    motions = [random_motion(rng) for _ in shapes]
-    return [
-        paint(background, [m.apply(s, t) for m, s in zip(motions, shapes, strict=True)], size)
-        for t in frame_times(num_frames)
-    ]
+    """Draw a clip of shapes of which one moves, turns, grows or shrinks."""
+    description = draw_clip_description(rng, choose(rng, CLIP_CATEGORIES))
+    frames = render_clip(draw_clip(rng, description), num_frames, size)
+    return [Image.fromarray(frame) for frame in frames]
 
 
 def frame_times(num_frames: int) -> list[float]:

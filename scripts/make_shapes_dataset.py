@@ -1,0 +1,220 @@
+"""Render captioned pictures or clips of coloured shapes, as records of latents or as files.
+
+    python scripts/make_shapes_dataset.py --output DIR --vae VAE --num 50000
+    python scripts/make_shapes_dataset.py --output DIR --vae VIDEO_VAE --num 20000 --clips
+    python scripts/make_shapes_dataset.py --output DIR --files --num 20
+
+Example i of a seed is the same in every dataset of that seed, so that a longer one begins with the
+shorter. Records are those of TRAINING.md: the moments of the autoencoder's posterior, a long and a
+short caption and, of clips, the motion in pixels per frame. `--files` writes PNGs (of clips: GIFs)
+and captions.jsonl instead. No example shows what scripts/shapes_world/scenes.py holds out. The
+output folder appears when all of it is written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import imageio.v3 as imageio
+import numpy as np
+import torch
+from numpy import ndarray
+from shapes_world.captions import write_caption, write_prompt
+from shapes_world.rendering import render_clip, render_scene
+from shapes_world.scenes import (
+    CATEGORIES,
+    CLIP_CATEGORIES,
+    Description,
+    choose,
+    draw_clip,
+    draw_clip_description,
+    draw_description,
+    draw_scene,
+)
+from tqdm import tqdm
+
+from diffnext.data.records import RecordWriter
+from diffnext.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffnext.models.autoencoders.autoencoder_kl_opensora import AutoencoderKLOpenSora
+from diffnext.pipelines.release_folder import read_json
+
+FEATURES = {"moments": "bytes", "caption": "string", "text": "string", "shape": ["int64"]}
+VAE_CLASSES = {"AutoencoderKL": AutoencoderKL, "AutoencoderKLOpenSora": AutoencoderKLOpenSora}
+FRAMES_PER_SECOND = 8  # of GIFs
+
+
+@dataclass(frozen=True)
+class Example:
+    """A picture or a clip with its captions.
+
+    Attributes:
+        description: What the captions say.
+        caption: In varied wording.
+        text: In the plain wording of prompts.
+        frames: (F, S, S, 3) of uint8; one of a picture.
+        flow: Motion in pixels per frame; 0 of a picture.
+    """
+
+    description: Description
+    caption: str
+    text: str
+    frames: ndarray
+    flow: float
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    args = parse_args(argv)
+    if args.output.exists():
+        print(f"error: --output {args.output} exists: name a new folder", file=sys.stderr)
+        return 1
+    partial = args.output.with_name(args.output.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        if args.files:
+            write_files(args, partial)
+        else:
+            write_records(args, partial)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    partial.rename(args.output)
+    print(f"Wrote {args.num} {'clips' if args.clips else 'pictures'} to {args.output}")
+    return 0
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output", type=Path, required=True, help="folder to write; must be new")
+    target = parser.add_mutually_exclusive_group(required=True)
+    target.add_argument("--vae", type=Path, help="folder of the autoencoder: write records")
+    target.add_argument("--files", action="store_true", help="write pictures or GIFs")
+    parser.add_argument("--num", type=int, default=10000, help="examples (10000)")
+    parser.add_argument("--seed", type=int, default=0, help="of all that is drawn by lot (0)")
+    parser.add_argument("--size", type=int, default=64, help="side in pixels (64)")
+    parser.add_argument("--clips", action="store_true", help="render clips")
+    parser.add_argument("--num-frames", type=int, default=17, help="frames of a clip (17)")
+    parser.add_argument(
+        "--categories",
+        nargs="+",
+        choices=CATEGORIES,
+        help="kinds of pictures, drawn evenly; naming one twice doubles it (all)",
+    )
+    parser.add_argument("--batch-size", type=int, default=64, help="pictures encoded at once (64)")
+    parser.add_argument("--device", default="cpu", help="where to encode: cpu, cuda (cpu)")
+    args = parser.parse_args(argv)
+    if args.num < 1 or args.size < 16:
+        parser.error("--num must be at least 1, --size at least 16")
+    known = CLIP_CATEGORIES if args.clips else CATEGORIES
+    args.categories = args.categories or list(known)
+    if not set(args.categories) <= set(known):
+        parser.error(f"--clips are of the categories {', '.join(known)}")
+    return args
+
+
+def make_example(args: argparse.Namespace, index: int) -> Example:
+    """Render one example."""
+    rng = np.random.default_rng([args.seed, index])
+    category = choose(rng, args.categories)
+    if args.clips:
+        description = draw_clip_description(rng, category)
+        clip = draw_clip(rng, description)
+        frames = render_clip(clip, args.num_frames, args.size)
+        flow = clip.flow(args.num_frames, args.size)
+    else:
+        description = draw_description(rng, category)
+        frames = render_scene(draw_scene(rng, description), args.size)[None]
+        flow = 0.0
+    caption = write_caption(rng, description)
+    return Example(description, caption, write_prompt(description), frames, flow)
+
+
+def write_records(args: argparse.Namespace, folder: Path) -> None:
+    """Encode the examples and write them as records.
+
+    Raises:
+        ValueError: If the autoencoder is of the other kind.
+    """
+    vae = load_vae(args)
+    features = {**FEATURES, "flow": "float64"} if args.clips else FEATURES
+    with RecordWriter(folder, features) as writer:
+        for examples in batches(args):
+            moments = encode(vae, np.stack([example.frames for example in examples]))
+            for example, values in zip(examples, moments, strict=True):
+                record: dict[str, Any] = {"caption": example.caption, "text": example.text}
+                record |= {"moments": values.tobytes(), "shape": list(values.shape)}
+                if args.clips:
+                    record["flow"] = example.flow
+                writer.write(record)
+
+
+def write_files(args: argparse.Namespace, folder: Path) -> None:
+    """Write the examples as pictures or GIFs beside their captions."""
+    with (folder / "captions.jsonl").open("w") as captions:
+        examples = (example for batch in batches(args) for example in batch)
+        for index, example in enumerate(examples):
+            name = f"{index:06d}.{'gif' if args.clips else 'png'}"
+            if args.clips:
+                duration = 1000 // FRAMES_PER_SECOND
+                imageio.imwrite(folder / name, example.frames, duration=duration, loop=0)
+            else:
+                imageio.imwrite(folder / name, example.frames[0])
+            line = {"file": name, "caption": example.caption, "text": example.text}
+            captions.write(json.dumps(line) + "\n")
+
+
+def batches(args: argparse.Namespace) -> Iterator[list[Example]]:
+    """All examples in order, with a progress bar."""
+    size = max(1, args.batch_size // (args.num_frames if args.clips else 1))
+    with tqdm(total=args.num, unit="clip" if args.clips else "picture") as bar:
+        for start in range(0, args.num, size):
+            stop = min(start + size, args.num)
+            yield [make_example(args, index) for index in range(start, stop)]
+            bar.update(stop - start)
+
+
+def load_vae(args: argparse.Namespace) -> AutoencoderKL | AutoencoderKLOpenSora:
+    """Load the autoencoder in float32.
+
+    Raises:
+        ValueError: If it is of the other kind.
+    """
+    wanted = "AutoencoderKLOpenSora" if args.clips else "AutoencoderKL"
+    found = read_json(args.vae / "config.json").get("_class_name", wanted)
+    if found != wanted:
+        raise ValueError(f"--vae {args.vae} is an {found}, needed is an {wanted}")
+    vae = VAE_CLASSES[wanted].from_pretrained(args.vae, dtype=torch.float32)
+    return vae.eval().to(args.device)
+
+
+@torch.no_grad()
+def encode(vae: AutoencoderKL | AutoencoderKLOpenSora, frames: ndarray) -> ndarray:
+    """The posterior's moments of pictures or clips.
+
+    Args:
+        vae: The autoencoder.
+        frames: (B, F, S, S, 3) of uint8; one frame of pictures.
+
+    Returns:
+        (B, 2C, h, w), or (B, 2C, T, h, w) of clips, of float16.
+    """
+    pixels = torch.from_numpy(frames).to(vae.device).float().sub(127.5).div(127.5)
+    pixels = pixels.permute(0, 4, 1, 2, 3)
+    if isinstance(vae, AutoencoderKL):
+        pixels = pixels.squeeze(2)
+    return vae.encode(pixels).latent_dist.parameters.half().cpu().numpy()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,385 @@
+"""Scenes and clips of coloured shapes, and the descriptions they are drawn from.
+
+A description says what a caption demands. Training draws a description, then a scene that fulfils
+it; the evaluation asks a model for a description and tells whether what was found fulfils it.
+
+Lengths are shares of the picture's side; y grows downwards; angles are radians, clockwise.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+
+import numpy as np
+
+Color = tuple[int, int, int]
+Point = tuple[float, float]
+
+COLORS: dict[str, Color] = {
+    "red": (215, 35, 40),
+    "orange": (245, 130, 20),
+    "yellow": (250, 225, 40),
+    "green": (40, 160, 60),
+    "cyan": (40, 205, 220),
+    "blue": (40, 75, 220),
+    "purple": (135, 50, 180),
+    "pink": (250, 140, 195),
+}
+BACKGROUNDS: dict[str, Color] = {
+    "white": (245, 245, 245),
+    "gray": (125, 125, 125),
+    "black": (15, 15, 15),
+    "cream": (250, 236, 205),
+    "navy": (20, 24, 70),
+}
+SHAPES = ("circle", "square", "triangle", "star", "ring", "cross")
+SIZES = {"small": 0.13, "medium": 0.17, "large": 0.23}  # radii
+RELATIONS: dict[str, Point] = {
+    "left of": (-1, 0),
+    "right of": (1, 0),
+    "above": (0, -1),
+    "below": (0, 1),
+}
+CATEGORIES = ("single", "two", "counting", "colors", "position", "attribution")
+CLIP_CATEGORIES = ("single", "two", "colors", "attribution")
+MAX_COUNT = 4
+MARGIN = 0.03  # between shapes and the border
+GAP = 0.08  # between shapes
+
+# In no training picture: a fifth of the pairs of colour and shape.
+HELD_OUT_COLORINGS = frozenset(
+    {
+        ("red", "star"),
+        ("orange", "circle"),
+        ("yellow", "cross"),
+        ("green", "triangle"),
+        ("cyan", "square"),
+        ("blue", "ring"),
+        ("purple", "circle"),
+        ("pink", "square"),
+        ("red", "ring"),
+        ("green", "star"),
+    }
+)
+# In no training caption in this order: a fifth of the ordered pairs of different shapes.
+HELD_OUT_PAIRS = frozenset(
+    {
+        ("circle", "star"),
+        ("square", "ring"),
+        ("triangle", "cross"),
+        ("star", "square"),
+        ("ring", "triangle"),
+        ("cross", "circle"),
+    }
+)
+
+
+@dataclass(frozen=True)
+class Item:
+    """A shape in a picture.
+
+    Attributes:
+        shape: Name of the shape.
+        color: Name of its colour.
+        radius: Of the circle around it.
+        center: Its place (x, y).
+        angle: How far it is turned.
+    """
+
+    shape: str
+    color: str
+    radius: float
+    center: Point
+    angle: float = 0.0
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A picture: a background and shapes that do not touch."""
+
+    background: str
+    items: tuple[Item, ...]
+
+
+@dataclass(frozen=True)
+class Mention:
+    """A shape as a caption names it; None is left to the painter."""
+
+    shape: str
+    color: str | None = None
+    size: str | None = None
+
+    def admits(self, item: Item) -> bool:
+        """Whether an item is what is meant; sizes are not measured."""
+        return item.shape == self.shape and self.color in (None, item.color)
+
+
+@dataclass(frozen=True)
+class Motion:
+    """What a shape does over a clip.
+
+    Attributes:
+        name: As captions say it.
+        shift: Way from the first to the last frame.
+        turn: Angle from the first to the last frame.
+        growth: Factor of the radius from the first to the last frame.
+    """
+
+    name: str
+    shift: Point = (0.0, 0.0)
+    turn: float = 0.0
+    growth: float = 1.0
+
+    def apply(self, item: Item, time: float) -> Item:
+        """The item at a time from 0, the first frame, to 1, the last one."""
+        center = tuple(c + s * time for c, s in zip(item.center, self.shift, strict=True))
+        return replace(
+            item,
+            center=center,
+            angle=item.angle + self.turn * time,
+            radius=item.radius * self.growth**time,
+        )
+
+
+MOTIONS = {
+    motion.name: motion
+    for motion in (
+        Motion("moving left", shift=(-0.42, 0.0)),
+        Motion("moving right", shift=(0.42, 0.0)),
+        Motion("moving up", shift=(0.0, -0.42)),
+        Motion("moving down", shift=(0.0, 0.42)),
+        Motion("turning", turn=math.pi / 2),
+        Motion("growing", growth=1.8),
+        Motion("shrinking", growth=1 / 1.8),
+    )
+}
+ROUND = ("circle", "ring")  # nobody sees them turn
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A scene whose items move; one motion each, None stands still."""
+
+    scene: Scene
+    motions: tuple[Motion | None, ...]
+
+    def at(self, time: float) -> Scene:
+        """The scene at a time from 0 to 1."""
+        items = tuple(
+            item if motion is None else motion.apply(item, time)
+            for item, motion in zip(self.scene.items, self.motions, strict=True)
+        )
+        return Scene(self.scene.background, items)
+
+    def flow(self, num_frames: int, size: int) -> float:
+        """Mean way of the moving outlines from a frame to the next, in pixels."""
+        ways = []
+        for item, motion in zip(self.scene.items, self.motions, strict=True):
+            if motion is None:
+                ways.append(0.0)
+                continue
+            # The outline moves with the center, by the turn and by the growth.
+            radial = item.radius * (abs(motion.turn) + abs(motion.growth - 1))
+            ways.append(math.hypot(*motion.shift) + radial)
+        return size * sum(ways) / len(ways) / (num_frames - 1)
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a caption demands of a picture or clip.
+
+    Attributes:
+        mentions: The shapes named: one, of which there are ``count``, or two.
+        count: How many of a single mention.
+        relation: Where the first mention is, seen from the second; None leaves it open.
+        background: Named background.
+        motion: What the (first) shape does; only in clips.
+    """
+
+    mentions: tuple[Mention, ...]
+    count: int = 1
+    relation: str | None = None
+    background: str | None = None
+    motion: str | None = None
+
+    @property
+    def is_held_out(self) -> bool:
+        """Whether training never saw one of its combinations."""
+        colorings = {(m.color, m.shape) for m in self.mentions}
+        shapes = tuple(m.shape for m in self.mentions)
+        return bool(colorings & HELD_OUT_COLORINGS) or shapes in HELD_OUT_PAIRS
+
+    def expand(self) -> tuple[Mention, ...]:
+        """One mention for each shape of the picture."""
+        return self.mentions * self.count
+
+    def fulfilled_by(self, items: Sequence[Item]) -> bool:
+        """Whether a picture shows exactly these shapes, in this relation."""
+        wanted = self.expand()
+        if len(items) != len(wanted):
+            return False
+        if len(wanted) != 2 or self.count > 1:
+            return all(self.mentions[0].admits(item) for item in items)
+        return any(
+            wanted[0].admits(first)
+            and wanted[1].admits(second)
+            and (self.relation is None or stands(first, second) == self.relation)
+            for first, second in (items, items[::-1])
+        )
+
+
+def stands(first: Item, second: Item) -> str:
+    """The relation that describes best where the first item is, seen from the second."""
+    way = [a - b for a, b in zip(first.center, second.center, strict=True)]
+    return max(RELATIONS, key=lambda name: np.dot(way, RELATIONS[name]))
+
+
+def allowed_colors(shape: str) -> list[str]:
+    """Colours that a shape has in training pictures."""
+    return [color for color in COLORS if (color, shape) not in HELD_OUT_COLORINGS]
+
+
+# --- drawing lots -------------------------------------------------------------------------------
+
+
+def choose(rng: np.random.Generator, options: Sequence[str]) -> str:
+    """Draw one of some names."""
+    return options[rng.integers(len(options))]
+
+
+def draw_description(rng: np.random.Generator, category: str) -> Description:
+    """Draw a training description: nothing of it is held out.
+
+    Args:
+        rng: Source of randomness.
+        category: One of ``CATEGORIES``.
+    """
+    shapes = [choose(rng, SHAPES)]
+    if category in ("two", "position", "attribution"):
+        others = [s for s in SHAPES if s != shapes[0] and (shapes[0], s) not in HELD_OUT_PAIRS]
+        shapes.append(choose(rng, others))
+    is_colored = category in ("colors", "attribution") or (
+        category in ("counting", "position") and rng.random() < 0.6
+    )
+    is_sized = category in ("single", "colors") and rng.random() < 0.3
+    mentions = tuple(
+        Mention(
+            shape,
+            color=choose(rng, allowed_colors(shape)) if is_colored else None,
+            size=choose(rng, list(SIZES)) if is_sized else None,
+        )
+        for shape in shapes
+    )
+    return Description(
+        mentions,
+        count=int(rng.integers(1, MAX_COUNT + 1)) if category == "counting" else 1,
+        relation=choose(rng, list(RELATIONS)) if category == "position" else None,
+        background=choose(rng, list(BACKGROUNDS)) if rng.random() < 0.4 else None,
+    )
+
+
+def draw_scene(rng: np.random.Generator, description: Description) -> Scene:
+    """Draw a picture that fulfils a description, without held-out colours of what it leaves open.
+
+    Args:
+        rng: Source of randomness.
+        description: May hold out combinations itself.
+    """
+    shared = choose(rng, allowed_colors(description.mentions[0].shape))
+    wanted = description.expand()
+    colors = [
+        mention.color
+        or (shared if description.count > 1 else choose(rng, allowed_colors(mention.shape)))
+        for mention in wanted
+    ]
+    while True:
+        radii = _draw_radii(rng, wanted)
+        centers = _place(rng, radii, description.relation)
+        if centers is not None:
+            break
+    items = tuple(
+        Item(mention.shape, color, radius, center)
+        for mention, color, radius, center in zip(wanted, colors, radii, centers, strict=True)
+    )
+    return Scene(description.background or choose(rng, list(BACKGROUNDS)), items)
+
+
+def _draw_radii(rng: np.random.Generator, wanted: Sequence[Mention]) -> list[float]:
+    largest = {1: 3, 2: 2}.get(len(wanted), 1)
+    names = list(SIZES)[:largest]
+    shared = choose(rng, names)
+    is_count = wanted[0] == wanted[-1]
+    sizes = [mention.size or (shared if is_count else choose(rng, names)) for mention in wanted]
+    return [SIZES[size] * rng.uniform(0.93, 1.07) for size in sizes]
+
+
+def _place(
+    rng: np.random.Generator, radii: Sequence[float], relation: str | None, tries: int = 50
+) -> list[Point] | None:
+    """Places where nothing touches, or None if none was found."""
+    for _ in range(tries):
+        centers = [
+            tuple(rng.uniform(radius + MARGIN, 1 - radius - MARGIN, 2).tolist()) for radius in radii
+        ]
+        if relation is not None and not _are_related(centers, relation):
+            continue
+        pairs = [(i, j) for i, j in product(range(len(radii)), repeat=2) if i < j]
+        if all(math.dist(centers[i], centers[j]) > radii[i] + radii[j] + GAP for i, j in pairs):
+            return centers
+    return None
+
+
+def _are_related(centers: Sequence[Point], relation: str) -> bool:
+    """Whether the first center is clearly on that side of the second."""
+    across, down = (a - b for a, b in zip(*centers, strict=True))
+    along = np.dot((across, down), RELATIONS[relation])
+    aside = abs(across) + abs(down) - abs(along)
+    return along > 0 and aside < 0.5 * along
+
+
+def draw_clip_description(rng: np.random.Generator, category: str) -> Description:
+    """Draw a training description of a clip; its first shape moves in a way that can be seen.
+
+    Args:
+        rng: Source of randomness.
+        category: One of ``CLIP_CATEGORIES``.
+    """
+    description = draw_description(rng, category)
+    mentions = tuple(replace(mention, size=None) for mention in description.mentions)
+    names = [name for name in MOTIONS if name != "turning" or mentions[0].shape not in ROUND]
+    return replace(description, mentions=mentions, motion=choose(rng, names))
+
+
+def draw_clip(rng: np.random.Generator, description: Description) -> Clip:
+    """Draw a clip that fulfils a description; the first shape moves, the others stand still.
+
+    Args:
+        rng: Source of randomness.
+        description: With a motion.
+    """
+    motion = MOTIONS[description.motion]
+    while True:
+        scene = draw_scene(rng, description)
+        clip = Clip(scene, (motion, *[None] * (len(scene.items) - 1)))
+        if _is_legal(clip.at(0.0)) and _is_legal(clip.at(0.5)) and _is_legal(clip.at(1.0)):
+            return clip
+
+
+def _is_legal(scene: Scene) -> bool:
+    """Whether everything is inside the picture, of a size to see, and apart."""
+    items = scene.items
+    inside = all(
+        MARGIN + item.radius <= position <= 1 - MARGIN - item.radius
+        for item in items
+        for position in item.center
+    )
+    sized = all(0.09 <= item.radius <= 0.32 for item in items)
+    apart = all(
+        math.dist(a.center, b.center) > a.radius + b.radius + GAP / 2
+        for index, a in enumerate(items)
+        for b in items[:index]
+    )
+    return inside and sized and apart
