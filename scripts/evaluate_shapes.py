@@ -1,0 +1,336 @@
+"""Score a model on the world of coloured shapes: does it draw what prompts ask for?
+
+    python scripts/evaluate_shapes.py --model assets/nova-tiny --output scores
+    python scripts/evaluate_shapes.py --model assets/nova-tiny --sweep guidance_scale 1 2 3 5 7
+    python scripts/evaluate_shapes.py --truth
+    python scripts/evaluate_shapes.py --vae assets/nova-tiny/vae
+
+Prompts are drawn by lot in the categories of GenEval (arXiv:2310.11513), separately those whose
+combinations were in the training data and those held out. A picture is right if a detector finds
+exactly the shapes, colours, number and relation of the prompt; a clip is right if its first frame
+is, 90 % of its frames show the shapes of the prompt, and the first shape moves as asked. `--truth`
+scores rendered pictures instead, with their captions and with captions in a wrong order, and
+`--vae` reconstructions. The folder gets scores.json, scores.md and sheet.png, failures framed red.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from make_shapes_dataset import encode, load_vae
+from numpy import ndarray
+from PIL import Image, ImageDraw, ImageOps
+from shapes_world.captions import write_prompt
+from shapes_world.evaluation import Verdict, judge, select_descriptions
+from shapes_world.rendering import render_clip, render_scene
+from shapes_world.scenes import CATEGORIES, CLIP_CATEGORIES, Description, draw_clip, draw_scene
+from tqdm import tqdm
+
+from diffnext.pipelines import NOVAPipeline
+
+SPLITS = {"seen": False, "held out": True}
+SHEET_COLUMNS = 12
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """What a prompt became.
+
+    Attributes:
+        category: Of the prompt.
+        split: "seen" or "held out".
+        description: What was asked for.
+        frames: (F, S, S, 3) of uint8.
+        verdict: Of the detector.
+    """
+
+    category: str
+    split: str
+    description: Description
+    frames: ndarray
+    verdict: Verdict
+
+
+Draw = Callable[[Sequence[Description], int], Iterable[ndarray]]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    args = parse_args(argv)
+    try:
+        if args.truth:
+            evaluate_truth(args)
+        elif args.vae:
+            evaluate_vae(args)
+        elif args.sweep:
+            sweep(args)
+        else:
+            evaluate_model(args)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--model", type=Path, help="pipeline folder or checkpoint to score")
+    what.add_argument("--truth", action="store_true", help="score rendered pictures")
+    what.add_argument("--vae", type=Path, help="score reconstructions of this autoencoder")
+    parser.add_argument("--output", type=Path, help="folder for scores and sheet (none)")
+    parser.add_argument("--num", type=int, default=48, help="prompts a category and split (48)")
+    parser.add_argument("--seed", type=int, default=0, help="of prompts and pictures (0)")
+    parser.add_argument("--categories", nargs="+", choices=CATEGORIES, help="some only (all)")
+    parser.add_argument("--clips", action="store_true", help="score clips, not pictures")
+    parser.add_argument("--num-frames", type=int, default=17, help="frames of clips (17)")
+    parser.add_argument("--guidance-scale", type=float, default=3.0, help="(3)")
+    parser.add_argument("--num-inference-steps", type=int, default=16, help="sets a frame (16)")
+    parser.add_argument("--num-diffusion-steps", type=int, default=25, help="a set (25)")
+    parser.add_argument("--batch-size", type=int, default=24, help="prompts at once (24)")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda (cpu)")
+    parser.add_argument(
+        "--sweep",
+        nargs="+",
+        metavar=("OPTION", "VALUE"),
+        help="score each value of guidance_scale, num_inference_steps or num_diffusion_steps",
+    )
+    args = parser.parse_args(argv)
+    known = CLIP_CATEGORIES if args.clips else CATEGORIES
+    args.categories = args.categories or list(known)
+    if not set(args.categories) <= set(known):
+        parser.error(f"--clips are of the categories {', '.join(known)}")
+    options = ("guidance_scale", "num_inference_steps", "num_diffusion_steps")
+    if args.sweep and (args.sweep[0] not in options or len(args.sweep) < 2):
+        parser.error(f"--sweep takes one of {', '.join(options)} and its values")
+    return args
+
+
+# --- what is scored -----------------------------------------------------------------------------
+
+
+def evaluate_model(args: argparse.Namespace) -> None:
+    """Score a model; print and write the result."""
+    begin = time.monotonic()
+    drawings = draw_all(args, pipeline_drawer(load_pipeline(args), args))
+    settings = {
+        "model": str(args.model),
+        "guidance_scale": args.guidance_scale,
+        "num_inference_steps": args.num_inference_steps,
+        "num_diffusion_steps": args.num_diffusion_steps,
+        "seed": args.seed,
+        "seconds": round(time.monotonic() - begin, 1),
+    }
+    report(args, drawings, settings)
+
+
+def evaluate_truth(args: argparse.Namespace) -> None:
+    """Score rendered pictures, and the same pictures with the captions of others."""
+    drawings = draw_all(args, lambda descriptions, seed: render(args, descriptions, seed))
+    report(args, drawings, {"model": "rendered", "seed": args.seed})
+    shifted = [*drawings[1:], drawings[0]]
+    apart = np.random.default_rng(args.seed).permutation(len(drawings))
+    shuffled = [judge(shifted[i].description, drawings[i].frames).is_right for i in apart]
+    print(f"\nwith captions of other pictures: {np.mean(shuffled):.3f} right")
+
+
+def evaluate_vae(args: argparse.Namespace) -> None:
+    """Score reconstructions, and measure them in dB."""
+    vae = load_vae(args)
+    errors = []
+
+    def reconstruct(descriptions: Sequence[Description], seed: int) -> Iterable[ndarray]:
+        for frames in render(args, descriptions, seed):
+            rebuilt = decode(vae, encode(vae, frames[None]))[0]
+            difference = rebuilt.astype(np.float64) - frames
+            errors.append(10 * np.log10(255**2 / np.square(difference).mean()))
+            yield rebuilt
+
+    drawings = draw_all(args, reconstruct)
+    settings = {"vae": str(args.vae), "psnr": round(float(np.mean(errors)), 2), "seed": args.seed}
+    report(args, drawings, settings)
+
+
+def sweep(args: argparse.Namespace) -> None:
+    """Score a model at several values of an option."""
+    option, *values = args.sweep
+    pipe = load_pipeline(args)
+    print(f"| {option} | seen | held out | s |\n|---|---|---|---|")
+    for value in values:
+        setattr(args, option, float(value) if option == "guidance_scale" else int(value))
+        begin = time.monotonic()
+        scores = score(draw_all(args, pipeline_drawer(pipe, args)))
+        overall = [scores[split].get("overall", {}).get("right", float("nan")) for split in SPLITS]
+        seconds = time.monotonic() - begin
+        print(f"| {value} | {overall[0]:.3f} | {overall[1]:.3f} | {seconds:.0f} |", flush=True)
+
+
+def draw_all(args: argparse.Namespace, draw: Draw) -> list[Drawing]:
+    """Draw and judge every prompt of every category, seen and held out."""
+    wanted = [
+        (category, split, description)
+        for category in args.categories
+        for split, held_out in SPLITS.items()
+        for description in select_descriptions(
+            category, held_out, args.num, args.seed, is_clip=args.clips
+        )
+    ]
+    drawings = []
+    for start in tqdm(range(0, len(wanted), args.batch_size), unit="batch", leave=False):
+        batch = wanted[start : start + args.batch_size]
+        pictures = draw([description for *_, description in batch], args.seed + start)
+        for (category, split, description), frames in zip(batch, pictures, strict=True):
+            verdict = judge(description, frames)
+            drawings.append(Drawing(category, split, description, frames, verdict))
+    return drawings
+
+
+def render(
+    args: argparse.Namespace, descriptions: Sequence[Description], seed: int
+) -> Iterable[ndarray]:
+    """Render what prompts ask for, (F, S, S, 3) of uint8 each."""
+    for index, description in enumerate(descriptions):
+        rng = np.random.default_rng([seed, index])
+        if args.clips:
+            yield render_clip(draw_clip(rng, description), args.num_frames)
+        else:
+            yield render_scene(draw_scene(rng, description))[None]
+
+
+def load_pipeline(args: argparse.Namespace) -> NOVAPipeline:
+    """Load the model in float32."""
+    return NOVAPipeline.from_pretrained(args.model, dtype=torch.float32).to(args.device)
+
+
+def pipeline_drawer(pipe: NOVAPipeline, args: argparse.Namespace) -> Draw:
+    """Draw prompts with a model; every prompt has a seed of its own."""
+
+    def draw(descriptions: Sequence[Description], seed: int) -> Iterable[ndarray]:
+        seeds = range(seed, seed + len(descriptions))
+        output = pipe(
+            [write_prompt(description) for description in descriptions],
+            num_inference_steps=args.num_inference_steps,
+            num_diffusion_steps=args.num_diffusion_steps,
+            guidance_scale=args.guidance_scale,
+            generator=[torch.Generator(args.device).manual_seed(one) for one in seeds],
+            output_type="np",
+            disable_progress_bar=True,
+            vae_batch_size=len(descriptions),
+            **({"num_frames": args.num_frames} if args.clips else {}),
+        )
+        return output.frames if args.clips else output.images[:, None]
+
+    return draw
+
+
+@torch.no_grad()
+def decode(vae: torch.nn.Module, moments: ndarray) -> ndarray:
+    """Pictures or clips of posterior means, (B, F, S, S, 3) of uint8."""
+    mean = torch.from_numpy(moments).to(vae.device).float().chunk(2, dim=1)[0]
+    pixels = vae.decode(mean).sample
+    pixels = pixels if pixels.ndim == 5 else pixels.unsqueeze(2)
+    pixels = (pixels * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
+    return pixels.permute(0, 2, 3, 4, 1).cpu().numpy()
+
+
+# --- scores -------------------------------------------------------------------------------------
+
+
+def score(drawings: Sequence[Drawing]) -> dict[str, dict[str, dict[str, float]]]:
+    """Shares of right pictures by split and category; "overall" is the mean over categories."""
+    scores: dict[str, dict[str, dict[str, float]]] = {split: {} for split in SPLITS}
+    for split, rows in scores.items():
+        for category in dict.fromkeys(drawing.category for drawing in drawings):
+            verdicts = [
+                drawing.verdict
+                for drawing in drawings
+                if drawing.category == category and drawing.split == split
+            ]
+            if verdicts:
+                rows[category] = share(verdicts)
+        if rows:
+            names = next(iter(rows.values())).keys()
+            rows["overall"] = {n: float(np.mean([row[n] for row in rows.values()])) for n in names}
+    return scores
+
+
+def share(verdicts: Sequence[Verdict]) -> dict[str, float]:
+    """Share of the verdicts that are positive, in all and in each respect."""
+    shares = {"right": float(np.mean([verdict.is_right for verdict in verdicts]))}
+    for name in ("content", "identity", "motion"):
+        values = [getattr(verdict, name) for verdict in verdicts]
+        if values[0] is not None and verdicts[0].motion is not None:
+            shares[name] = float(np.mean(values))
+    return shares | {"prompts": len(verdicts)}
+
+
+def report(args: argparse.Namespace, drawings: Sequence[Drawing], settings: dict[str, Any]) -> None:
+    """Print the table; write it, the numbers and the sheet if there is an output folder."""
+    scores = score(drawings)
+    table = format_scores(scores)
+    print(json.dumps(settings))
+    print(table)
+    if args.output is not None:
+        args.output.mkdir(parents=True, exist_ok=True)
+        content = json.dumps({"settings": settings, "scores": scores}, indent=2)
+        (args.output / "scores.json").write_text(content + "\n")
+        (args.output / "scores.md").write_text(table + "\n")
+        make_sheet(drawings).save(args.output / "sheet.png")
+
+
+def format_scores(scores: dict[str, dict[str, dict[str, float]]]) -> str:
+    """A Markdown table of scores."""
+    columns = [name for name in next(iter(scores["seen"].values())) if name != "prompts"]
+    header = ["category", *(f"{split}: {name}" for split in SPLITS for name in columns)]
+    lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
+    for category in scores["seen"]:
+        cells = [
+            f"{scores[split][category][name]:.2f}" if category in scores[split] else "-"
+            for split in SPLITS
+            for name in columns
+        ]
+        lines.append(f"| {' | '.join([category, *cells])} |")
+    return "\n".join(lines)
+
+
+def make_sheet(drawings: Sequence[Drawing]) -> Image.Image:
+    """A row of pictures for each category and split; clips show three frames one below another."""
+    groups: dict[tuple[str, str], list[Drawing]] = {}
+    for drawing in drawings:
+        groups.setdefault((drawing.category, drawing.split), []).append(drawing)
+    frames, side = drawings[0].frames.shape[:2]
+    shown = [0] if frames == 1 else [0, frames // 2, frames - 1]
+    cell, line = 2 * side, 14
+    width, height = cell + 10, len(shown) * cell + 24
+    sheet = Image.new("RGB", (SHEET_COLUMNS * width, len(groups) * (height + line)), "white")
+    pen = ImageDraw.Draw(sheet)
+    for row, ((category, split), members) in enumerate(groups.items()):
+        top = row * (height + line)
+        pen.text((4, top + 1), f"{category}, {split}", fill="black")
+        for column, drawing in enumerate(members[:SHEET_COLUMNS]):
+            left = column * width
+            color = "green" if drawing.verdict.is_right else "red"
+            for place, frame in enumerate(shown):
+                picture = Image.fromarray(drawing.frames[frame]).resize((cell, cell))
+                framed = ImageOps.expand(picture, 2, color)
+                sheet.paste(framed, (left + 2, top + line + place * cell))
+            words = write_prompt(drawing.description)
+            pen.text((left + 2, top + height), words[: cell // 6], fill="black")
+            pen.text((left + 2, top + height - 10 + 0), "", fill="black")
+    return sheet
+
+
+if __name__ == "__main__":
+    sys.exit(main())

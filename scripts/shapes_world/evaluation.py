@@ -1,0 +1,157 @@
+"""What evaluations ask of a model, and whether what it drew is that.
+
+Shapes: F frames, S side in pixels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import permutations, product
+
+import numpy as np
+from numpy import ndarray
+
+from shapes_world.detection import ANGLES, detect
+from shapes_world.scenes import (
+    COLORS,
+    MAX_COUNT,
+    MOTIONS,
+    RELATIONS,
+    ROUND,
+    SHAPES,
+    Description,
+    Item,
+    Mention,
+)
+
+IDENTITY_SHARE = 0.9  # of the frames that must show the shapes of the prompt
+MIN_SHIFT = 0.12  # of the picture, to count as moving
+MIN_GROWTH = 1.25
+MIN_TURN = math.radians(30)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of a prompt.
+
+    Attributes:
+        content: Whether the picture, or the first frame, shows what was asked for.
+        identity: Whether nearly all frames show the shapes of the prompt; None of pictures.
+        motion: Whether the first shape moves as asked; None of pictures.
+    """
+
+    content: bool
+    identity: bool | None = None
+    motion: bool | None = None
+
+    @property
+    def is_right(self) -> bool:
+        """Whether all is well."""
+        return all(part is not False for part in (self.content, self.identity, self.motion))
+
+
+def enumerate_descriptions(category: str) -> list[Description]:
+    """Everything that an evaluation may ask for in a category."""
+    mentions = [Mention(shape) for shape in SHAPES]
+    colored = [Mention(shape, color) for shape, color in product(SHAPES, COLORS)]
+    match category:
+        case "single":
+            return [Description((mention,)) for mention in mentions]
+        case "colors":
+            return [Description((mention,)) for mention in colored]
+        case "two":
+            return [Description(pair) for pair in permutations(mentions, 2)]
+        case "position":
+            pairs = permutations(mentions, 2)
+            return [Description(p, relation=name) for p, name in product(pairs, RELATIONS)]
+        case "counting":
+            counts = range(2, MAX_COUNT + 1)
+            return [Description((m,), count=n) for m, n in product(mentions + colored, counts)]
+        case "attribution":
+            pairs = permutations(colored, 2)
+            return [
+                Description((first, second))
+                for first, second in pairs
+                if first.shape != second.shape and first.color != second.color
+            ]
+    raise ValueError(f"unknown category {category!r}")
+
+
+def select_descriptions(
+    category: str, held_out: bool, number: int, seed: int, is_clip: bool = False
+) -> list[Description]:
+    """Draw descriptions of a category without replacement, and again when all were drawn.
+
+    Args:
+        category: One of ``CATEGORIES``, or of ``CLIP_CATEGORIES``.
+        held_out: Whether they are to be of combinations that training never saw.
+        number: How many.
+        seed: Of the lots.
+        is_clip: Whether they get motions.
+
+    Returns:
+        The descriptions; none if the category has no such ones.
+    """
+    known = [d for d in enumerate_descriptions(category) if d.is_held_out == held_out]
+    if is_clip:
+        known = [replace(d, motion=m) for d, m in product(known, MOTIONS) if can_show(d, m)]
+    if not known:
+        return []
+    rng = np.random.default_rng(seed)
+    rounds = [rng.permutation(len(known)) for _ in range(math.ceil(number / len(known)))]
+    return [known[index] for index in np.concatenate(rounds)[:number]]
+
+
+def can_show(description: Description, motion: str) -> bool:
+    """Whether the first shape's motion can be seen."""
+    return motion != "turning" or description.mentions[0].shape not in ROUND
+
+
+def judge(description: Description, frames: Sequence[ndarray]) -> Verdict:
+    """Compare what was drawn with what was asked for.
+
+    Args:
+        description: What was asked for.
+        frames: One picture or the frames of a clip, each (S, S, 3) of uint8.
+    """
+    found = [detect(frame).items for frame in frames]
+    content = description.fulfilled_by(found[0])
+    if description.motion is None:
+        return Verdict(content)
+    shares = [description.fulfilled_by(items) for items in found]
+    path = follow(description.mentions[0], found)
+    return Verdict(
+        content,
+        identity=sum(shares) >= IDENTITY_SHARE * len(frames),
+        motion=name_motion(path) == description.motion,
+    )
+
+
+def follow(mention: Mention, found: Sequence[Sequence[Item]]) -> list[Item]:
+    """The shape that a mention means, in every frame where it was found."""
+    matches = [[item for item in items if mention.admits(item)] for items in found]
+    return [items[0] for items in matches if items]
+
+
+def name_motion(path: Sequence[Item]) -> str | None:
+    """The motion that describes best what a shape did; None if it stood still or got lost."""
+    if len(path) < 2:
+        return None
+    way = [end - start for start, end in zip(path[0].center, path[-1].center, strict=True)]
+    growth = path[-1].radius / path[0].radius
+    turn = measure_turn(path)
+    if math.hypot(*way) > MIN_SHIFT:
+        moving = {name: m.shift for name, m in MOTIONS.items() if any(m.shift)}
+        return max(moving, key=lambda name: float(np.dot(way, moving[name])))
+    if max(growth, 1 / growth) > MIN_GROWTH:
+        return "growing" if growth > 1 else "shrinking"
+    return "turning" if turn > MIN_TURN else None
+
+
+def measure_turn(path: Sequence[Item]) -> float:
+    """Angle by which a shape turned in all, clockwise; steps are the smallest that fit."""
+    period = math.radians(ANGLES[path[0].shape])
+    steps = (end.angle - start.angle for start, end in zip(path, path[1:], strict=False))
+    return sum((step + period / 2) % period - period / 2 for step in steps)
