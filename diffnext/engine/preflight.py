@@ -73,6 +73,10 @@ def _count_rule(minimum: int) -> Rule:
 
 
 NOT_EMPTY = Rule("a list with something in it", lambda value: len(value) > 0)
+MASK_RATIOS = Rule(
+    "least share, largest share and width, with 0 <= least < largest <= 1 and a width above 0",
+    lambda value: len(value) == 3 and 0 <= value[0] < value[1] <= 1 and value[2] > 0,
+)
 POSITIVE = _number_rule("a number above 0", lambda value: value > 0)
 NOT_NEGATIVE = _number_rule("a finite number of at least 0", lambda value: value >= 0)
 
@@ -81,6 +85,7 @@ RULES = {
     "experiment.save_every": _count_rule(1),
     "model.gradient_checkpointing": Rule("0, 1, 2 or 3", lambda value: value in range(4)),
     "model.loss_repeat": _count_rule(1),
+    "model.mask_ratios": MASK_RATIOS,
     "model.lora.rank": _count_rule(1),
     "model.lora.alpha": POSITIVE,
     "model.lora.dropout": _number_rule("at least 0 and below 1", lambda value: 0 <= value < 1),

@@ -82,6 +82,11 @@ class ModelConfig:
         0,
     )
     loss_repeat: int = key("Noise levels drawn per token in one step.", 4)
+    mask_ratios: list[float] | None = key(
+        "Least and largest share of hidden tokens, and how wide the normal around the largest is; "
+        "null: 0.7, 1, 0.25.",
+        None,
+    )
     loss_weights: LossWeights = key("Weights of the losses of videos.", {})
     lora: LoraOptions | None = key("Low-rank adapters.", None)
 

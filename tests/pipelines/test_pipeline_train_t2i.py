@@ -63,6 +63,13 @@ def test_options_reach_the_model(train_pipe):
     assert not any(block.mlp_checkpointing for block in model.image_decoder.blocks)
 
 
+def test_the_share_of_hidden_tokens_can_be_chosen(train_pipe):
+    model = configure(train_pipe, mask_ratios=[0.1, 0.3, 0.5])
+    masks = [model.mask_embed.draw_mask(torch.zeros(1, 20, 8)).hidden.mean() for _ in range(30)]
+    assert all(0.1 <= share <= 0.3 for share in masks)
+    assert len({share.item() for share in masks}) > 2
+
+
 def test_batches_are_prepared_in_training_mode_only(train_pipe):
     configure(train_pipe).eval()
     with pytest.raises(RuntimeError, match="in training mode only"):

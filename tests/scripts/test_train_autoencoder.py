@@ -363,12 +363,10 @@ def test_a_panned_picture_changes_from_frame_to_frame():
     assert means in (sorted(means), sorted(means, reverse=True))
 
 
-def test_moving_shapes_begin_as_still_ones_and_drift_away():
+def test_moving_shapes_drift_away():
     for seed in range(5):
-        still = autoencoder_data.draw_shapes(np.random.default_rng(seed), 16)
-        clip = autoencoder_data.draw_moving_shapes(np.random.default_rng(seed), 16, 9)
+        clip = autoencoder_data.draw_moving_shapes(np.random.default_rng(seed), 32, 9)
         first, second, last = (np.asarray(clip[k]).astype(int) for k in (0, 1, -1))
-        assert np.array_equal(first, np.asarray(still))
         assert 0 < np.abs(second - first).mean() < np.abs(last - first).mean()
 
 

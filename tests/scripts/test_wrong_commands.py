@@ -121,6 +121,7 @@ VALUES = [
     ("training.mixed_precision=fp8", "training.mixed_precision must be no, fp16 or bf16"),
     ("model.gradient_checkpointing=4", "model.gradient_checkpointing must be 0, 1, 2 or 3"),
     ("model.loss_repeat=0", "model.loss_repeat must be a whole number of at least 1"),
+    ("model.mask_ratios=[0.9,0.5,0.25]", "model.mask_ratios must be least share, largest share"),
     ("model.loss_weights.t2i=-1", "model.loss_weights.t2i must be a number of at least 0"),
     ("model.lora.rank=0", "model.lora.rank must be a whole number of at least 1"),
     ("model.lora={alpha: 0}", "model.lora.alpha must be a number above 0"),

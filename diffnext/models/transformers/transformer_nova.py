@@ -61,6 +61,7 @@ def _register_each(
         "d16w1024": {"depth": 16, "embed_dim": 1024, "num_heads": 16},
         "d16w1536": {"depth": 16, "embed_dim": 1536, "num_heads": 16},
         "d2w64": {"depth": 2, "embed_dim": 64, "num_heads": 2},
+        "d3w128": {"depth": 3, "embed_dim": 128, "num_heads": 4},
         "d3w192": {"depth": 3, "embed_dim": 192, "num_heads": 3},
     },
 )
@@ -77,6 +78,7 @@ def video_encoder(**kwargs: Any) -> VisionTransformer:
         "d32w1024": {"depth": 32, "embed_dim": 1024, "num_heads": 16},
         "d32w1536": {"depth": 32, "embed_dim": 1536, "num_heads": 16},
         "d4w64": {"depth": 4, "embed_dim": 64, "num_heads": 2},
+        "d6w128": {"depth": 6, "embed_dim": 128, "num_heads": 4},
         "d6w192": {"depth": 6, "embed_dim": 192, "num_heads": 3},
     },
 )

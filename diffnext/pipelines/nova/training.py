@@ -41,7 +41,8 @@ class TrainingPipelineMixin(ABC):
 
         Args:
             config: Training config; its ``model`` section gives ``gradient_checkpointing`` (0 to
-                3, default 0) and ``loss_repeat`` (default 4).
+                3, default 0), ``loss_repeat`` (default 4) and ``mask_ratios``, arguments of
+                :class:`diffnext.models.embeddings.MaskEmbed` (its defaults).
 
         Returns:
             The model in training mode, its frozen parts frozen.
@@ -49,6 +50,8 @@ class TrainingPipelineMixin(ABC):
         model = self.model
         model.set_gradient_checkpointing(config.model.get("gradient_checkpointing", 0))
         model.loss_repeat = config.model.get("loss_repeat", 4)
+        if config.model.get("mask_ratios"):
+            model.mask_embed.mask_ratios = list(config.model.mask_ratios)
         modules = dict(model.named_modules())
         for name in self.frozen_modules:
             if name in modules:
