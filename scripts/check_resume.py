@@ -113,6 +113,8 @@ def make_inputs(folder: Path) -> list[str]:
         f"train_dataloader.params.dataset={dataset}",
         f"pipeline.paths.module_config.transformer.arch=[{','.join(ARCH)}]",
         "wandb=null",
+        "validation=null",
+        "lr_scheduler.params.warmup_steps=10",
         "training.batch_size=4",
         "train_dataloader.params.num_workers=1",
         "experiment.log_every=1",

@@ -40,12 +40,15 @@ PAD_TOKEN = "<|pad|>"
 TOKENIZER_CORPUS = """
 a an the of on in at by with and or to from near above below under over left right behind before
 one two three four small large big tiny bright dark quiet calm misty sunny night day morning
-red green blue yellow orange purple pink brown black white grey gold silver
-circle square triangle star ring cross ellipse shape background moving turning growing
+red green blue yellow orange purple pink cyan brown black white grey gray gold silver cream navy
+circle square triangle star ring cross ellipse shape background
+circles squares triangles stars rings crosses medium
+moving turning growing shrinking sliding rising falling rotating getting around
+up down upwards downwards smaller larger
 mountain mountains lake river sea sky sun moon stars clouds trees forest hill field snow fog
 city tower towers skyline window windows light lights street bridge boat balloon house
-picture photo painting image video scene landscape reflection water colourful colour
-short long text caption describes shows there is are stands
+picture photo painting drawing image video clip scene landscape reflection water colourful colour
+short long text caption describes shows there is are stands A An There This Two Three Four
 """
 
 

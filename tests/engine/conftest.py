@@ -44,7 +44,7 @@ class TinyRun:
     def arguments(self, *overrides: str) -> list[str]:
         transformer = "pipeline.paths.module_config.transformer"
         return [
-            f"config={ROOT / 'configs' / 'nova_shapes_t2i.yaml'}",
+            f"config={Path(__file__).parent / 'tiny_t2i.yaml'}",
             f"pipeline.paths.pretrained_path={self.base}",
             f"experiment.output_dir={self.output}",
             f"train_dataloader.params.dataset={self.dataset}",

@@ -17,7 +17,7 @@ from diffnext.engine.data_check import vae_hash
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "train.py"
-T2I = ROOT / "configs" / "nova_shapes_t2i.yaml"
+T2I = ROOT / "tests" / "engine" / "tiny_t2i.yaml"
 TRANSFORMER = "pipeline.paths.module_config.transformer"
 
 
