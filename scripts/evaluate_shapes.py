@@ -328,7 +328,6 @@ def make_sheet(drawings: Sequence[Drawing]) -> Image.Image:
                 sheet.paste(framed, (left + 2, top + line + place * cell))
             words = write_prompt(drawing.description)
             pen.text((left + 2, top + height), words[: cell // 6], fill="black")
-            pen.text((left + 2, top + height - 10 + 0), "", fill="black")
     return sheet
 
 
