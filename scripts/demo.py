@@ -5,7 +5,7 @@
 1. writes a release folder with fresh weights (scripts/init_checkpoint.py --tiny),
 2. caches the two pictures of assets/ as autoencoder latents with two captions,
 3. trains with `accelerate launch scripts/train.py`; run again, it continues,
-4. draws both captions from the checkpoint and writes a sheet beside the originals.
+4. draws both captions with the averaged weights and writes a sheet beside the originals.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def main(argv: list[str] | None = None) -> None:
         f"{TRANSFORMER}.video_base_size=[1,{tokens // 2},{tokens // 2}]",
         "training.batch_size=4",
     )
-    draw(pictures, experiment / "checkpoints" / f"checkpoint-{args.steps}", args)
+    draw(pictures, experiment / "ema_checkpoints" / f"checkpoint-{args.steps}", args)
 
 
 def run(command: list[str | Path]) -> None:

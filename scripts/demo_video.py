@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> None:
         "optimizer.params.lr=0.001",
         "training.batch_size=2",
     )
-    show(clips, experiment / "checkpoints" / f"checkpoint-{args.steps}", args)
+    show(clips, experiment / "ema_checkpoints" / f"checkpoint-{args.steps}", args)
 
 
 def read_clip(size: int) -> Clip:

@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not args.output.exists():
         export(average_folder(args), args.output)
     scores = args.work / "scores"
-    options = ["--model", args.output, "--output", scores]
+    options = ["--model", args.output, "--output", scores, "--num", str(args.num_prompts)]
     command = [sys.executable, SCRIPTS / "evaluate_shapes.py", *options]
     run_stage(Stage("scores", scores / "scores.json", command), args.work)
     print(f"\nWrote {args.output}; hours by stage: {read_times(args.work)}")
@@ -70,12 +70,16 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--work", type=Path, default=Path("nova_tiny"), help="(nova_tiny)")
     parser.add_argument("--output", type=Path, help="release folder to write (WORK/nova-tiny)")
     parser.add_argument("--num-records", type=int, default=60000, help="to train on (60000)")
+    parser.add_argument("--autoencoder-steps", type=int, help="of its fit (those of the config)")
     parser.add_argument("--steps", type=int, help="of the training (those of the config)")
+    parser.add_argument("--num-prompts", type=int, default=48, help="scored a category (48)")
     parser.add_argument("--seed", type=int, default=0, help="of weights and order (0)")
     args = parser.parse_args(argv)
     args.work = args.work.resolve()
     args.output = (args.output or args.work / "nova-tiny").resolve()
     args.steps = args.steps or OmegaConf.load(MODEL_CONFIG).training.max_train_steps
+    default = OmegaConf.load(AUTOENCODER_CONFIG).training.steps
+    args.autoencoder_steps = args.autoencoder_steps or default
     return args
 
 
@@ -85,7 +89,10 @@ def make_stages(args: argparse.Namespace) -> list[Stage]:
     vae = work / "autoencoder" / "vae"
     done = work / "autoencoder" / "done"
     base = work / "base"
-    fit = [python, SCRIPTS / "train_autoencoder.py", f"config={AUTOENCODER_CONFIG}"]
+    fit = [
+        *(python, SCRIPTS / "train_autoencoder.py", f"config={AUTOENCODER_CONFIG}"),
+        *(f"training.steps={args.autoencoder_steps}", f"training.seed={args.seed}"),
+    ]
     render = [python, SCRIPTS / "make_shapes_dataset.py", "--vae", vae]
     initialize = [python, SCRIPTS / "init_checkpoint.py", "--config", MODEL_CONFIG, "--tiny"]
     numbers = {"records": args.num_records, "held_out_records": NUM_HELD_OUT_RECORDS}
