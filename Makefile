@@ -1,5 +1,6 @@
 # make demo       set up, train a tiny NOVA on two pictures and draw them
 # make demo-video the same on two clips
+# make nova-tiny  make assets/nova-tiny anew, in nova_tiny/; takes hours, continues when stopped
 # make test       set up, lint, run the tests
 # make test-slow  the slow tests as well
 #
@@ -12,13 +13,16 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: demo demo-video test test-slow lint format setup setup-test clean-demo
+.PHONY: demo demo-video nova-tiny test test-slow lint format setup setup-test clean-demo
 
 demo: setup
 	$(BIN)/python scripts/demo.py
 
 demo-video: setup
 	$(BIN)/python scripts/demo_video.py
+
+nova-tiny: setup
+	$(BIN)/python scripts/make_nova_tiny.py
 
 test: setup-test lint
 	$(PYTEST)

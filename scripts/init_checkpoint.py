@@ -23,10 +23,12 @@ import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from omegaconf import OmegaConf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import nn
 from transformers import PhiConfig, PreTrainedTokenizerFast
 
 from diffnext.models.text_encoders.phi import PhiEncoderModel
 from diffnext.models.transformers.transformer_nova import NOVATransformer3DModel
+from diffnext.models.vision_transformer import Block
 from diffnext.pipelines.release_folder import INDEX_FILE, read_json, write_json, write_shim
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
@@ -69,6 +71,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         default="flow",
         help="how tokens are denoised (default: flow matching)",
     )
+    parser.add_argument(
+        "--shift",
+        type=float,
+        default=1.0,
+        help="of flow matching towards high noise, in training and sampling (default: 1)",
+    )
+    parser.add_argument(
+        "--branch-gain",
+        type=float,
+        default=1.0,
+        help="weights of the norms that end the encoders' residual branches; 0, as in Swin V2, "
+        "learns faster from scratch (default: 1, as PyTorch initialises)",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the initial weights (default: 0)")
     return parser.parse_args(argv)
 
@@ -102,13 +117,15 @@ def write_checkpoint(args: argparse.Namespace) -> None:
         torch.manual_seed(args.seed)
         index = {
             "_class_name": pipeline_class(target),
-            "scheduler": write_scheduler(folder / "scheduler", args.scheduler),
+            "scheduler": write_scheduler(folder / "scheduler", args),
             "vae": write_vae(folder / "vae", args, target, model_config),
         }
         if model_config.get("text_token_dim"):
             index["tokenizer"] = write_tokenizer(folder / "tokenizer", args)
             index["text_encoder"] = write_text_encoder(folder / "text_encoder", args, model_config)
-        index["transformer"] = write_transformer(folder / "transformer", model_config)
+        index["transformer"] = write_transformer(
+            folder / "transformer", model_config, args.branch_gain
+        )
         write_json(folder / INDEX_FILE, index)
         if args.output.exists():
             args.output.rmdir()
@@ -121,10 +138,10 @@ def pipeline_class(target: str) -> str:
     return "NOVAC2IPipeline" if is_class_conditional else "NOVAPipeline"
 
 
-def write_scheduler(folder: Path, name: str) -> list[str]:
+def write_scheduler(folder: Path, args: argparse.Namespace) -> list[str]:
     """Write a sampling scheduler; returns its index entry."""
-    if name == "flow":
-        scheduler = FlowMatchEulerDiscreteScheduler()
+    if args.scheduler == "flow":
+        scheduler = FlowMatchEulerDiscreteScheduler(shift=args.shift)
     else:
         scheduler = DDPMScheduler(clip_sample=False)
     scheduler.save_pretrained(folder)
@@ -218,9 +235,13 @@ def tiny_text_encoder(width: int) -> PhiEncoderModel:
     )
 
 
-def write_transformer(folder: Path, model_config: dict[str, Any]) -> list[str]:
+def write_transformer(folder: Path, model_config: dict[str, Any], branch_gain: float) -> list[str]:
     """Initialise and save NOVA; returns its index entry."""
     model = NOVATransformer3DModel(**model_config)
+    for module in model.modules():
+        if isinstance(module, Block):  # residual branches that end with a norm: arXiv:2111.09883
+            nn.init.constant_(module.norm1.weight, branch_gain)
+            nn.init.constant_(module.norm2.weight, branch_gain)
     model.save_pretrained(folder)
     return [write_shim(folder, "transformer", type(model).__name__), type(model).__name__]
 

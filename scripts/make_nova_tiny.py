@@ -3,8 +3,9 @@
     python scripts/make_nova_tiny.py --work nova_tiny --output assets/nova-tiny
 
 Every stage is a command of this repository; it is shown, and skipped when its result is there. The
-same command continues after an interruption. The time of each stage, all attempts together, is in
-times.json of the work folder. The output holds the average of the weights (EMA), in float16.
+same command continues after an interruption. NOVA learns in lessons, from single shapes in the
+middle to pictures of all kinds. The time of each stage, all attempts together, is in times.json of
+the work folder. The output holds the average of the weights (EMA), in float16.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from pathlib import Path
 import torch
 from demo import ROOT, run
 from omegaconf import OmegaConf
+from shapes_world.scenes import CATEGORIES
 
 from diffnext.pipelines import NOVAPipeline
 from diffnext.pipelines.release_folder import read_json, write_json
@@ -29,6 +31,34 @@ SCRIPTS = ROOT / "scripts"
 AUTOENCODER_CONFIG = ROOT / "configs" / "autoencoder_shapes.yaml"
 MODEL_CONFIG = ROOT / "configs" / "nova_shapes_t2i.yaml"
 NUM_HELD_OUT_RECORDS = 512
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What the model is trained on for a while, starting with what it learnt before.
+
+    Attributes:
+        name: In the names of folders.
+        categories: Kinds of pictures; a kind that is named twice is twice as frequent.
+        num_records: Pictures.
+        steps: Of training.
+        is_centered: Whether single shapes stand in the middle.
+    """
+
+    name: str
+    categories: Sequence[str]
+    num_records: int
+    steps: int
+    is_centered: bool = False
+
+
+# Words are learnt where they explain most of a picture: in thousands of steps less than from
+# pictures in which the one shape, of any colour, may be anywhere.
+LESSONS = (
+    Lesson("centered", ("single", "colors", "colors"), 8000, 2500, is_centered=True),
+    Lesson("single", ("single", "colors", "colors"), 12000, 6000),
+    Lesson("all", CATEGORIES, 40000, 24000),
+)
 
 
 @dataclass(frozen=True)
@@ -50,11 +80,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run all stages."""
     args = parse_args(argv)
     args.work.mkdir(parents=True, exist_ok=True)
-    for stage in make_stages(args):
+    stages = make_stages(args)
+    for stage in stages:
         if not stage.result.exists():
             run_stage(stage, args.work)
     if not args.output.exists():
-        export(average_folder(args), args.output)
+        export(stages[-1].result, args.output)
     scores = args.work / "scores"
     options = ["--model", args.output, "--output", scores, "--num", str(args.num_prompts)]
     command = [sys.executable, SCRIPTS / "evaluate_shapes.py", *options]
@@ -69,72 +100,80 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--work", type=Path, default=Path("nova_tiny"), help="(nova_tiny)")
     parser.add_argument("--output", type=Path, help="release folder to write (WORK/nova-tiny)")
-    parser.add_argument("--num-records", type=int, default=60000, help="to train on (60000)")
-    parser.add_argument("--autoencoder-steps", type=int, help="of its fit (those of the config)")
-    parser.add_argument("--steps", type=int, help="of the training (those of the config)")
+    parser.add_argument(
+        "--scale", type=float, default=1.0, help="of all steps and records; 0.1 for a try (1)"
+    )
     parser.add_argument("--num-prompts", type=int, default=48, help="scored a category (48)")
-    parser.add_argument("--seed", type=int, default=0, help="of weights and order (0)")
+    parser.add_argument("--seed", type=int, default=0, help="of weights, data and order (0)")
     args = parser.parse_args(argv)
     args.work = args.work.resolve()
     args.output = (args.output or args.work / "nova-tiny").resolve()
-    args.steps = args.steps or OmegaConf.load(MODEL_CONFIG).training.max_train_steps
-    default = OmegaConf.load(AUTOENCODER_CONFIG).training.steps
-    args.autoencoder_steps = args.autoencoder_steps or default
     return args
 
 
 def make_stages(args: argparse.Namespace) -> list[Stage]:
     """Everything up to the trained model."""
     work, python = args.work, sys.executable
-    vae = work / "autoencoder" / "vae"
-    done = work / "autoencoder" / "done"
-    base = work / "base"
+    vae, base = work / "autoencoder" / "vae", work / "base"
+    steps = scaled(OmegaConf.load(AUTOENCODER_CONFIG).training.steps, args)
     fit = [
         *(python, SCRIPTS / "train_autoencoder.py", f"config={AUTOENCODER_CONFIG}"),
-        *(f"training.steps={args.autoencoder_steps}", f"training.seed={args.seed}"),
+        *(f"training.steps={steps}", f"training.seed={args.seed}", f"output_dir={vae.parent}"),
     ]
-    render = [python, SCRIPTS / "make_shapes_dataset.py", "--vae", vae]
-    initialize = [python, SCRIPTS / "init_checkpoint.py", "--config", MODEL_CONFIG, "--tiny"]
-    numbers = {"records": args.num_records, "held_out_records": NUM_HELD_OUT_RECORDS}
-    return [
-        Stage("autoencoder", done, [*fit, f"output_dir={vae.parent}"]),
-        *(
-            Stage(
-                name,
-                work / name,
-                [*render, "--output", work / name, "--num", str(number), "--seed", str(seed)],
-            )
-            for seed, (name, number) in enumerate(numbers.items())
-        ),
-        Stage(
-            "base",
-            base,
-            [*initialize, "--vae", vae, "--output", base, "--seed", str(args.seed)],
-        ),
-        Stage("training", average_folder(args), train_command(args, base)),
+    initialize = [
+        *(python, SCRIPTS / "init_checkpoint.py", "--config", MODEL_CONFIG, "--tiny"),
+        *("--vae", vae, "--output", base, "--seed", str(args.seed)),
+        *("--branch-gain", "0", "--shift", "3"),
     ]
+    held_out = Lesson("held_out", CATEGORIES, NUM_HELD_OUT_RECORDS, steps=0)
+    stages = [
+        Stage("autoencoder", vae.parent / "done", fit),
+        render_stage(args, held_out, seed=1000 * args.seed),
+        Stage("base", base, initialize),
+    ]
+    for index, lesson in enumerate(LESSONS, start=1):
+        pretrained = base if index == 1 else stages[-1].result
+        stages.append(render_stage(args, lesson, seed=1000 * args.seed + index))
+        stages.append(train_stage(args, lesson, pretrained))
+    return stages
 
 
-def train_command(args: argparse.Namespace, base: Path) -> list[str | Path]:
-    """The launch of scripts/train.py."""
+def render_stage(args: argparse.Namespace, lesson: Lesson, seed: int) -> Stage:
+    """Render and encode the pictures of a lesson."""
+    output = args.work / f"{lesson.name}_records"
+    command = [
+        *(sys.executable, SCRIPTS / "make_shapes_dataset.py", "--output", output),
+        *("--vae", args.work / "autoencoder" / "vae", "--seed", str(seed)),
+        *("--num", str(scaled(lesson.num_records, args)), "--categories", *lesson.categories),
+        *(["--centered"] if lesson.is_centered else []),
+    ]
+    return Stage(output.name, output, command)
+
+
+def train_stage(args: argparse.Namespace, lesson: Lesson, pretrained: Path) -> Stage:
+    """Launch scripts/train.py on a lesson; its result is the average of the weights."""
     threads = os.environ.get("OMP_NUM_THREADS") or str(os.cpu_count() or 1)
-    return [
+    steps = scaled(lesson.steps, args)
+    output = args.work / f"{lesson.name}_training"
+    command = [
         *(Path(sys.executable).parent / "accelerate", "launch", "--num_processes", "1"),
         *("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"),
         *("--num_cpu_threads_per_process", threads, SCRIPTS / "train.py"),
         f"config={MODEL_CONFIG}",
-        f"pipeline.paths.pretrained_path={base}",
-        f"experiment.output_dir={args.work / 'training'}",
-        f"train_dataloader.params.dataset={args.work / 'records'}",
+        f"pipeline.paths.pretrained_path={pretrained}",
+        f"experiment.output_dir={output}",
+        f"train_dataloader.params.dataset={args.work / f'{lesson.name}_records'}",
         f"validation.holdout={args.work / 'held_out_records'}",
-        f"training.max_train_steps={args.steps}",
+        f"training.max_train_steps={steps}",
+        f"lr_scheduler.params.warmup_steps={min(200, steps // 10)}",
         f"training.seed={1337 + args.seed}",
     ]
+    return Stage(output.name, output / "ema_checkpoints" / f"checkpoint-{steps}", command)
 
 
-def average_folder(args: argparse.Namespace) -> Path:
-    """The checkpoint with the averaged weights of the last step."""
-    return args.work / "training" / "ema_checkpoints" / f"checkpoint-{args.steps}"
+def scaled(number: int, args: argparse.Namespace) -> int:
+    """A number of steps or records of this run."""
+    return max(round(args.scale * number), 1)
 
 
 def run_stage(stage: Stage, work: Path) -> None:

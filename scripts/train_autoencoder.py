@@ -107,6 +107,10 @@ class ExportSettings:
 
     dtype: str = key("Type of the written weights.", "float16")
     whiten: bool = key("Bring every latent channel to mean 0 and the same variance.", True)
+    posterior_scale: float = key(
+        "Times the posterior's standard deviation: less noise to learn for who trains on latents.",
+        1.0,
+    )
     measured_batches: int = key("Batches on which latents are measured.", 64)
 
 
@@ -139,6 +143,10 @@ class Settings:
             raise ConfigError(
                 f"data.clip_lengths must be [1] for an {self.model_class}, "
                 f"got {self.data.clip_lengths}"
+            )
+        if not self.export.posterior_scale > 0:
+            raise ConfigError(
+                f"export.posterior_scale must be above 0, got {self.export.posterior_scale}"
             )
         if not isinstance(getattr(torch, self.export.dtype, None), torch.dtype):
             raise ConfigError(f"export.dtype must name a torch type, got {self.export.dtype!r}")
@@ -267,6 +275,13 @@ def whiten_latents(vae: Autoencoder, statistics: LatentStatistics) -> None:
     if before.bias.numel() == 2 * channels:
         before.bias[channels:] -= 2 * spread.log()
     vae.register_to_config(scaling_factor=scaling_factor, shift_factor=None)
+
+
+@torch.no_grad()
+def scale_posterior(vae: Autoencoder, factor: float) -> None:
+    """Multiply the posterior's standard deviation, in the convolution before the latents."""
+    _, log_variance = vae.quant_conv.bias.chunk(2)
+    log_variance += 2 * math.log(factor)
 
 
 # --- files --------------------------------------------------------------------------------------
@@ -408,8 +423,12 @@ def check_model(vae: Autoencoder, settings: Settings) -> None:
     elif not vae.config.double_z:
         raise ConfigError("model.double_z must be true: the loss needs a mean and a variance")
     around = (vae.quant_conv, vae.post_quant_conv)
-    if settings.export.whiten and not all(has_weights(layer) for layer in around):
-        raise ConfigError("export.whiten needs model.use_quant_conv and model.use_post_quant_conv")
+    is_adjusted = settings.export.whiten or settings.export.posterior_scale != 1
+    if is_adjusted and not all(has_weights(layer) for layer in around):
+        raise ConfigError(
+            "export.whiten and export.posterior_scale need model.use_quant_conv and "
+            "model.use_post_quant_conv"
+        )
 
 
 class AutoencoderTrainer:
@@ -527,6 +546,8 @@ class AutoencoderTrainer:
             self.to_device(self.sampler.batch(MEASUREMENT, index))
             for index in range(settings.measured_batches)
         ]
+        if settings.posterior_scale != 1:
+            scale_posterior(vae, settings.posterior_scale)
         statistics = measure_latents(vae, batches)
         adjust = whiten_latents if settings.whiten else standardize_latents
         adjust(vae, statistics)

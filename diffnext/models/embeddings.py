@@ -519,10 +519,12 @@ class TrainingMask:
 
     Attributes:
         hidden: 1 where the token is to be predicted, (B, N, 1), in the dtype of the tokens.
-        known_ids: The visible tokens, (B, k, 1); one k for the batch.
+        hidden_ids: The tokens to be predicted, (B, n, 1); one n for the batch.
+        known_ids: The visible tokens, (B, N - n, 1).
     """
 
     hidden: Tensor
+    hidden_ids: Tensor
     known_ids: Tensor
 
 
@@ -567,9 +569,10 @@ class MaskEmbed(nn.Module):
         batch, num_tokens = x.shape[:2]
         scores = torch.rand(batch, num_tokens, 1, device=x.device)
         num_known = round((1 - self._draw_ratio()) * num_tokens)
-        known_ids = scores.argsort(dim=1, stable=True)[:, :num_known]
+        order = scores.argsort(dim=1, stable=True)
+        known_ids, hidden_ids = order[:, :num_known], order[:, num_known:]
         hidden = x.new_ones(batch, num_tokens, 1).scatter_(1, known_ids, 0)
-        return TrainingMask(hidden=hidden, known_ids=known_ids)
+        return TrainingMask(hidden=hidden, hidden_ids=hidden_ids, known_ids=known_ids)
 
     def _draw_ratio(self) -> float:
         """One draw of a normal with mean 1, truncated to the mask ratios, by inversion."""

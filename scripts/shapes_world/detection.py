@@ -16,7 +16,7 @@ from shapes_world.rendering import coverage
 from shapes_world.scenes import BACKGROUNDS, COLORS, SIZES, Item, Scene
 
 MIN_DIFFERENCE = 0.4  # of a pixel from the background, of the way to the nearest colour
-MIN_AREA = 0.006  # of the picture; the smallest shape covers 0.013
+MIN_AREA = 0.006  # of the picture; the smallest shape covers 0.02
 TEMPLATE_SIZE = 24
 ANGLES = {"square": 90, "cross": 90, "triangle": 120, "star": 72, "circle": 1, "ring": 1}
 

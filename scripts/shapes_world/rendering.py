@@ -62,7 +62,7 @@ def _triangle(x: ndarray, y: ndarray) -> ndarray:
     return np.min([0.5 - x * math.cos(a) - y * math.sin(a) for a in sides], axis=0)
 
 
-def _star(x: ndarray, y: ndarray, inner: float = 0.42) -> ndarray:
+def _star(x: ndarray, y: ndarray, inner: float = 0.38) -> ndarray:
     """Five points: the distance to the edge from a tip to the notch beside it, by symmetry."""
     sector = math.pi / 5
     angle = np.arctan2(x, -y)  # from the upper tip

@@ -36,7 +36,7 @@ BACKGROUNDS: dict[str, Color] = {
     "navy": (20, 24, 70),
 }
 SHAPES = ("circle", "square", "triangle", "star", "ring", "cross")
-SIZES = {"small": 0.13, "medium": 0.17, "large": 0.23}  # radii
+SIZES = {"small": 0.15, "medium": 0.19, "large": 0.25}  # radii
 RELATIONS: dict[str, Point] = {
     "left of": (-1, 0),
     "right of": (1, 0),
@@ -47,7 +47,8 @@ CATEGORIES = ("single", "two", "counting", "colors", "position", "attribution")
 CLIP_CATEGORIES = ("single", "two", "colors", "attribution")
 MAX_COUNT = 4
 MARGIN = 0.03  # between shapes and the border
-GAP = 0.08  # between shapes
+GAP = 0.06  # between shapes
+GRID = 8  # centers lie on multiples of 1 / GRID: a small model has few offsets of tokens to learn
 
 # In no training picture: a fifth of the pairs of colour and shape.
 HELD_OUT_COLORINGS = frozenset(
@@ -147,10 +148,10 @@ class Motion:
 MOTIONS = {
     motion.name: motion
     for motion in (
-        Motion("moving left", shift=(-0.42, 0.0)),
-        Motion("moving right", shift=(0.42, 0.0)),
-        Motion("moving up", shift=(0.0, -0.42)),
-        Motion("moving down", shift=(0.0, 0.42)),
+        Motion("moving left", shift=(-0.5, 0.0)),
+        Motion("moving right", shift=(0.5, 0.0)),
+        Motion("moving up", shift=(0.0, -0.5)),
+        Motion("moving down", shift=(0.0, 0.5)),
         Motion("turning", turn=math.pi / 2),
         Motion("growing", growth=1.8),
         Motion("shrinking", growth=1 / 1.8),
@@ -281,12 +282,15 @@ def draw_description(rng: np.random.Generator, category: str) -> Description:
     )
 
 
-def draw_scene(rng: np.random.Generator, description: Description) -> Scene:
+def draw_scene(
+    rng: np.random.Generator, description: Description, is_centered: bool = False
+) -> Scene:
     """Draw a picture that fulfils a description, without held-out colours of what it leaves open.
 
     Args:
         rng: Source of randomness.
         description: May hold out combinations itself.
+        is_centered: A shape that is alone stands in the middle.
     """
     shared = choose(rng, allowed_colors(description.mentions[0].shape))
     wanted = description.expand()
@@ -297,7 +301,9 @@ def draw_scene(rng: np.random.Generator, description: Description) -> Scene:
     ]
     while True:
         radii = _draw_radii(rng, wanted)
-        centers = _place(rng, radii, description.relation)
+        centers = [(0.5, 0.5)]
+        if len(radii) > 1 or not is_centered:
+            centers = _place(rng, radii, description.relation)
         if centers is not None:
             break
     items = tuple(
@@ -313,7 +319,7 @@ def _draw_radii(rng: np.random.Generator, wanted: Sequence[Mention]) -> list[flo
     shared = choose(rng, names)
     is_count = wanted[0] == wanted[-1]
     sizes = [mention.size or (shared if is_count else choose(rng, names)) for mention in wanted]
-    return [SIZES[size] * rng.uniform(0.93, 1.07) for size in sizes]
+    return [SIZES[size] for size in sizes]
 
 
 def _place(
@@ -321,15 +327,19 @@ def _place(
 ) -> list[Point] | None:
     """Places where nothing touches, or None if none was found."""
     for _ in range(tries):
-        centers = [
-            tuple(rng.uniform(radius + MARGIN, 1 - radius - MARGIN, 2).tolist()) for radius in radii
-        ]
+        centers = [_draw_center(rng, radius) for radius in radii]
         if relation is not None and not _are_related(centers, relation):
             continue
         pairs = [(i, j) for i, j in product(range(len(radii)), repeat=2) if i < j]
         if all(math.dist(centers[i], centers[j]) > radii[i] + radii[j] + GAP for i, j in pairs):
             return centers
     return None
+
+
+def _draw_center(rng: np.random.Generator, radius: float) -> Point:
+    lowest = math.ceil((radius + MARGIN) * GRID)
+    x, y = rng.integers(lowest, GRID - lowest, size=2, endpoint=True) / GRID
+    return float(x), float(y)
 
 
 def _are_related(centers: Sequence[Point], relation: str) -> bool:

@@ -83,6 +83,15 @@ def test_the_seed_decides_the_weights(tmp_path, vae):
     assert a == b != c
 
 
+def test_branches_can_start_closed_and_noise_high(tmp_path, vae):
+    options = ("--tiny", "--vae", vae, "--branch-gain", "0", "--shift", "3")
+    assert init("--config", SHAPES, "--output", tmp_path / "nova", *options) == 0
+    pipe = NOVAPipeline.from_pretrained(tmp_path / "nova")
+    tokens = torch.randn(1, 4, 128)
+    assert torch.equal(pipe.transformer.video_encoder.blocks[0](tokens), tokens)
+    assert pipe.scheduler.config.shift == 3
+
+
 def test_prompts_are_told_apart(tmp_path, vae):
     init("--config", SHAPES, "--output", tmp_path / "nova", "--tiny", "--vae", vae)
     embed = NOVAPipeline.from_pretrained(tmp_path / "nova").transformer.text_embed

@@ -250,6 +250,17 @@ def test_whitening_keeps_noisy_reconstructions(script, kind):
     )
 
 
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_narrower_posterior_has_the_same_means(script, kind):
+    vae = fresh_autoencoder(kind)
+    x = random_pixels(kind, 2)
+    before = vae.encode(x).latent_dist
+    script.scale_posterior(vae, 0.25)
+    after = vae.encode(x).latent_dist
+    torch.testing.assert_close(after.mean, before.mean)
+    torch.testing.assert_close(after.std, before.std / 4)
+
+
 def test_without_whitening_the_factors_give_unit_latents_overall(script):
     vae = fresh_autoencoder()
     weights = {name: weight.clone() for name, weight in vae.state_dict().items()}

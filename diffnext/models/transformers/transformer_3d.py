@@ -542,7 +542,7 @@ class Transformer3DModel(nn.Module):
             prev_ids=mask.known_ids,
             pos=pos,
         )
-        return self.get_losses(z, frames, mask.hidden, num_frames=video.size(2))
+        return self.get_losses(z, frames, mask.hidden_ids, num_frames=video.size(2))
 
     def encode_video(self, x: Tensor, c: Tensor) -> Tensor:
         """States of every frame from text and earlier frames, all at once.
@@ -574,14 +574,17 @@ class Transformer3DModel(nn.Module):
         return states.flatten(0, 1)
 
     def get_losses(
-        self, z: Tensor, frames: Tensor, hidden: Tensor, num_frames: int = 1
+        self, z: Tensor, frames: Tensor, hidden_ids: Tensor, num_frames: int = 1
     ) -> dict[str, Tensor]:
         """Diffusion losses of the hidden tokens, at several noise levels each.
+
+        Noise and levels are drawn for every token, as NOVA always did; only the hidden ones pass
+        through the diffusion head.
 
         Args:
             z: The image encoder's states, (B*T, N, D).
             frames: Clean latents, (B*T, C, h, w).
-            hidden: 1 = to be predicted, (B*T, N, 1).
+            hidden_ids: The tokens to be predicted, (B*T, n, 1).
             num_frames: Frames T of a sample.
 
         Returns:
@@ -589,20 +592,20 @@ class Transformer3DModel(nn.Module):
 
         Source: MAR, arXiv:2406.11838, section 3.2; flow matching target noise - data.
         """
-        repeat = self.loss_repeat
         scheduler = self.noise_scheduler
         decoder = self.image_decoder
-        clean = decoder.patch_embed.patchify(frames).repeat(repeat, 1, 1)  # (R*B*T, N, p*p*C)
-        noise = torch.randn_like(clean)
-        index = scheduler.sample_timesteps(clean.shape[:2], device=clean.device)
-        noisy, timestep = scheduler.corrupt(clean, noise, index)
+        ids = hidden_ids.repeat(self.loss_repeat, 1, 1)  # (R*B*T, n, 1)
+        clean = decoder.patch_embed.patchify(frames).repeat(self.loss_repeat, 1, 1)
+        noise = gather_tokens(torch.randn_like(clean), ids)  # (R*B*T, n, p*p*C)
+        levels = scheduler.sample_timesteps(clean.shape[:2], device=clean.device)
+        clean, levels = gather_tokens(clean, ids), levels.gather(1, ids.squeeze(-1))
+        noisy, timestep = scheduler.corrupt(clean, noise, levels)
         target = prediction_target(scheduler, clean, noise)
-        condition = decoder.time_cond_embed.condition_proj(z).repeat(repeat, 1, 1)
+        condition = decoder.time_cond_embed.condition_proj(gather_tokens(z, hidden_ids))
         time = decoder.time_cond_embed.embed_timestep(timestep, z.dtype)
-        predicted = decoder.denoise(noisy, condition + time)
-        error = (predicted.float() - target.float()).square().mean(dim=-1)  # (R*B*T, N)
-        weight = hidden.squeeze(-1).float().repeat(repeat, 1)
-        error = error * weight / (weight.sum() + 1e-5)
+        predicted = decoder.denoise(noisy, condition.repeat(self.loss_repeat, 1, 1) + time)
+        error = (predicted.float() - target.float()).square().mean(dim=-1)  # (R*B*T, n)
+        error = error / (error.numel() + 1e-5)
         if num_frames == 1:
             return {"loss": error.sum()}
         per_frame = error.unflatten(0, (-1, num_frames)).sum(dim=(0, 2))  # (T,)

@@ -1,0 +1,84 @@
+"""Quality of the shipped models, and faults that only quality can show.
+
+Each fault is a line of the library that computes something else, with every shape and type right.
+It is put into a copy of the package, on which the scorer then runs as a process of its own.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).resolve().parents[2]
+PICTURES = ROOT / "assets" / "nova-tiny"
+CATEGORIES = ("single", "colors")
+TOLERANCE = 0.1  # 64 pictures of a share of 0.9: a standard error of 0.04
+
+# Name: (file, a line of it as it is, as the fault has it)
+FAULTS = {
+    "guidance leads away from the prompt": (
+        "models/guidance_scaler.py",
+        "        cond, uncond = x.chunk(2)\n",
+        "        uncond, cond = x.chunk(2)\n",
+    ),
+    "positions are those of the token before": (
+        "models/embeddings.py",
+        "return grid.flatten(0, 2).unsqueeze(0)",
+        "return grid.flatten(0, 2).roll(1, dims=0).unsqueeze(0)",
+    ),
+    "prompts of a batch are swapped": (
+        "models/embeddings.py",
+        "in zip(output, states, strict=True)",
+        "in zip(output, states[::-1], strict=True)",
+    ),
+    "hidden tokens have no vector": (
+        "models/embeddings.py",
+        "return self.bos_token, self.mask_token",
+        "return self.bos_token, self.mask_token * 0",
+    ),
+    "timesteps in the wrong order": (
+        "models/transformers/transformer_3d.py",
+        "in zip(scheduler.timesteps, values, table, strict=True)",
+        "in zip(scheduler.timesteps, values, table.flip(0), strict=True)",
+    ),
+}
+
+
+def evaluate(output: Path, package: Path = ROOT) -> float:
+    """Score the pictures' model with the package found there; returns the share that is right."""
+    command = [
+        *(sys.executable, ROOT / "scripts" / "evaluate_shapes.py", "--model", PICTURES),
+        *("--categories", *CATEGORIES, "--num", "16", "--output", output),
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(package), "HF_HUB_OFFLINE": "1"}
+    subprocess.run(command, check=True, env=environment, cwd=output.parent, timeout=280)
+    scores = json.loads((output / "scores.json").read_text())["scores"]
+    return (scores["seen"]["overall"]["right"] + scores["held out"]["overall"]["right"]) / 2
+
+
+def shipped_score() -> float:
+    """The share that is right by the model card's numbers."""
+    scores = json.loads((PICTURES / "scores.json").read_text())["scores"]
+    rows = [scores[split][name]["right"] for split in scores for name in CATEGORIES]
+    return sum(rows) / len(rows)
+
+
+def test_the_shipped_pictures_are_as_right_as_the_card_says(tmp_path):
+    assert evaluate(tmp_path / "scores") >= shipped_score() - TOLERANCE
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_the_score_notices(fault, tmp_path):
+    name, line, faulty_line = FAULTS[fault]
+    shutil.copytree(ROOT / "diffnext", tmp_path / "diffnext")
+    source = tmp_path / "diffnext" / name
+    text = source.read_text()
+    assert text.count(line) == 1, f"{name} has changed: plant this fault elsewhere"
+    source.write_text(text.replace(line, faulty_line))
+    assert evaluate(tmp_path / "scores", tmp_path) < shipped_score() - TOLERANCE
