@@ -66,6 +66,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--text-encoder", type=Path, help="folder of the Phi text encoder to copy")
     parser.add_argument("--tokenizer", type=Path, help="folder of the tokenizer to copy")
     parser.add_argument(
+        "--weights",
+        type=Path,
+        help="folder of a trained model to start from; what it does not have, such as the motion "
+        "of a picture model that is to learn clips, is initialised",
+    )
+    parser.add_argument(
         "--scheduler",
         choices=("flow", "ddpm"),
         default="flow",
@@ -123,9 +129,7 @@ def write_checkpoint(args: argparse.Namespace) -> None:
         if model_config.get("text_token_dim"):
             index["tokenizer"] = write_tokenizer(folder / "tokenizer", args)
             index["text_encoder"] = write_text_encoder(folder / "text_encoder", args, model_config)
-        index["transformer"] = write_transformer(
-            folder / "transformer", model_config, args.branch_gain
-        )
+        index["transformer"] = write_transformer(folder / "transformer", model_config, args)
         write_json(folder / INDEX_FILE, index)
         if args.output.exists():
             args.output.rmdir()
@@ -235,15 +239,42 @@ def tiny_text_encoder(width: int) -> PhiEncoderModel:
     )
 
 
-def write_transformer(folder: Path, model_config: dict[str, Any], branch_gain: float) -> list[str]:
+def write_transformer(
+    folder: Path, model_config: dict[str, Any], args: argparse.Namespace
+) -> list[str]:
     """Initialise and save NOVA; returns its index entry."""
     model = NOVATransformer3DModel(**model_config)
     for module in model.modules():
         if isinstance(module, Block):  # residual branches that end with a norm: arXiv:2111.09883
-            nn.init.constant_(module.norm1.weight, branch_gain)
-            nn.init.constant_(module.norm2.weight, branch_gain)
+            nn.init.constant_(module.norm1.weight, args.branch_gain)
+            nn.init.constant_(module.norm2.weight, args.branch_gain)
+    if args.weights:
+        take_weights(model, args.weights)
     model.save_pretrained(folder)
     return [write_shim(folder, "transformer", type(model).__name__), type(model).__name__]
+
+
+def take_weights(model: NOVATransformer3DModel, source: Path) -> None:
+    """Copy the weights of a trained model, and name the parts that it does not have.
+
+    Args:
+        model: Changed in place.
+        source: A release folder or checkpoint.
+
+    Raises:
+        ValueError: If a weight has no place in the model, or another shape.
+    """
+    trained = NOVATransformer3DModel.from_pretrained(source / "transformer").state_dict()
+    fresh = model.state_dict()
+    for name, weight in trained.items():
+        shape = tuple(fresh[name].shape) if name in fresh else None
+        if shape != tuple(weight.shape):
+            raise ValueError(
+                f"--weights {source}: {name} is {tuple(weight.shape)}, the config has {shape}"
+            )
+    model.load_state_dict(trained, strict=False)
+    parts = sorted({name.split(".")[0] for name in fresh.keys() - trained.keys()})
+    print(f"Weights of {source}; initialised: {', '.join(parts) or 'nothing'}")
 
 
 if __name__ == "__main__":

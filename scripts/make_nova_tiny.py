@@ -56,8 +56,8 @@ class Lesson:
 # pictures in which the one shape, of any colour, may be anywhere.
 LESSONS = (
     Lesson("centered", ("single", "colors", "colors"), 8000, 2500, is_centered=True),
-    Lesson("single", ("single", "colors", "colors"), 12000, 6000),
-    Lesson("all", CATEGORIES, 40000, 24000),
+    Lesson("single", ("single", "colors", "colors"), 10000, 4000),
+    Lesson("all", CATEGORIES, 30000, 24000),
 )
 
 
@@ -90,6 +90,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = ["--model", args.output, "--output", scores, "--num", str(args.num_prompts)]
     command = [sys.executable, SCRIPTS / "evaluate_shapes.py", *options]
     run_stage(Stage("scores", scores / "scores.json", command), args.work)
+    shutil.copy(scores / "scores.json", args.output)
     print(f"\nWrote {args.output}; hours by stage: {read_times(args.work)}")
 
 

@@ -74,6 +74,7 @@ class LossSettings:
     mse: float = key("Squared error of pixels.", 1.0)
     gradient: float = key("Absolute error of the differences between neighbours.", 0.5)
     kl: float = key("Divergence of the posterior from the unit normal.", 0.01)
+    alignment: float = key("Squared distance from the latents of align_with.", 1.0)
 
 
 @dataclass
@@ -122,6 +123,11 @@ class Settings:
     output_dir: str = key("Folder for the model, the comparison and the training state.")
     init_from: str | None = key(
         "Folder of an autoencoder to start from; null: at random. Clips may start from pictures.",
+        None,
+    )
+    align_with: str | None = key(
+        "Folder of an image autoencoder whose latents of every (fourth) frame are approached, so "
+        "that a generator for those can work with these; then latents are not standardized.",
         None,
     )
     model_class: str = key("AutoencoderKL, or AutoencoderKLOpenSora for clips.", "AutoencoderKL")
@@ -185,8 +191,32 @@ def gradient_error(x: Tensor, y: Tensor) -> Tensor:
     return error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
 
 
+def alignment_error(mean: Tensor, x: Tensor, teacher: AutoencoderKL) -> Tensor:
+    """Mean squared distance of posterior means from the scaled means of an image autoencoder.
+
+    Args:
+        mean: (B, C, h, w), or (B, C, T, h, w) of clips.
+        x: Pictures or clips, -1 to 1; of clips, the first frame counts and the last of every
+            further group that shares a latent frame.
+        teacher: The image autoencoder.
+    """
+    with torch.no_grad():
+        if x.ndim == 4:
+            wanted = teacher.scale_(teacher.encode(x).latent_dist.mean)
+        else:
+            stride = (x.size(2) - 1) // max(mean.size(2) - 1, 1) or 1
+            frames = x[:, :, ::stride].transpose(1, 2)  # (B, T, 3, H, W)
+            wanted = teacher.scale_(teacher.encode(frames.flatten(0, 1)).latent_dist.mean)
+            wanted = wanted.unflatten(0, frames.shape[:2]).transpose(1, 2)
+    return F.mse_loss(mean, wanted)
+
+
 def autoencoder_loss(
-    vae: Autoencoder, x: Tensor, weights: LossSettings, generator: torch.Generator
+    vae: Autoencoder,
+    x: Tensor,
+    weights: LossSettings,
+    generator: torch.Generator,
+    teacher: AutoencoderKL | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Loss of one batch.
 
@@ -195,6 +225,7 @@ def autoencoder_loss(
         x: Pictures or clips, -1 to 1.
         weights: Weights of the terms.
         generator: Source of the posterior sample.
+        teacher: Whose latents are approached, if anyone's.
 
     Returns:
         The loss, a scalar, and the reconstruction, of the shape of ``x``.
@@ -207,6 +238,8 @@ def autoencoder_loss(
     y = vae.decode(posterior.sample(generator)).sample
     loss = weights.l1 * F.l1_loss(y, x) + weights.mse * F.mse_loss(y, x)
     loss = loss + weights.gradient * gradient_error(y, x) + weights.kl * divergence
+    if teacher is not None:
+        loss = loss + weights.alignment * alignment_error(mean, x, teacher)
     return loss, y.detach()
 
 
@@ -449,6 +482,10 @@ class AutoencoderTrainer:
         vae = build_model(settings)
         check_model(vae, settings)
         self.vae = vae.float().to(self.device).train()
+        self.teacher = None
+        if settings.align_with:
+            teacher = AutoencoderKL.from_pretrained(settings.align_with).float()
+            self.teacher = teacher.to(self.device).eval().requires_grad_(False)
         self.optimizer = torch.optim.AdamW(
             self.vae.parameters(),
             lr=settings.optimizer.learning_rate,
@@ -499,7 +536,7 @@ class AutoencoderTrainer:
         seed = self.settings.training.seed
         generator = torch.Generator(self.device).manual_seed(seed * 1_000_003 + self.step)
         x = self.to_device(self.sampler.batch(TRAINING, self.step))
-        loss, y = autoencoder_loss(self.vae, x, self.settings.loss, generator)
+        loss, y = autoencoder_loss(self.vae, x, self.settings.loss, generator, self.teacher)
         if not torch.isfinite(loss):
             raise FloatingPointError(
                 f"the loss is {loss.item()} at step {self.step}; lower optimizer.learning_rate "
@@ -542,17 +579,23 @@ class AutoencoderTrainer:
         """Standardize the latents of a copy of the model and write it."""
         settings = self.settings.export
         vae = copy.deepcopy(self.vae).eval().requires_grad_(False)
-        batches = [
-            self.to_device(self.sampler.batch(MEASUREMENT, index))
-            for index in range(settings.measured_batches)
-        ]
         if settings.posterior_scale != 1:
             scale_posterior(vae, settings.posterior_scale)
-        statistics = measure_latents(vae, batches)
-        adjust = whiten_latents if settings.whiten else standardize_latents
-        adjust(vae, statistics)
+        if self.teacher is not None:
+            vae.register_to_config(scaling_factor=1.0, shift_factor=None)
+        else:
+            adjust = whiten_latents if settings.whiten else standardize_latents
+            adjust(vae, self.measure(vae))
         nn.Module.to(vae, dtype=getattr(torch, settings.dtype))
         save_model(vae, self.model_dir)
+
+    def measure(self, vae: Autoencoder) -> LatentStatistics:
+        """Measure latents on batches of their own."""
+        batches = [
+            self.to_device(self.sampler.batch(MEASUREMENT, index))
+            for index in range(self.settings.export.measured_batches)
+        ]
+        return measure_latents(vae, batches)
 
     def save_state(self) -> None:
         """Write the training state and the model of this step."""
@@ -561,7 +604,8 @@ class AutoencoderTrainer:
             "model": self.vae.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "settings": {
-                name: getattr(self.settings, name) for name in ("model_class", "model", "init_from")
+                name: getattr(self.settings, name)
+                for name in ("model_class", "model", "init_from", "align_with")
             },
         }
         fresh = self.state_path.with_suffix(".new")

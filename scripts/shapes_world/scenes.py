@@ -36,7 +36,7 @@ BACKGROUNDS: dict[str, Color] = {
     "navy": (20, 24, 70),
 }
 SHAPES = ("circle", "square", "triangle", "star", "ring", "cross")
-SIZES = {"small": 0.15, "medium": 0.19, "large": 0.25}  # radii
+SIZES = {"small": 0.15, "medium": 0.18, "large": 0.21}  # radii
 RELATIONS: dict[str, Point] = {
     "left of": (-1, 0),
     "right of": (1, 0),
@@ -48,7 +48,7 @@ CLIP_CATEGORIES = ("single", "two", "colors", "attribution")
 MAX_COUNT = 4
 MARGIN = 0.03  # between shapes and the border
 GAP = 0.06  # between shapes
-GRID = 8  # centers lie on multiples of 1 / GRID: a small model has few offsets of tokens to learn
+GRID = 4  # centers lie on multiples of 1 / GRID, corners of tokens: few parts of shapes to learn
 
 # In no training picture: a fifth of the pairs of colour and shape.
 HELD_OUT_COLORINGS = frozenset(
@@ -153,8 +153,8 @@ MOTIONS = {
         Motion("moving up", shift=(0.0, -0.5)),
         Motion("moving down", shift=(0.0, 0.5)),
         Motion("turning", turn=math.pi / 2),
-        Motion("growing", growth=1.8),
-        Motion("shrinking", growth=1 / 1.8),
+        Motion("growing", growth=1.4),
+        Motion("shrinking", growth=1 / 1.4),
     )
 }
 ROUND = ("circle", "ring")  # nobody sees them turn

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
+from safetensors.torch import load_file
 
 from diffnext.pipelines import NOVAPipeline
 from diffnext.pipelines.nova.pipeline_nova_c2i import NOVAC2IPipeline
@@ -14,6 +16,7 @@ from tests.tiny import make_vae
 ROOT = Path(__file__).parents[2]
 SHAPES = ROOT / "configs" / "nova_shapes_t2i.yaml"
 SHAPES_T2V = ROOT / "configs" / "nova_shapes_t2v.yaml"
+WEIGHTS = Path("transformer", "diffusion_pytorch_model.safetensors")
 SHAPES_C2I = ROOT / "configs" / "nova_shapes_c2i.yaml"
 
 
@@ -90,6 +93,30 @@ def test_branches_can_start_closed_and_noise_high(tmp_path, vae):
     tokens = torch.randn(1, 4, 128)
     assert torch.equal(pipe.transformer.video_encoder.blocks[0](tokens), tokens)
     assert pipe.scheduler.config.shift == 3
+
+
+def test_a_video_model_starts_from_a_picture_model(tmp_path, vae, capsys):
+    pictures, clips = tmp_path / "pictures", tmp_path / "clips"
+    assert init("--config", SHAPES, "--output", pictures, "--tiny", "--vae", vae) == 0
+    options = ("--tiny", "--weights", pictures, "--seed", "1")
+    assert init("--config", SHAPES_T2V, "--output", clips, *options) == 0
+    assert "initialised: motion_embed\n" in capsys.readouterr().out
+    first, second = (load_file(folder / WEIGHTS) for folder in (pictures, clips))
+    assert all(torch.equal(weight, second[name]) for name, weight in first.items())
+
+
+def test_weights_of_another_shape_are_named(tmp_path, vae, capsys):
+    assert init("--config", SHAPES, "--output", tmp_path / "nova", "--tiny", "--vae", vae) == 0
+    config = OmegaConf.load(SHAPES)
+    config.pipeline.paths.module_config.transformer.arch = [
+        "vit_d3w192",
+        "vit_d6w192",
+        "mlp_d3w192",
+    ]
+    OmegaConf.save(config, tmp_path / "wide.yaml")
+    options = ("--tiny", "--vae", vae, "--weights", tmp_path / "nova")
+    assert init("--config", tmp_path / "wide.yaml", "--output", tmp_path / "b", *options) == 1
+    assert "proj.weight is (128, 4, 4, 4), the config has (192, 4, 4, 4)" in capsys.readouterr().err
 
 
 def test_prompts_are_told_apart(tmp_path, vae):

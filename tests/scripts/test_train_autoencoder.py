@@ -251,6 +251,36 @@ def test_whitening_keeps_noisy_reconstructions(script, kind):
 
 
 @pytest.mark.parametrize("kind", MODELS)
+def test_latents_approach_those_of_an_image_autoencoder(
+    script, config_file, video_config_file, kind
+):
+    teacher = AutoencoderKL(**{**TINY_MODEL, "block_out_channels": [32, 32, 32, 32]})
+    teacher.save_pretrained(config_file.parent / "teacher")
+    is_video = kind == "AutoencoderKLOpenSora"
+    config = OmegaConf.load(video_config_file if is_video else config_file)
+    config.align_with = str(config_file.parent / "teacher")
+    config.model = {**MODELS[kind][1], "block_out_channels": [64, 32, 32, 64]}
+    config.optimizer.learning_rate = 0.003
+    config.data.clip_lengths = [5] if is_video else [1]
+    distances = []
+    for steps in (1, 20):
+        config.training.steps = steps
+        path = config_file.parent / "aligned.yaml"
+        OmegaConf.save(config, path)
+        script.main([f"config={path}", "training.resume=false"])
+        vae = MODELS[kind][0].from_pretrained(run_folder(config_file) / "vae")
+        assert vae.config.scaling_factor == 1
+        trainer = script.AutoencoderTrainer(script.load_settings([f"config={path}"]))
+        x = trainer.sampler.batch(autoencoder_data.EVALUATION, 0)
+        with torch.no_grad():
+            mean = vae.encode(x).latent_dist.mean
+            wanted = teacher.encode(x[:, :, -1] if is_video else x).latent_dist.mean
+        last = mean[:, :, -1] if is_video else mean
+        distances.append((last - wanted * teacher.config.scaling_factor).square().mean())
+    assert distances[1] < 0.85 * distances[0]
+
+
+@pytest.mark.parametrize("kind", MODELS)
 def test_a_narrower_posterior_has_the_same_means(script, kind):
     vae = fresh_autoencoder(kind)
     x = random_pixels(kind, 2)
