@@ -1,4 +1,4 @@
-# make demo       set up, train a tiny NOVA on two pictures and draw them
+# make demo       set up, draw with assets/nova-tiny, train a NOVA on two pictures and draw them
 # make demo-video the same on two clips
 # make nova-tiny  make assets/nova-tiny anew, in nova_tiny/; takes hours, continues when stopped
 # make test       set up, lint, run the tests
@@ -16,6 +16,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 .PHONY: demo demo-video nova-tiny test test-slow lint format setup setup-test clean-demo
 
 demo: setup
+	$(BIN)/python scripts/draw_shapes.py --output demo
 	$(BIN)/python scripts/demo.py
 
 demo-video: setup

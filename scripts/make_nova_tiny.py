@@ -57,7 +57,7 @@ class Lesson:
 LESSONS = (
     Lesson("centered", ("single", "colors", "colors"), 8000, 2500, is_centered=True),
     Lesson("single", ("single", "colors", "colors"), 10000, 4000),
-    Lesson("all", CATEGORIES, 30000, 24000),
+    Lesson("all", CATEGORIES, 30000, 10000),
 )
 
 
