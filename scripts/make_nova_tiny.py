@@ -3,8 +3,8 @@
     python scripts/make_nova_tiny.py --work nova_tiny --output assets/nova-tiny
 
 Every stage is a command of this repository; it is shown, and skipped when its result is there. The
-same command continues after an interruption. NOVA learns in lessons, from single shapes in the
-middle to pictures of all kinds. The time of each stage, all attempts together, is in times.json of
+same command continues after an interruption. NOVA learns in lessons, from shapes in a few fixed
+places to shapes anywhere. The time of each stage, all attempts together, is in times.json of
 the work folder. The output holds the average of the weights (EMA), in float16.
 """
 
@@ -42,7 +42,7 @@ class Lesson:
         categories: Kinds of pictures; a kind that is named twice is twice as frequent.
         num_records: Pictures.
         steps: Of training.
-        is_centered: Whether single shapes stand in the middle.
+        is_centered: Whether shapes stand in the same places in every picture.
     """
 
     name: str
@@ -53,11 +53,10 @@ class Lesson:
 
 
 # Words are learnt where they explain most of a picture: in thousands of steps less than from
-# pictures in which the one shape, of any colour, may be anywhere.
+# pictures in which shapes, of any colour, may be anywhere.
 LESSONS = (
-    Lesson("centered", ("single", "colors", "colors"), 8000, 2500, is_centered=True),
-    Lesson("single", ("single", "colors", "colors"), 10000, 4000),
-    Lesson("all", CATEGORIES, 30000, 10000),
+    Lesson("centered", CATEGORIES, 16000, 5000, is_centered=True),
+    Lesson("all", CATEGORIES, 40000, 24000),
 )
 
 

@@ -111,7 +111,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         choices=CATEGORIES,
         help="kinds of pictures, drawn evenly; naming one twice doubles it (all)",
     )
-    parser.add_argument("--centered", action="store_true", help="single shapes in the middle")
+    parser.add_argument("--centered", action="store_true", help="always the same places")
     parser.add_argument("--batch-size", type=int, default=16, help="pictures encoded at once (16)")
     parser.add_argument("--device", default="cpu", help="where to encode: cpu, cuda (cpu)")
     args = parser.parse_args(argv)

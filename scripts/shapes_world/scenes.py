@@ -290,7 +290,8 @@ def draw_scene(
     Args:
         rng: Source of randomness.
         description: May hold out combinations itself.
-        is_centered: A shape that is alone stands in the middle.
+        is_centered: Shapes stand in the same places around the middle in every picture, so that
+            words explain as much of it as they can.
     """
     shared = choose(rng, allowed_colors(description.mentions[0].shape))
     wanted = description.expand()
@@ -301,8 +302,9 @@ def draw_scene(
     ]
     while True:
         radii = _draw_radii(rng, wanted)
-        centers = [(0.5, 0.5)]
-        if len(radii) > 1 or not is_centered:
+        if is_centered:
+            centers = _center(len(radii), description.relation)
+        else:
             centers = _place(rng, radii, description.relation)
         if centers is not None:
             break
@@ -334,6 +336,16 @@ def _place(
         if all(math.dist(centers[i], centers[j]) > radii[i] + radii[j] + GAP for i, j in pairs):
             return centers
     return None
+
+
+def _center(count: int, relation: str | None) -> list[Point]:
+    """One place for each shape around the middle; without a relation the first one is left."""
+    if count == 1:
+        return [(0.5, 0.5)]
+    if count > 2:
+        return [(0.25, 0.25), (0.75, 0.25), (0.25, 0.75), (0.75, 0.75)][:count]
+    x, y = RELATIONS[relation or "left of"]
+    return [(0.5 + x / 4, 0.5 + y / 4), (0.5 - x / 4, 0.5 - y / 4)]
 
 
 def _draw_center(rng: np.random.Generator, radius: float) -> Point:
