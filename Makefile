@@ -1,6 +1,6 @@
 # make demo       set up, draw with assets/nova-tiny, train a NOVA on two pictures and draw them
 # make demo-video the same on two clips
-# make nova-tiny  make assets/nova-tiny anew, in nova_tiny/; takes hours, continues when stopped
+# make nova-tiny  make assets/nova-tiny and -video anew, in nova_tiny/; takes hours, continues when stopped
 # make test       set up, lint, run the tests
 # make test-slow  the slow tests as well
 #

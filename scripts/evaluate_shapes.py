@@ -2,13 +2,15 @@
 
     python scripts/evaluate_shapes.py --model assets/nova-tiny --output scores
     python scripts/evaluate_shapes.py --model assets/nova-tiny --sweep guidance_scale 1 2 3 5 7
+    python scripts/evaluate_shapes.py --model assets/nova-tiny-video --clips --given-frames 1
     python scripts/evaluate_shapes.py --truth
     python scripts/evaluate_shapes.py --vae assets/nova-tiny/vae
 
 Prompts are drawn by lot in the categories of GenEval (arXiv:2310.11513), separately those whose
 combinations were in the training data and those held out. A picture is right if a detector finds
 exactly the shapes, colours, number and relation of the prompt; a clip is right if its first frame
-is, 90 % of its frames show the shapes of the prompt, and the first shape moves as asked. `--truth`
+is, 90 % of its frames show the shapes of the prompt, and the first shape moves as asked. With
+`--given-frames` models continue rendered clips, and every colour is named. `--truth`
 scores rendered pictures instead, with their captions and with captions in a wrong order, and
 `--vae` reconstructions. The folder gets scores.json, scores.md and sheet.png, failures framed red.
 """
@@ -32,7 +34,14 @@ from PIL import Image, ImageDraw, ImageOps
 from shapes_world.captions import write_prompt
 from shapes_world.evaluation import Verdict, judge, select_descriptions
 from shapes_world.rendering import render_clip, render_scene
-from shapes_world.scenes import CATEGORIES, CLIP_CATEGORIES, Description, draw_clip, draw_scene
+from shapes_world.scenes import (
+    CATEGORIES,
+    CLIP_CATEGORIES,
+    Description,
+    draw_clip,
+    draw_scene,
+    name_colors,
+)
 from tqdm import tqdm
 
 from diffnext.pipelines import NOVAPipeline
@@ -96,6 +105,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--categories", nargs="+", choices=CATEGORIES, help="some only (all)")
     parser.add_argument("--clips", action="store_true", help="score clips, not pictures")
     parser.add_argument("--num-frames", type=int, default=17, help="frames of clips (17)")
+    parser.add_argument(
+        "--given-frames", type=int, default=0, help="clips begin with these: 1 is a picture (0)"
+    )
     parser.add_argument("--guidance-scale", type=float, default=3.0, help="(3)")
     parser.add_argument("--num-inference-steps", type=int, default=16, help="sets a frame (16)")
     parser.add_argument("--num-diffusion-steps", type=int, default=25, help="a set (25)")
@@ -112,6 +124,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args.categories = args.categories or list(known)
     if not set(args.categories) <= set(known):
         parser.error(f"--clips are of the categories {', '.join(known)}")
+    if not 0 <= args.given_frames < args.num_frames or (args.given_frames and not args.clips):
+        parser.error("--given-frames needs --clips, and must be below --num-frames")
     options = ("guidance_scale", "num_inference_steps", "num_diffusion_steps")
     if args.sweep and (args.sweep[0] not in options or len(args.sweep) < 2):
         parser.error(f"--sweep takes one of {', '.join(options)} and its values")
@@ -130,6 +144,7 @@ def evaluate_model(args: argparse.Namespace) -> None:
         "guidance_scale": args.guidance_scale,
         "num_inference_steps": args.num_inference_steps,
         "num_diffusion_steps": args.num_diffusion_steps,
+        **({"given_frames": args.given_frames} if args.clips else {}),
         "seed": args.seed,
         "seconds": round(time.monotonic() - begin, 1),
     }
@@ -187,6 +202,9 @@ def draw_all(args: argparse.Namespace, draw: Draw) -> list[Drawing]:
             category, held_out, args.num, args.seed, is_clip=args.clips
         )
     ]
+    if args.given_frames:
+        rng = np.random.default_rng(args.seed)
+        wanted = [(*names, name_colors(rng, description)) for *names, description in wanted]
     drawings = []
     for start in tqdm(range(0, len(wanted), args.batch_size), unit="batch", leave=False):
         batch = wanted[start : start + args.batch_size]
@@ -229,10 +247,21 @@ def pipeline_drawer(pipe: NOVAPipeline, args: argparse.Namespace) -> Draw:
             disable_progress_bar=True,
             vae_batch_size=len(descriptions),
             **({"num_frames": args.num_frames} if args.clips else {}),
+            **given_frames(args, descriptions, seed),
         )
         return output.frames if args.clips else output.images[:, None]
 
     return draw
+
+
+def given_frames(
+    args: argparse.Namespace, descriptions: Sequence[Description], seed: int
+) -> dict[str, ndarray]:
+    """Argument of the pipeline with the rendered frames that clips begin with."""
+    if not args.given_frames:
+        return {}
+    clips = np.stack([clip[: args.given_frames] for clip in render(args, descriptions, seed)])
+    return {"image": clips[:, 0]} if args.given_frames == 1 else {"video": clips}
 
 
 @torch.no_grad()

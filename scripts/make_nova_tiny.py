@@ -1,11 +1,16 @@
-"""Make assets/nova-tiny from nothing: autoencoder, records, NOVA, scores.
+"""Make assets/nova-tiny and assets/nova-tiny-video from nothing: data, autoencoders, NOVA, scores.
 
-    python scripts/make_nova_tiny.py --work nova_tiny --output assets/nova-tiny
+    python scripts/make_nova_tiny.py --work nova_tiny
+    python scripts/make_nova_tiny.py --work try --scale 0.1 --seed 1 --only nova-tiny
 
 Every stage is a command of this repository; it is shown, and skipped when its result is there. The
-same command continues after an interruption. NOVA learns in lessons, from shapes in a few fixed
-places to shapes anywhere. The time of each stage, all attempts together, is in times.json of
-the work folder. The output holds the average of the weights (EMA), in float16.
+same command continues after an interruption. NOVA learns pictures in lessons, from one shape in
+the middle to shapes anywhere; the model of clips starts from the weights of that of pictures,
+WORK/nova-tiny, wherever that came from. The work folder receives
+
+    nova-tiny/, nova-tiny-video/  release folders: the average of the weights (EMA), in float16
+    *_scores/                     scores.json, scores.md and a sheet of pictures of each
+    times.json                    hours of each stage, all attempts together
 """
 
 from __future__ import annotations
@@ -18,19 +23,22 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from demo import ROOT, run
 from omegaconf import OmegaConf
-from shapes_world.scenes import CATEGORIES
+from shapes_world.scenes import CATEGORIES, CLIP_CATEGORIES
 
 from diffnext.pipelines import NOVAPipeline
 from diffnext.pipelines.release_folder import read_json, write_json
 
 SCRIPTS = ROOT / "scripts"
-AUTOENCODER_CONFIG = ROOT / "configs" / "autoencoder_shapes.yaml"
-MODEL_CONFIG = ROOT / "configs" / "nova_shapes_t2i.yaml"
-NUM_HELD_OUT_RECORDS = 512
+CONFIGS = ROOT / "configs"
+IMAGE_AUTOENCODER_CONFIG = CONFIGS / "autoencoder_shapes.yaml"
+VIDEO_AUTOENCODER_CONFIG = CONFIGS / "autoencoder_shapes_video.yaml"
+IMAGE_MODEL_CONFIG = CONFIGS / "nova_shapes_t2i.yaml"
+VIDEO_MODEL_CONFIG = CONFIGS / "nova_shapes_t2v.yaml"
 
 
 @dataclass(frozen=True)
@@ -40,9 +48,10 @@ class Lesson:
     Attributes:
         name: In the names of folders.
         categories: Kinds of pictures; a kind that is named twice is twice as frequent.
-        num_records: Pictures.
+        num_records: Pictures, or clips.
         steps: Of training.
         is_centered: Whether shapes stand in the same places in every picture.
+        is_clip: Whether it is of clips.
     """
 
     name: str
@@ -50,14 +59,20 @@ class Lesson:
     num_records: int
     steps: int
     is_centered: bool = False
+    is_clip: bool = False
 
 
 # Words are learnt where they explain most of a picture: in thousands of steps less than from
-# pictures in which shapes, of any colour, may be anywhere.
-LESSONS = (
-    Lesson("centered", CATEGORIES, 16000, 5000, is_centered=True),
+# pictures in which shapes, of any colour, may be anywhere, or next to others.
+PICTURE_LESSONS = (
+    Lesson("one_centered", ("single", "colors", "colors"), 8000, 2000, is_centered=True),
+    Lesson("all_centered", CATEGORIES, 16000, 4000, is_centered=True),
     Lesson("all", CATEGORIES, 40000, 24000),
 )
+CLIP_LESSONS = (Lesson("clips", CLIP_CATEGORIES, 6000, 6000, is_clip=True),)
+HELD_OUT_PICTURES = Lesson("held_out", CATEGORIES, 512, steps=0)
+HELD_OUT_CLIPS = Lesson("held_out_clips", CLIP_CATEGORIES, 64, steps=0, is_clip=True)
+PRODUCTS = ("nova-tiny", "nova-tiny-video")
 
 
 @dataclass(frozen=True)
@@ -76,21 +91,20 @@ class Stage:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run all stages."""
+    """Make each product whose folder is not there, and score it."""
     args = parse_args(argv)
     args.work.mkdir(parents=True, exist_ok=True)
-    stages = make_stages(args)
-    for stage in stages:
-        if not stage.result.exists():
-            run_stage(stage, args.work)
-    if not args.output.exists():
-        export(stages[-1].result, args.output)
-    scores = args.work / "scores"
-    options = ["--model", args.output, "--output", scores, "--num", str(args.num_prompts)]
-    command = [sys.executable, SCRIPTS / "evaluate_shapes.py", *options]
-    run_stage(Stage("scores", scores / "scores.json", command), args.work)
-    shutil.copy(scores / "scores.json", args.output)
-    print(f"\nWrote {args.output}; hours by stage: {read_times(args.work)}")
+    for product in args.only or PRODUCTS:
+        output = args.work / product
+        is_video = product == "nova-tiny-video"
+        if not output.exists():
+            stages = make_clip_stages(args) if is_video else make_picture_stages(args)
+            for stage in stages:
+                if not stage.result.exists():
+                    run_stage(stage, args.work)
+            export(stages[-1].result, output)
+        score_release(args, output, is_video)
+        print(f"\nWrote {output}; hours by stage: {read_times(args.work)}")
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -99,7 +113,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--work", type=Path, default=Path("nova_tiny"), help="(nova_tiny)")
-    parser.add_argument("--output", type=Path, help="release folder to write (WORK/nova-tiny)")
+    parser.add_argument("--only", nargs="+", choices=PRODUCTS, help="make these only (both)")
     parser.add_argument(
         "--scale", type=float, default=1.0, help="of all steps and records; 0.1 for a try (1)"
     )
@@ -107,45 +121,92 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of weights, data and order (0)")
     args = parser.parse_args(argv)
     args.work = args.work.resolve()
-    args.output = (args.output or args.work / "nova-tiny").resolve()
     return args
 
 
-def make_stages(args: argparse.Namespace) -> list[Stage]:
-    """Everything up to the trained model."""
-    work, python = args.work, sys.executable
-    vae, base = work / "autoencoder" / "vae", work / "base"
-    steps = scaled(OmegaConf.load(AUTOENCODER_CONFIG).training.steps, args)
-    fit = [
-        *(python, SCRIPTS / "train_autoencoder.py", f"config={AUTOENCODER_CONFIG}"),
-        *(f"training.steps={steps}", f"training.seed={args.seed}", f"output_dir={vae.parent}"),
+def make_picture_stages(args: argparse.Namespace) -> list[Stage]:
+    """Everything up to the trained model of pictures."""
+    fit = fit_stage(args, "autoencoder", IMAGE_AUTOENCODER_CONFIG)
+    base = args.work / "base"
+    options = ["--tiny", "--branch-gain", "0"]
+    return [
+        fit,
+        render_stage(args, HELD_OUT_PICTURES, seed=0),
+        initialize_stage(args, base, IMAGE_MODEL_CONFIG, "autoencoder", options),
+        *lesson_stages(args, PICTURE_LESSONS, base, first_seed=1),
     ]
-    initialize = [
-        *(python, SCRIPTS / "init_checkpoint.py", "--config", MODEL_CONFIG, "--tiny"),
-        *("--vae", vae, "--output", base, "--seed", str(args.seed)),
-        *("--branch-gain", "0", "--shift", "3"),
+
+
+def make_clip_stages(args: argparse.Namespace) -> list[Stage]:
+    """Everything up to the trained model of clips, which starts from the model of pictures.
+
+    Its autoencoder has the same latents; it starts from an image autoencoder of its own widths.
+    """
+    pictures, base = args.work / "nova-tiny", args.work / "clip_base"
+    like_pictures = f"align_with={pictures / 'vae'}"
+    widths = OmegaConf.load(VIDEO_AUTOENCODER_CONFIG).model.block_out_channels
+    overrides = [f"model.block_out_channels={list(widths)}".replace(" ", ""), like_pictures]
+    start = fit_stage(args, "frame_autoencoder", IMAGE_AUTOENCODER_CONFIG, overrides)
+    overrides = [f"init_from={start.result.parent / 'vae'}", like_pictures]
+    fit = fit_stage(args, "clip_autoencoder", VIDEO_AUTOENCODER_CONFIG, overrides)
+    options = ["--weights", pictures, "--text-encoder", pictures / "text_encoder"]
+    options += ["--tokenizer", pictures / "tokenizer"]
+    return [
+        *(start, fit),
+        render_stage(args, HELD_OUT_CLIPS, seed=100),
+        initialize_stage(args, base, VIDEO_MODEL_CONFIG, "clip_autoencoder", options),
+        *lesson_stages(args, CLIP_LESSONS, base, first_seed=101),
     ]
-    held_out = Lesson("held_out", CATEGORIES, NUM_HELD_OUT_RECORDS, steps=0)
-    stages = [
-        Stage("autoencoder", vae.parent / "done", fit),
-        render_stage(args, held_out, seed=1000 * args.seed),
-        Stage("base", base, initialize),
-    ]
-    for index, lesson in enumerate(LESSONS, start=1):
-        pretrained = base if index == 1 else stages[-1].result
-        stages.append(render_stage(args, lesson, seed=1000 * args.seed + index))
-        stages.append(train_stage(args, lesson, pretrained))
+
+
+def lesson_stages(
+    args: argparse.Namespace, lessons: Sequence[Lesson], base: Path, first_seed: int
+) -> list[Stage]:
+    """Records and training of each lesson; each starts from the average of the one before."""
+    stages: list[Stage] = []
+    for index, lesson in enumerate(lessons):
+        stages.append(render_stage(args, lesson, first_seed + index))
+        stages.append(train_stage(args, lesson, base))
+        base = stages[-1].result
     return stages
 
 
+def fit_stage(
+    args: argparse.Namespace, name: str, config: Path, overrides: Sequence[str] = ()
+) -> Stage:
+    """Fit an autoencoder; the script leaves no mark at the end, so the stage does."""
+    output = args.work / name
+    steps = scaled(OmegaConf.load(config).training.steps, args)
+    command = [
+        *(sys.executable, SCRIPTS / "train_autoencoder.py", f"config={config}"),
+        *(f"training.steps={steps}", f"training.seed={args.seed}", f"output_dir={output}"),
+        *overrides,
+    ]
+    return Stage(name, output / "done", command)
+
+
+def initialize_stage(
+    args: argparse.Namespace, output: Path, config: Path, autoencoder: str, options: Sequence[Any]
+) -> Stage:
+    """Put the untrained model together."""
+    command = [
+        *(sys.executable, SCRIPTS / "init_checkpoint.py", "--config", config, "--output", output),
+        *("--vae", args.work / autoencoder / "vae", "--seed", str(args.seed), "--shift", "3"),
+        *options,
+    ]
+    return Stage(output.name, output, command)
+
+
 def render_stage(args: argparse.Namespace, lesson: Lesson, seed: int) -> Stage:
-    """Render and encode the pictures of a lesson."""
+    """Render and encode the pictures or clips of a lesson."""
     output = args.work / f"{lesson.name}_records"
+    autoencoder = "clip_autoencoder" if lesson.is_clip else "autoencoder"
     command = [
         *(sys.executable, SCRIPTS / "make_shapes_dataset.py", "--output", output),
-        *("--vae", args.work / "autoencoder" / "vae", "--seed", str(seed)),
+        *("--vae", args.work / autoencoder / "vae", "--seed", str(1000 * args.seed + seed)),
         *("--num", str(scaled(lesson.num_records, args)), "--categories", *lesson.categories),
         *(["--centered"] if lesson.is_centered else []),
+        *(["--clips"] if lesson.is_clip else []),
     ]
     return Stage(output.name, output, command)
 
@@ -155,20 +216,33 @@ def train_stage(args: argparse.Namespace, lesson: Lesson, pretrained: Path) -> S
     threads = os.environ.get("OMP_NUM_THREADS") or str(os.cpu_count() or 1)
     steps = scaled(lesson.steps, args)
     output = args.work / f"{lesson.name}_training"
+    held_out = HELD_OUT_CLIPS if lesson.is_clip else HELD_OUT_PICTURES
     command = [
         *(Path(sys.executable).parent / "accelerate", "launch", "--num_processes", "1"),
         *("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"),
         *("--num_cpu_threads_per_process", threads, SCRIPTS / "train.py"),
-        f"config={MODEL_CONFIG}",
+        f"config={VIDEO_MODEL_CONFIG if lesson.is_clip else IMAGE_MODEL_CONFIG}",
         f"pipeline.paths.pretrained_path={pretrained}",
         f"experiment.output_dir={output}",
         f"train_dataloader.params.dataset={args.work / f'{lesson.name}_records'}",
-        f"validation.holdout={args.work / 'held_out_records'}",
+        f"validation.holdout={args.work / f'{held_out.name}_records'}",
         f"training.max_train_steps={steps}",
         f"lr_scheduler.params.warmup_steps={min(200, steps // 10)}",
         f"training.seed={1337 + args.seed}",
     ]
     return Stage(output.name, output / "ema_checkpoints" / f"checkpoint-{steps}", command)
+
+
+def score_release(args: argparse.Namespace, output: Path, is_video: bool) -> None:
+    """Score a product; the scores are also put into its folder."""
+    scores = args.work / f"{output.name}_scores"
+    command = [
+        *(sys.executable, SCRIPTS / "evaluate_shapes.py", "--model", output),
+        *("--output", scores, "--num", str(args.num_prompts)),
+        *(["--clips"] if is_video else []),
+    ]
+    run_stage(Stage(scores.name, scores, command), args.work)
+    shutil.copy(scores / "scores.json", output)
 
 
 def scaled(number: int, args: argparse.Namespace) -> int:

@@ -315,6 +315,17 @@ def draw_scene(
     return Scene(description.background or choose(rng, list(BACKGROUNDS)), items)
 
 
+def name_colors(rng: np.random.Generator, description: Description) -> Description:
+    """Draw the colours that a description leaves open."""
+    mentions = tuple(
+        mention
+        if mention.color
+        else replace(mention, color=choose(rng, allowed_colors(mention.shape)))
+        for mention in description.mentions
+    )
+    return replace(description, mentions=mentions)
+
+
 def _draw_radii(rng: np.random.Generator, wanted: Sequence[Mention]) -> list[float]:
     largest = {1: 3, 2: 2}.get(len(wanted), 1)
     names = list(SIZES)[:largest]

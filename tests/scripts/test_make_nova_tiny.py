@@ -1,4 +1,4 @@
-"""The recipe of assets/nova-tiny, shortened: one command, which may be stopped and run again."""
+"""The recipe of the shipped models, shortened: one command, which may be stopped and run again."""
 
 import json
 
@@ -7,27 +7,38 @@ import pytest
 
 from diffnext.pipelines import NOVAPipeline
 
-pytestmark = pytest.mark.slow
+
+def folder_size(folder):
+    return sum(file.stat().st_size for file in folder.rglob("*"))
 
 
-def test_the_recipe_makes_a_scored_release_and_runs_no_stage_twice(tmp_path, capfd):
-    options = ["--work", str(tmp_path / "work"), "--scale", "0.0005", "--num-prompts", "1"]
+@pytest.mark.slow
+def test_the_recipe_makes_scored_releases_and_runs_no_stage_twice(tmp_path, capfd):
+    options = ["--work", str(tmp_path), "--scale", "0.0005", "--num-prompts", "1"]
     make_nova_tiny.main(options)
-    work = tmp_path / "work"
-    pipe = NOVAPipeline.from_pretrained(work / "nova-tiny")
-    assert pipe("a red circle", num_inference_steps=2).images[0].size == (64, 64)
-    scores = json.loads((work / "scores" / "scores.json").read_text())["scores"]
-    assert set(scores["seen"]) >= {"single", "colors", "overall"}
-    assert sum(f.stat().st_size for f in (work / "nova-tiny").rglob("*")) < 8e6
-    first = json.loads((work / "times.json").read_text())
-    assert set(first) == {
-        *("autoencoder", "held_out_records", "base", "scores"),
-        *("centered_records", "centered_training", "single_records", "single_training"),
-        *("all_records", "all_training"),
-    }
+    pictures, clips = (NOVAPipeline.from_pretrained(tmp_path / p) for p in make_nova_tiny.PRODUCTS)
+    assert pictures("a red circle", num_inference_steps=2).images[0].size == (64, 64)
+    options_of_clips = {"num_inference_steps": 2, "num_frames": 17, "output_type": "np"}
+    assert clips("a red circle", **options_of_clips).frames.shape == (1, 17, 64, 64, 3)
+    for product in make_nova_tiny.PRODUCTS:
+        scores = json.loads((tmp_path / product / "scores.json").read_text())["scores"]
+        assert set(scores["seen"]) >= {"single", "colors", "overall"}
+        assert folder_size(tmp_path / product) < 8e6
+    assert "motion" in scores["seen"]["single"]
+    first = json.loads((tmp_path / "times.json").read_text())
+    assert {name.removesuffix("_training") for name in first} >= {"one_centered", "all", "clips"}
 
     capfd.readouterr()
     make_nova_tiny.main(options)
-    second = json.loads((work / "times.json").read_text())
-    assert {name for name in first if second[name] != first[name]} == {"scores"}
+    second = json.loads((tmp_path / "times.json").read_text())
+    again = {f"{product}_scores" for product in make_nova_tiny.PRODUCTS}
+    assert {name for name in first if second[name] != first[name]} <= again
+    assert second.keys() == first.keys()
     assert "train.py" not in capfd.readouterr().out
+
+
+def test_clips_start_from_any_model_of_pictures(tmp_path):
+    args = make_nova_tiny.parse_args(["--work", str(tmp_path), "--only", "nova-tiny-video"])
+    words = [str(w) for stage in make_nova_tiny.make_clip_stages(args) for w in stage.command]
+    assert f"align_with={tmp_path / 'nova-tiny' / 'vae'}" in words
+    assert str(tmp_path / "autoencoder" / "vae") not in words

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import evaluate_shapes
+import init_checkpoint
 import make_shapes_dataset
 import numpy as np
 import pytest
@@ -215,6 +216,25 @@ def test_the_scorer_measures_autoencoders(tmp_path):
     arguments = ["--vae", str(VAE_FOLDERS["image"]), "--num", "2", "--output", str(tmp_path)]
     assert evaluate_shapes.main(arguments) == 0
     assert 5 < json.loads((tmp_path / "scores.json").read_text())["settings"]["psnr"] < 60
+
+
+@pytest.mark.parametrize("number", [1, 5])
+def test_the_scorer_has_models_continue_clips(number, tmp_path):
+    base = tmp_path / "base"
+    config = ASSETS.parent / "configs" / "nova_shapes_t2v.yaml"
+    assert init_checkpoint.main(["--config", str(config), "--output", str(base), "--tiny"]) == 0
+    arguments = ["--model", str(base), "--clips", "--given-frames", str(number), "--num", "2"]
+    sizes = ["--num-frames", "9", "--num-inference-steps", "1", "--num-diffusion-steps", "1"]
+    args = evaluate_shapes.parse_args([*arguments, *sizes, "--categories", "single"])
+    draw = evaluate_shapes.pipeline_drawer(evaluate_shapes.load_pipeline(args), args)
+    for drawing in evaluate_shapes.draw_all(args, draw):
+        (mention,) = drawing.description.mentions
+        background = np.median(drawing.frames[0], axis=(0, 1))
+        assert drawing.frames.shape == (9, 64, 64, 3)
+        assert mention.color is not None
+        # Given frames come back through the autoencoder; what follows is noise.
+        spread = [np.abs(frame - background).mean() for frame in drawing.frames.astype(float)]
+        assert max(spread[:number]) < min(spread[number:])
 
 
 def test_every_category_can_be_asked_for():
