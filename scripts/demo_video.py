@@ -53,6 +53,7 @@ def main(argv: list[str] | None = None) -> None:
         experiment,
         args,
         f"{TRANSFORMER}.video_base_size=[5,{tokens // 2},{tokens // 2}]",
+        "ema.params.decay=0.95",
         "lr_scheduler.params.warmup_steps=20",
         "optimizer.params.lr=0.001",
         "training.batch_size=2",

@@ -144,8 +144,10 @@ def make_clip_stages(args: argparse.Namespace) -> list[Stage]:
     """
     pictures, base = args.work / "nova-tiny", args.work / "clip_base"
     like_pictures = f"align_with={pictures / 'vae'}"
-    widths = OmegaConf.load(VIDEO_AUTOENCODER_CONFIG).model.block_out_channels
-    overrides = [f"model.block_out_channels={list(widths)}".replace(" ", ""), like_pictures]
+    video_config = OmegaConf.load(VIDEO_AUTOENCODER_CONFIG)
+    widths = ",".join(map(str, video_config.model.block_out_channels))
+    steps = scaled(video_config.training.steps, args)  # enough for a start
+    overrides = [f"model.block_out_channels=[{widths}]", f"training.steps={steps}", like_pictures]
     start = fit_stage(args, "frame_autoencoder", IMAGE_AUTOENCODER_CONFIG, overrides)
     overrides = [f"init_from={start.result.parent / 'vae'}", like_pictures]
     fit = fit_stage(args, "clip_autoencoder", VIDEO_AUTOENCODER_CONFIG, overrides)
