@@ -102,7 +102,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             for stage in stages:
                 if not stage.result.exists():
                     run_stage(stage, args.work)
-            export(stages[-1].result, output)
+            last = stages[-1].result
+            export(last.parents[1] / "ema_checkpoints" / last.name, output)
         score_release(args, output, is_video)
         print(f"\nWrote {output}; hours by stage: {read_times(args.work)}")
 
@@ -164,7 +165,7 @@ def make_clip_stages(args: argparse.Namespace) -> list[Stage]:
 def lesson_stages(
     args: argparse.Namespace, lessons: Sequence[Lesson], base: Path, first_seed: int
 ) -> list[Stage]:
-    """Records and training of each lesson; each starts from the average of the one before."""
+    """Records and training of each lesson; each starts from the weights of the one before."""
     stages: list[Stage] = []
     for index, lesson in enumerate(lessons):
         stages.append(render_stage(args, lesson, first_seed + index))
@@ -214,7 +215,7 @@ def render_stage(args: argparse.Namespace, lesson: Lesson, seed: int) -> Stage:
 
 
 def train_stage(args: argparse.Namespace, lesson: Lesson, pretrained: Path) -> Stage:
-    """Launch scripts/train.py on a lesson; its result is the average of the weights."""
+    """Launch scripts/train.py on a lesson; its result is the last checkpoint."""
     threads = os.environ.get("OMP_NUM_THREADS") or str(os.cpu_count() or 1)
     steps = scaled(lesson.steps, args)
     output = args.work / f"{lesson.name}_training"
@@ -232,7 +233,7 @@ def train_stage(args: argparse.Namespace, lesson: Lesson, pretrained: Path) -> S
         f"lr_scheduler.params.warmup_steps={min(200, steps // 10)}",
         f"training.seed={1337 + args.seed}",
     ]
-    return Stage(output.name, output / "ema_checkpoints" / f"checkpoint-{steps}", command)
+    return Stage(output.name, output / "checkpoints" / f"checkpoint-{steps}", command)
 
 
 def score_release(args: argparse.Namespace, output: Path, is_video: bool) -> None:
