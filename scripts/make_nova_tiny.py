@@ -67,7 +67,7 @@ class Lesson:
 PICTURE_LESSONS = (
     Lesson("one_centered", ("single", "colors", "colors"), 8000, 2000, is_centered=True),
     Lesson("all_centered", CATEGORIES, 16000, 4000, is_centered=True),
-    Lesson("all", CATEGORIES, 40000, 24000),
+    Lesson("all", CATEGORIES, 40000, 18000),
 )
 CLIP_LESSONS = (Lesson("clips", CLIP_CATEGORIES, 6000, 6000, is_clip=True),)
 HELD_OUT_PICTURES = Lesson("held_out", CATEGORIES, 512, steps=0)
