@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
         args,
         f"{TRANSFORMER}.video_base_size=[5,{tokens // 2},{tokens // 2}]",
         "ema.params.decay=0.95",
-        "lr_scheduler.params.warmup_steps=20",
+        f"lr_scheduler.params.warmup_steps={min(20, args.steps // 2)}",
         "optimizer.params.lr=0.001",
         "training.batch_size=2",
     )

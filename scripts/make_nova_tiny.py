@@ -4,9 +4,9 @@
     python scripts/make_nova_tiny.py --work try --scale 0.1 --seed 1 --only nova-tiny
 
 Every stage is a command of this repository; it is shown, and skipped when its result is there. The
-same command continues after an interruption. NOVA learns pictures in lessons, from one shape in
-the middle to shapes anywhere; the model of clips starts from the weights of that of pictures,
-WORK/nova-tiny, wherever that came from. The work folder receives
+same command continues after an interruption. NOVA learns pictures in lessons, from shapes in fixed
+places to shapes anywhere; the model of clips goes on from the weights of the first lessons. The
+work folder receives
 
     nova-tiny/, nova-tiny-video/  release folders: the average of the weights (EMA), in float16
     *_scores/                     scores.json, scores.md and a sheet of pictures of each
@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from demo import ROOT, run
 from omegaconf import OmegaConf
+from safetensors.torch import load_file, save_file
 from shapes_world.scenes import CATEGORIES, CLIP_CATEGORIES
 
 from diffnext.pipelines import NOVAPipeline
@@ -63,13 +64,14 @@ class Lesson:
 
 
 # Words are learnt where they explain most of a picture: in thousands of steps less than from
-# pictures in which shapes, of any colour, may be anywhere, or next to others.
-PICTURE_LESSONS = (
-    Lesson("one_centered", ("single", "colors", "colors"), 8000, 2000, is_centered=True),
-    Lesson("all_centered", CATEGORIES, 16000, 4000, is_centered=True),
-    Lesson("all", CATEGORIES, 40000, 18000),
+# pictures in which shapes, of any colour, may be anywhere, or next to others. Clips start from what
+# was learnt in the first lessons about pictures.
+FIRST_LESSONS = (
+    Lesson("centered", CATEGORIES, 16000, 3000, is_centered=True),
+    Lesson("anywhere", CATEGORIES, 40000, 8000),
 )
-CLIP_LESSONS = (Lesson("clips", CLIP_CATEGORIES, 6000, 6000, is_clip=True),)
+PICTURE_LESSONS = (Lesson("longer", CATEGORIES, 40000, 16000),)
+CLIP_LESSONS = (Lesson("clips", CLIP_CATEGORIES, 8000, 12000, is_clip=True),)
 HELD_OUT_PICTURES = Lesson("held_out", CATEGORIES, 512, steps=0)
 HELD_OUT_CLIPS = Lesson("held_out_clips", CLIP_CATEGORIES, 64, steps=0, is_clip=True)
 PRODUCTS = ("nova-tiny", "nova-tiny-video")
@@ -125,26 +127,35 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def make_picture_stages(args: argparse.Namespace) -> list[Stage]:
-    """Everything up to the trained model of pictures."""
-    fit = fit_stage(args, "autoencoder", IMAGE_AUTOENCODER_CONFIG)
-    base = args.work / "base"
-    options = ["--tiny", "--branch-gain", "0"]
+def make_first_stages(args: argparse.Namespace) -> list[Stage]:
+    """Everything that models of pictures and of clips begin with."""
+    base, text = args.work / "base", args.work / "text"
+    options = ["--text-encoder", text / "text_encoder", "--tokenizer", text / "tokenizer"]
+    options += ["--branch-gain", "0"]
     return [
-        fit,
+        fit_stage(args, "autoencoder", IMAGE_AUTOENCODER_CONFIG),
+        text_stage(args, text),
         render_stage(args, HELD_OUT_PICTURES, seed=0),
         initialize_stage(args, base, IMAGE_MODEL_CONFIG, "autoencoder", options),
-        *lesson_stages(args, PICTURE_LESSONS, base, first_seed=1),
+        *lesson_stages(args, FIRST_LESSONS, base, first_seed=1),
     ]
 
 
+def make_picture_stages(args: argparse.Namespace) -> list[Stage]:
+    """Everything up to the trained model of pictures."""
+    first = make_first_stages(args)
+    lessons = lesson_stages(args, PICTURE_LESSONS, first[-1].result, first_seed=3)
+    return [*first, *lessons]
+
+
 def make_clip_stages(args: argparse.Namespace) -> list[Stage]:
-    """Everything up to the trained model of clips, which starts from the model of pictures.
+    """Everything up to the trained model of clips, which goes on from the first lessons.
 
     Its autoencoder has the same latents; it starts from an image autoencoder of its own widths.
     """
-    pictures, base = args.work / "nova-tiny", args.work / "clip_base"
-    like_pictures = f"align_with={pictures / 'vae'}"
+    first = make_first_stages(args)
+    pictures, base = first[-1].result, args.work / "clip_base"
+    like_pictures = f"align_with={args.work / 'autoencoder' / 'vae'}"
     video_config = OmegaConf.load(VIDEO_AUTOENCODER_CONFIG)
     widths = ",".join(map(str, video_config.model.block_out_channels))
     steps = scaled(video_config.training.steps, args)  # enough for a start
@@ -152,10 +163,11 @@ def make_clip_stages(args: argparse.Namespace) -> list[Stage]:
     start = fit_stage(args, "frame_autoencoder", IMAGE_AUTOENCODER_CONFIG, overrides)
     overrides = [f"init_from={start.result.parent / 'vae'}", like_pictures]
     fit = fit_stage(args, "clip_autoencoder", VIDEO_AUTOENCODER_CONFIG, overrides)
-    options = ["--weights", pictures, "--text-encoder", pictures / "text_encoder"]
-    options += ["--tokenizer", pictures / "tokenizer"]
+    text = args.work / "text"
+    options = ["--text-encoder", text / "text_encoder", "--tokenizer", text / "tokenizer"]
+    options += ["--weights", pictures]
     return [
-        *(start, fit),
+        *(*first, start, fit),
         render_stage(args, HELD_OUT_CLIPS, seed=100),
         initialize_stage(args, base, VIDEO_MODEL_CONFIG, "clip_autoencoder", options),
         *lesson_stages(args, CLIP_LESSONS, base, first_seed=101),
@@ -188,6 +200,17 @@ def fit_stage(
     return Stage(name, output / "done", command)
 
 
+def text_stage(args: argparse.Namespace, output: Path) -> Stage:
+    """Fit the text encoder."""
+    transformer = OmegaConf.load(IMAGE_MODEL_CONFIG).pipeline.paths.module_config.transformer
+    command = [
+        *(sys.executable, SCRIPTS / "train_text_encoder.py", "--output", output),
+        *("--width", str(transformer.text_token_dim), "--steps", str(scaled(2500, args))),
+        *("--seed", str(args.seed)),
+    ]
+    return Stage("text", output, command)
+
+
 def initialize_stage(
     args: argparse.Namespace, output: Path, config: Path, autoencoder: str, options: Sequence[Any]
 ) -> Stage:
@@ -208,6 +231,7 @@ def render_stage(args: argparse.Namespace, lesson: Lesson, seed: int) -> Stage:
         *(sys.executable, SCRIPTS / "make_shapes_dataset.py", "--output", output),
         *("--vae", args.work / autoencoder / "vae", "--seed", str(1000 * args.seed + seed)),
         *("--num", str(scaled(lesson.num_records, args)), "--categories", *lesson.categories),
+        "--bf16",
         *(["--centered"] if lesson.is_centered else []),
         *(["--clips"] if lesson.is_clip else []),
     ]
@@ -277,7 +301,14 @@ def export(checkpoint: Path, output: Path) -> None:
     partial = output.with_name(output.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     NOVAPipeline.from_pretrained(checkpoint, dtype=torch.float16).save_pretrained(partial)
+    drop_unused_weights(partial / "text_encoder" / "model.safetensors")
     partial.rename(output)
+
+
+def drop_unused_weights(path: Path) -> None:
+    """Leave out the text encoder's language-modelling head, which nothing reads."""
+    weights = {n: w for n, w in load_file(path).items() if not n.startswith("lm_head.")}
+    save_file(weights, path, metadata={"format": "pt"})
 
 
 if __name__ == "__main__":

@@ -6,9 +6,9 @@
 
 Example i of a seed is the same in every dataset of that seed, so that a longer one begins with the
 shorter. Records are those of TRAINING.md: the moments of the autoencoder's posterior, a long and a
-short caption and, of clips, the motion in pixels per frame. `--files` writes PNGs (of clips: GIFs)
-and captions.jsonl instead. No example shows what scripts/shapes_world/scenes.py holds out. The
-output folder appears when all of it is written.
+short caption and, of clips, the strength of the motion as a flow around 5. `--files` writes PNGs
+(of clips: GIFs) and captions.jsonl instead. No example shows what scripts/shapes_world/scenes.py
+holds out. The output folder appears when all of it is written.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Example:
         caption: In varied wording.
         text: In the plain wording of prompts.
         frames: (F, S, S, 3) of uint8; one of a picture.
-        flow: Motion in pixels per frame; 0 of a picture.
+        flow: Motion strength, 5 being usual; 0 of a picture.
     """
 
     description: Description
@@ -114,6 +114,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--centered", action="store_true", help="always the same places")
     parser.add_argument("--batch-size", type=int, default=16, help="pictures encoded at once (16)")
     parser.add_argument("--device", default="cpu", help="where to encode: cpu, cuda (cpu)")
+    parser.add_argument(
+        "--bf16", action="store_true", help="encode in bfloat16: errors below the posterior's noise"
+    )
     args = parser.parse_args(argv)
     if args.num < 1 or args.size < 16:
         parser.error("--num must be at least 1, --size at least 16")
@@ -132,7 +135,7 @@ def make_example(args: argparse.Namespace, index: int) -> Example:
         description = draw_clip_description(rng, category)
         clip = draw_clip(rng, description)
         frames = render_clip(clip, args.num_frames, args.size)
-        flow = clip.flow(args.num_frames, args.size)
+        flow = clip.flow
     else:
         description = draw_description(rng, category)
         frames = render_scene(draw_scene(rng, description, args.centered), args.size)[None]
@@ -151,7 +154,9 @@ def write_records(args: argparse.Namespace, folder: Path) -> None:
     features = {**FEATURES, "flow": "float64"} if args.clips else FEATURES
     with RecordWriter(folder, features) as writer:
         for examples in batches(args):
-            moments = encode(vae, np.stack([example.frames for example in examples]))
+            frames = np.stack([example.frames for example in examples])
+            with torch.autocast(vae.device.type, torch.bfloat16, enabled=args.bf16):
+                moments = encode(vae, frames)
             for example, values in zip(examples, moments, strict=True):
                 record: dict[str, Any] = {"caption": example.caption, "text": example.text}
                 record |= {"moments": values.tobytes(), "shape": list(values.shape)}

@@ -147,7 +147,7 @@ def test_clips_show_their_motion(category):
         description = draw_clip_description(rng, category)
         clip = draw_clip(rng, description)
         assert judge(description, render_clip(clip)).is_right
-        assert clip.flow(17, 64) > 0
+        assert 3 < clip.flow < 7  # models assume 5 when nobody says
 
 
 def test_what_stands_still_or_moves_otherwise_is_not_right():
@@ -180,7 +180,7 @@ def test_clips_are_written_with_their_flow(tmp_path):
     assert make_shapes_dataset.main([*arguments, "--vae", str(VAE_FOLDERS["video"])]) == 0
     batch = FeatureDataLoader(str(tmp_path / "clips"), batch_size=2).next()[0]
     assert batch["latents"].shape == (2, 8, 2, 8, 8)
-    assert all(0 < flow < 20 for flow in batch["motion_flow"])
+    assert all(3 < flow < 7 for flow in batch["motion_flow"])
 
 
 def test_pictures_are_written_beside_their_captions(tmp_path):

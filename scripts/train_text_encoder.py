@@ -1,0 +1,209 @@
+"""Fit a small Phi to the captions of the world of shapes, and write it with its tokenizer.
+
+    python scripts/train_text_encoder.py --output DIR
+
+A linear map of each token's state is to tell what the whole caption says: shapes, colours, sizes,
+number, relation, background and motion. The last tokens can know all of it, earlier ones what they
+have read. A generator that reads such states need not find out which colour goes with which shape.
+No caption holds a combination that scripts/shapes_world/scenes.py holds out. The folder receives
+text_encoder/ and tokenizer/, in the layout of release folders.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from init_checkpoint import tiny_text_encoder, tiny_tokenizer
+from shapes_world.captions import write_caption, write_prompt
+from shapes_world.evaluation import select_descriptions
+from shapes_world.scenes import (
+    BACKGROUNDS,
+    CATEGORIES,
+    CLIP_CATEGORIES,
+    COLORS,
+    MAX_COUNT,
+    MOTIONS,
+    RELATIONS,
+    SHAPES,
+    SIZES,
+    Description,
+    Mention,
+    choose,
+    draw_clip_description,
+    draw_description,
+)
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerFast
+
+from diffnext.models.text_encoders.phi import PhiEncoderModel
+
+DROPOUT = 0.1  # of embeddings: words are to be read, not guessed from the words that went with them
+# Values that each fact can have; None where a caption leaves it open.
+_MENTION_FACTS = ((None, *SHAPES), (None, *COLORS), (None, *SIZES))
+FACTS = (
+    *_MENTION_FACTS,
+    *_MENTION_FACTS,
+    tuple(range(1, MAX_COUNT + 1)),
+    (None, *RELATIONS),
+    (None, *BACKGROUNDS),
+    (None, *MOTIONS),
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    args = parse_args(argv)
+    if args.output.exists():
+        print(f"error: --output {args.output} exists: name a new folder", file=sys.stderr)
+        return 1
+    torch.manual_seed(args.seed)
+    tokenizer, encoder = tiny_tokenizer(), tiny_text_encoder(args.width)
+    readout = nn.Linear(args.width, sum(map(len, FACTS)))
+    train(args, tokenizer, encoder, readout)
+    for held_out in (False, True):
+        share = measure(args, tokenizer, encoder, readout, held_out)
+        print(f"{'held-out' if held_out else 'seen'} prompts read without an error: {share:.3f}")
+    partial = args.output.with_name(args.output.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    encoder.half().save_pretrained(partial / "text_encoder")
+    tokenizer.save_pretrained(partial / "tokenizer")
+    partial.rename(args.output)
+    print(f"Wrote {args.output}")
+    return 0
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output", type=Path, required=True, help="folder to write; must be new")
+    parser.add_argument("--width", type=int, default=64, help="of the states (64)")
+    parser.add_argument("--steps", type=int, default=2500, help="of training (2500)")
+    parser.add_argument("--batch-size", type=int, default=128, help="captions a step (128)")
+    parser.add_argument("--learning-rate", type=float, default=2e-3, help="at its peak (0.002)")
+    parser.add_argument("--seed", type=int, default=0, help="of weights and captions (0)")
+    return parser.parse_args(argv)
+
+
+def train(
+    args: argparse.Namespace,
+    tokenizer: PreTrainedTokenizerFast,
+    encoder: PhiEncoderModel,
+    readout: nn.Linear,
+) -> None:
+    """Fit encoder and readout, in place."""
+    parameters = [*encoder.model.parameters(), *readout.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, args.learning_rate, total_steps=args.steps, pct_start=0.1
+    )
+    rng = np.random.default_rng([args.seed, 0])
+    encoder.train()
+    encoder.model.embed_dropout.p = DROPOUT
+    for _ in (bar := tqdm(range(args.steps), desc="text encoder", mininterval=2)):
+        captions, descriptions = zip(
+            *(draw_caption(rng) for _ in range(args.batch_size)), strict=True
+        )
+        logits, is_token = read(tokenizer, encoder, readout, captions)
+        loss = fact_errors(logits, list_facts(descriptions))[is_token].mean()
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+    encoder.eval()
+
+
+def draw_caption(rng: np.random.Generator) -> tuple[str, Description]:
+    """A caption, or a prompt in plain wording, of a picture or a clip, and what it says."""
+    if rng.random() < 0.5:
+        description = draw_description(rng, choose(rng, CATEGORIES))
+    else:
+        description = draw_clip_description(rng, choose(rng, CLIP_CATEGORIES))
+    if rng.random() < 0.5:
+        return write_caption(rng, description), description
+    return write_prompt(description), replace(description, background=None)
+
+
+def read(
+    tokenizer: PreTrainedTokenizerFast,
+    encoder: PhiEncoderModel,
+    readout: nn.Linear,
+    captions: Sequence[str],
+) -> tuple[Tensor, Tensor]:
+    """What the states tell.
+
+    Returns:
+        Logits of all facts' values side by side, (B, S, values), and where tokens are, (B, S).
+    """
+    tokens = tokenizer(list(captions), padding=True, padding_side="right", return_tensors="pt")
+    states = encoder(tokens["input_ids"]).last_hidden_state
+    return readout(states), tokens["attention_mask"].bool()
+
+
+def list_facts(descriptions: Sequence[Description]) -> Tensor:
+    """Indices of the facts' values, (B, facts)."""
+    return torch.tensor(
+        [
+            [values.index(fact) for values, fact in zip(FACTS, _facts(one), strict=True)]
+            for one in descriptions
+        ]
+    )
+
+
+def _facts(description: Description) -> list[str | int | None]:
+    first, second = (*description.mentions, Mention(None))[:2]
+    return [
+        *(first.shape, first.color, first.size),
+        *(second.shape, second.color, second.size),
+        *(description.count, description.relation, description.background, description.motion),
+    ]
+
+
+def fact_errors(logits: Tensor, facts: Tensor) -> Tensor:
+    """Cross-entropy of each token's readout, summed over the facts, (B, S)."""
+    parts = logits.split([len(values) for values in FACTS], dim=-1)
+    length = logits.size(1)
+    return sum(
+        F.cross_entropy(part.mT, column[:, None].expand(-1, length), reduction="none")
+        for part, column in zip(parts, facts.mT, strict=True)
+    )
+
+
+@torch.no_grad()
+def measure(
+    args: argparse.Namespace,
+    tokenizer: PreTrainedTokenizerFast,
+    encoder: PhiEncoderModel,
+    readout: nn.Linear,
+    held_out: bool,
+    number: int = 200,
+) -> float:
+    """Share of prompts whose last token tells every fact."""
+    descriptions = [
+        description
+        for is_clip, categories in ((False, CATEGORIES), (True, CLIP_CATEGORIES))
+        for category in categories
+        for description in select_descriptions(category, held_out, number, args.seed, is_clip)
+    ]
+    prompts = [write_prompt(description) for description in descriptions]
+    logits, is_token = read(tokenizer, encoder, readout, prompts)
+    last = logits[torch.arange(len(prompts)), is_token.sum(1) - 1]
+    parts = last.split([len(values) for values in FACTS], dim=-1)
+    told = torch.stack([part.argmax(-1) for part in parts], dim=1)
+    return (told == list_facts(descriptions)).all(1).float().mean().item()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
