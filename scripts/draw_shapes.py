@@ -1,9 +1,9 @@
-"""Draw with the pretrained tiny model: four prompts in seconds on a CPU.
+"""Draw with the pretrained tiny models: four prompts and a clip, in seconds on a CPU.
 
     python scripts/draw_shapes.py --output drawn
-    python scripts/draw_shapes.py "a pink cross" "two cyan stars on white" --seed 1
+    python scripts/draw_shapes.py "a pink cross" "two cyan stars" --clip "a star turning" --seed 1
 
-The folder gets shapes.png, one picture a prompt.
+The folder gets shapes.png, one picture a prompt, and clip.gif with its strip of frames clip.png.
 """
 
 from __future__ import annotations
@@ -14,14 +14,19 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import imageio.v3 as imageio
 import torch
 from PIL import Image, ImageDraw
 
 from diffnext.pipelines import NOVAPipeline
 
-ROOT = Path(__file__).resolve().parent.parent
+ASSETS = Path(__file__).resolve().parent.parent / "assets"
 PROMPTS = ("a red star", "a ring", "a blue cross", "two green squares")
-GUIDANCE_SCALE = 3  # scripts/evaluate_shapes.py --sweep: the best for this model
+CLIP_PROMPT = "a yellow circle moving right"
+GUIDANCE_SCALE = 3  # scripts/evaluate_shapes.py --sweep: the best for these models
+NUM_FRAMES = 17
+SHOWN_FRAMES = range(0, NUM_FRAMES, 4)
+FRAME_DURATION = 125  # milliseconds
 ZOOM = 3
 
 
@@ -29,10 +34,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     args = parse_args(argv)
     try:
-        pipe = NOVAPipeline.from_pretrained(args.model)
+        draw_pictures(args)
+        if not args.no_clip:
+            draw_clip(args)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    return 0
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("prompts", nargs="*", default=list(PROMPTS), help="(four of our own)")
+    parser.add_argument("--clip", default=CLIP_PROMPT, help=f"prompt of the clip ({CLIP_PROMPT})")
+    parser.add_argument("--no-clip", action="store_true", help="pictures only")
+    parser.add_argument("--model", type=Path, default=ASSETS / "nova-tiny", help="of pictures")
+    parser.add_argument(
+        "--clip-model", type=Path, default=ASSETS / "nova-tiny-video", help="of clips"
+    )
+    parser.add_argument("--output", type=Path, default=Path("drawn"), help="folder (drawn)")
+    parser.add_argument("--seed", type=int, default=0, help="of the first picture (0)")
+    return parser.parse_args(argv)
+
+
+def draw_pictures(args: argparse.Namespace) -> None:
+    """Draw the prompts side by side."""
+    pipe = NOVAPipeline.from_pretrained(args.model)
     begin = time.monotonic()
     seeds = range(args.seed, args.seed + len(args.prompts))
     pictures = pipe(
@@ -44,19 +74,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     path = args.output / "shapes.png"
     make_sheet(pictures, args.prompts).save(path)
     print(f"Wrote {path}: {len(pictures)} prompts, {time.monotonic() - begin:.1f} s")
-    return 0
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("prompts", nargs="*", default=list(PROMPTS), help="(four of our own)")
-    parser.add_argument("--model", type=Path, default=ROOT / "assets" / "nova-tiny", help="folder")
-    parser.add_argument("--output", type=Path, default=Path("drawn"), help="folder (drawn)")
-    parser.add_argument("--seed", type=int, default=0, help="of the first picture (0)")
-    return parser.parse_args(argv)
+def draw_clip(args: argparse.Namespace) -> None:
+    """Draw the clip."""
+    pipe = NOVAPipeline.from_pretrained(args.clip_model)
+    begin = time.monotonic()
+    frames = pipe(
+        args.clip,
+        num_frames=NUM_FRAMES,
+        guidance_scale=GUIDANCE_SCALE,
+        generator=torch.Generator().manual_seed(args.seed),
+    ).frames[0]
+    path = args.output / "clip.gif"
+    imageio.imwrite(path, frames, duration=FRAME_DURATION, loop=0)
+    shown = [Image.fromarray(frames[index]) for index in SHOWN_FRAMES]
+    make_sheet(shown, [args.clip, *[""] * (len(shown) - 1)]).save(args.output / "clip.png")
+    print(f"Wrote {path}: {len(frames)} frames, {time.monotonic() - begin:.1f} s")
 
 
 def make_sheet(pictures: Sequence[Image.Image], prompts: Sequence[str]) -> Image.Image:

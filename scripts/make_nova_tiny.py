@@ -71,7 +71,7 @@ FIRST_LESSONS = (
     Lesson("anywhere", CATEGORIES, 40000, 8000),
 )
 PICTURE_LESSONS = (Lesson("longer", CATEGORIES, 40000, 16000),)
-CLIP_LESSONS = (Lesson("clips", CLIP_CATEGORIES, 8000, 12000, is_clip=True),)
+CLIP_LESSONS = (Lesson("clips", CLIP_CATEGORIES, 6000, 12000, is_clip=True),)
 HELD_OUT_PICTURES = Lesson("held_out", CATEGORIES, 512, steps=0)
 HELD_OUT_CLIPS = Lesson("held_out_clips", CLIP_CATEGORIES, 64, steps=0, is_clip=True)
 PRODUCTS = ("nova-tiny", "nova-tiny-video")
