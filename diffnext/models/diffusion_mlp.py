@@ -6,6 +6,9 @@ p patch size, C latent channels.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
@@ -18,7 +21,26 @@ from diffnext.models.embeddings import (
 from diffnext.models.normalization import AdaLayerNorm, AdaLayerNormZero
 from diffnext.models.vision_transformer import run_checkpointed
 
-__all__ = ["DiffusionBlock", "DiffusionMLP", "Projector", "TimeCondEmbed"]
+__all__ = ["DiffusionBlock", "DiffusionMLP", "Modulation", "Projector", "TimeCondEmbed"]
+
+
+class Modulation(NamedTuple):
+    """Statistics of one adaptive norm, ready to use; all of one shape (..., n, Dd).
+
+    Attributes:
+        factor: 1 + scale.
+        shift: Added behind the factor.
+        gate: Weight of the residual branch; None of the last norm.
+    """
+
+    factor: Tensor
+    shift: Tensor
+    gate: Tensor | None = None
+
+    def select(self, index: int) -> Modulation:
+        """The statistics at an index of the first dimension."""
+        gate = None if self.gate is None else self.gate[index]
+        return Modulation(self.factor[index], self.shift[index], gate)
 
 
 class Projector(nn.Module):
@@ -63,6 +85,11 @@ class DiffusionBlock(nn.Module):
         h, (gate,) = run_checkpointed(self.mlp_checkpointing, self.norm1, x, z)
         h = run_checkpointed(self.mlp_checkpointing, self.proj, h)
         return x + gate * self.norm2(h)
+
+    def modulate(self, x: Tensor, modulation: Modulation) -> Tensor:
+        """As :meth:`forward`, with the statistics of the condition; shapes broadcast."""
+        h = torch.addcmul(modulation.shift, self.norm1.norm(x), modulation.factor)
+        return torch.addcmul(x, modulation.gate, self.norm2(self.proj(h)))
 
 
 class TimeCondEmbed(nn.Module):
@@ -162,3 +189,39 @@ class DiffusionMLP(nn.Module):
         for block in self.blocks:
             y = block(y, z)
         return self.head(self.norm(y, z))
+
+    @torch.no_grad()
+    def prepare_modulations(self, z: Tensor) -> list[Modulation]:
+        """Everything that the denoiser computes from the condition alone.
+
+        Args:
+            z: Embedded time and condition, (..., n, Dd), of as many steps as are wanted at once.
+
+        Returns:
+            The statistics of the norm of each block, then of the last norm.
+        """
+        activated = self.norm.activation(z)
+        norms = [*(block.norm1 for block in self.blocks), self.norm]
+        return [_ready(*norm.statistics(activated)) for norm in norms]
+
+    def denoise_modulated(self, patches: Tensor, modulations: Sequence[Modulation]) -> Tensor:
+        """As :meth:`denoise`, with the statistics of :meth:`prepare_modulations`.
+
+        Args:
+            patches: (..., n, p*p*C), broadcastable to the statistics: passes of guidance may
+                share their patches.
+            modulations: Of (..., n, Dd).
+
+        Returns:
+            (..., n, p*p*C) of the statistics' shape.
+        """
+        y = self.patch_embed.embed_patches(patches)
+        *inner, last = modulations
+        for block, modulation in zip(self.blocks, inner, strict=True):
+            y = block.modulate(y, modulation)
+        return self.head(torch.addcmul(last.shift, self.norm.norm(y), last.factor))
+
+
+def _ready(scale: Tensor, shift: Tensor, gate: Tensor | None = None) -> Modulation:
+    """Statistics as the norms' projections put them out; the scale becomes a factor in place."""
+    return Modulation(scale.add_(1), shift, gate)

@@ -26,6 +26,7 @@ __all__ = [
     "PosEmbed",
     "RotaryEmbed3D",
     "Rotation",
+    "RotationTables",
     "TextEmbed",
     "TrainingMask",
     "VideoPosEmbed",
@@ -94,11 +95,45 @@ class Rotation:
         return torch.stack(rows, dim=-1).unflatten(-1, (2, 2))
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Rotate interleaved pairs of ``x`` (B, H, L, head_dim) by each token's angles."""
-        cos = self.cos.to(x.dtype)
-        sin = self.sin.to(x.dtype)
-        even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
-        return torch.stack([cos * even - sin * odd, sin * even + cos * odd], dim=-1).flatten(-2)
+        """Rotate interleaved pairs of ``x`` (..., H, L, head_dim) by each token's angles."""
+        return self.tables(x.dtype)(x)
+
+    def tables(self, dtype: torch.dtype) -> RotationTables:
+        """What turns many tensors of a dtype."""
+        cos = self.cos.repeat_interleave(2, dim=-1)
+        sin = torch.stack([-self.sin, self.sin], dim=-1).flatten(-2)
+        return RotationTables(cos.to(dtype), sin.to(dtype))
+
+
+@dataclass(frozen=True)
+class RotationTables:
+    """Factors of a :class:`Rotation` for every channel.
+
+    Attributes:
+        cos: Of a channel itself, (B or 1, 1, L, head_dim).
+        sin: Of the other channel of its pair, with its sign, same shape.
+    """
+
+    cos: Tensor
+    sin: Tensor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Rotate interleaved pairs of ``x`` (..., H, L, head_dim)."""
+        others = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+        return torch.addcmul(x * self.cos.to(x.dtype), others, self.sin.to(x.dtype))
+
+    def select(self, ids: Tensor, pad: int = 0) -> RotationTables:
+        """The factors of the first ``pad`` tokens and of those at ``ids`` behind them.
+
+        Args:
+            ids: (B, k, 1), counted from the end of the padding.
+            pad: Number of condition tokens in front.
+        """
+        ids = F.pad(ids.squeeze(-1) + pad, (pad, 0))  # (B, pad + k)
+        ids[:, :pad] = torch.arange(pad, device=ids.device)
+        index = ids[:, None, :, None].expand(-1, 1, -1, self.cos.size(-1))
+        tables = (table.expand(len(ids), -1, -1, -1) for table in (self.cos, self.sin))
+        return RotationTables(*(table.gather(2, index) for table in tables))
 
 
 class RotaryEmbed3D(nn.Identity):

@@ -123,7 +123,7 @@ class GuidanceScaler:
             guided = self.renorm(uncond + g * (cond - uncond), cond)
             return guided + self.spatiotemporal_guidance_scale * (cond - perturbed)
         cond, uncond = x.chunk(2)
-        return self.renorm(uncond + g * (cond - uncond), cond)
+        return self.renorm(torch.lerp(uncond, cond, g), cond)
 
     def renorm(self, x: Tensor, cond: Tensor) -> Tensor:
         """Bring the norm of ``x`` down towards that of ``cond``, sample by sample."""

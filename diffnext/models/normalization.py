@@ -42,9 +42,12 @@ class AdaLayerNormZero(nn.Module):
         Returns:
             norm(x) * (1 + scale) + shift, and the other statistics.
         """
-        stats = self.proj(self.lora(self.activation(z))).chunk(self.num_stats, dim=-1)
-        scale, shift, *others = stats
+        scale, shift, *others = self.statistics(self.activation(z))
         return self.norm(x) * (1 + scale) + shift, tuple(others)
+
+    def statistics(self, activated: Tensor) -> tuple[Tensor, ...]:
+        """Scale, shift and others of a condition behind its activation, (..., D) each."""
+        return self.proj(self.lora(activated)).chunk(self.num_stats, dim=-1)
 
 
 class AdaLayerNorm(AdaLayerNormZero):

@@ -18,6 +18,7 @@ from diffnext.models.embeddings import (
     PatchEmbed,
     RotaryEmbed3D,
     Rotation,
+    RotationTables,
     gather_tokens,
     scatter_tokens,
 )
@@ -84,9 +85,10 @@ class Attention(nn.Module):
     def forward(
         self,
         x: Tensor,
-        rotation: Rotation | None = None,
+        rotation: Rotation | RotationTables | None = None,
         mask: BlockCausalMask | None = None,
         cache: LayerKVCache | None = None,
+        out_ids: Tensor | None = None,
     ) -> Tensor:
         """Attend.
 
@@ -95,17 +97,21 @@ class Attention(nn.Module):
             rotation: Turns queries and keys by position.
             mask: Causality between blocks; everything is visible when None.
             cache: Earlier tokens to look at too; the new ones are added to it.
+            out_ids: Tokens that attend, (B, n, 1); all when None. Not with ``mask``.
 
         Returns:
-            (B, L, D).
+            (B, L, D), or (B, n, D).
         """
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, L, d) each
+        qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, B, H, L, d)
+        q, k, v = qkv.unbind(0)
         if rotation is not None:
-            q = rotation(q)
-            k = rotation(k)
+            q, k = rotation(qkv[:2]).unbind(0)
         if cache is not None:
             k, v = cache.append(k, v)
+        if out_ids is not None:
+            ids = out_ids.unsqueeze(1)  # (B, 1, n, 1)
+            q = q.gather(2, ids.expand(-1, self.num_heads, -1, self.head_dim))
         attend = F.scaled_dot_product_attention if mask is None else mask.attend
         return self.proj(attend(q, k, v).transpose(1, 2).flatten(2))
 
@@ -138,24 +144,27 @@ class Block(nn.Module):
     def forward(
         self,
         x: Tensor,
-        rotation: Rotation | None = None,
+        rotation: Rotation | RotationTables | None = None,
         mask: BlockCausalMask | None = None,
         cache: LayerKVCache | None = None,
+        out_ids: Tensor | None = None,
     ) -> Tensor:
         """Tokens (B, L, D) to tokens; arguments as for :class:`Attention`."""
-        x = x + run_checkpointed(
-            self.attn_checkpointing, self._attention_branch, x, rotation, mask, cache
+        branch = run_checkpointed(
+            self.attn_checkpointing, self._attention_branch, x, rotation, mask, cache, out_ids
         )
+        x = branch + (x if out_ids is None else gather_tokens(x, out_ids))
         return x + run_checkpointed(self.mlp_checkpointing, self._mlp_branch, x)
 
     def _attention_branch(
         self,
         x: Tensor,
-        rotation: Rotation | None,
+        rotation: Rotation | RotationTables | None,
         mask: BlockCausalMask | None,
         cache: LayerKVCache | None,
+        out_ids: Tensor | None,
     ) -> Tensor:
-        return self.norm1(self.attn(x, rotation, mask, cache))
+        return self.norm1(self.attn(x, rotation, mask, cache, out_ids))
 
     def _mlp_branch(self, x: Tensor) -> Tensor:
         return self.norm2(self.mlp(x))
@@ -206,9 +215,10 @@ class VisionTransformer(nn.Module):
         x: Tensor | tuple[Tensor, Tensor],
         c: Tensor | None = None,
         prev_ids: Tensor | None = None,
-        pos: Tensor | None = None,
+        pos: Tensor | RotationTables | None = None,
         mask: BlockCausalMask | None = None,
         cache: KVCache | None = None,
+        out_ids: Tensor | None = None,
     ) -> Tensor:
         """Encode one frame, or several laid end to end.
 
@@ -217,12 +227,15 @@ class VisionTransformer(nn.Module):
             c: Condition tokens put in front, (B, Lc, D).
             prev_ids: Known tokens, (B, k, 1), k may be 0. The first ``encoder_depth`` blocks see
                 these and the condition alone; the rest see all.
-            pos: Rotary positions (B or 1, N, 3); none are applied when None.
+            pos: Rotary positions (B or 1, N, 3), or their :meth:`rotation`; none are applied when
+                None.
             mask: Causality between frames.
             cache: Keys and values of earlier frames, filled on the way.
+            out_ids: Tokens that are wanted, (B, n, 1); the last block then works on those alone.
+                All when None, which ``mask`` needs.
 
         Returns:
-            (B, N, D).
+            (B, N, D), or (B, n, D).
         """
         if isinstance(x, tuple):
             x, prev_ids = x
@@ -230,40 +243,44 @@ class VisionTransformer(nn.Module):
             prev_ids = None
         tokens = self.pos_embed(self.patch_embed(x))
         num_condition = 0 if c is None else c.size(1)
-        full_rotation = self._rotation(pos, num_condition)
-        if prev_ids is None:
-            x = tokens if c is None else torch.cat([c, tokens], dim=1)
-            x = self._run_blocks(x, 0, len(self.blocks), full_rotation, mask, cache)
+        rotation = pos
+        if isinstance(pos, Tensor):
+            rotation = self.rotation(pos, num_condition, tokens.dtype)
+        start = 0
+        x = tokens
+        if prev_ids is not None:
+            known_rotation = None if rotation is None else rotation.select(prev_ids, num_condition)
+            known = gather_tokens(tokens, prev_ids)  # (B, k, D)
+            known = known if c is None else torch.cat([c, known], dim=1)
+            start = self.encoder_depth
+            known = self._run_blocks(known, 0, start, known_rotation, mask, cache)
+            c, known = known.split([num_condition, prev_ids.size(1)], dim=1)
+            x = scatter_tokens(tokens.to(known.dtype), prev_ids, known)
+        x = x if c is None else torch.cat([c, x], dim=1)
+        end = len(self.blocks)
+        if out_ids is None:
+            x = self._run_blocks(x, start, end, rotation, mask, cache)
             return self.norm(x[:, num_condition:])
+        out_ids = out_ids + num_condition
+        x = self._run_blocks(x, start, end, rotation, mask, cache, out_ids)
+        return self.norm(x if start < end else gather_tokens(x, out_ids))
 
-        known_rotation = self._rotation(pos, num_condition, prev_ids)
-        known = gather_tokens(tokens, prev_ids)  # (B, k, D)
-        x = known if c is None else torch.cat([c, known], dim=1)
-        x = self._run_blocks(x, 0, self.encoder_depth, known_rotation, mask, cache)
-        updated_c, known = x.split([num_condition, prev_ids.size(1)], dim=1)
-        x = scatter_tokens(tokens.to(known.dtype), prev_ids, known)
-        x = torch.cat([updated_c, x], dim=1)
-        x = self._run_blocks(x, self.encoder_depth, len(self.blocks), full_rotation, mask, cache)
-        return self.norm(x[:, num_condition:])
-
-    def _rotation(
-        self, pos: Tensor | None, num_condition: int, ids: Tensor | None = None
-    ) -> Rotation | None:
-        if pos is None:
-            return None
-        ids = None if ids is None else ids.expand(-1, -1, 3)
-        return self.rope.get_func(pos, pad=num_condition, ids=ids)
+    def rotation(self, pos: Tensor, num_condition: int, dtype: torch.dtype) -> RotationTables:
+        """What turns condition tokens, at position 0, and tokens at ``pos`` (B or 1, N, 3)."""
+        return self.rope.get_func(pos, pad=num_condition).tables(dtype)
 
     def _run_blocks(
         self,
         x: Tensor,
         start: int,
         end: int,
-        rotation: Rotation | None,
+        rotation: RotationTables | None,
         mask: BlockCausalMask | None,
         cache: KVCache | None,
+        out_ids: Tensor | None = None,
     ) -> Tensor:
         for index in range(start, end):
             layer_cache = None if cache is None else cache.layers[index]
-            x = self.blocks[index](x, rotation, mask, layer_cache)
+            wanted = out_ids if index == len(self.blocks) - 1 else None
+            x = self.blocks[index](x, rotation, mask, layer_cache, wanted)
         return x

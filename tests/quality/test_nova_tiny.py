@@ -44,8 +44,8 @@ FAULTS = {
     ),
     "timesteps in the wrong order": (
         "models/transformers/transformer_3d.py",
-        "in zip(scheduler.timesteps, values, table, strict=True)",
-        "in zip(scheduler.timesteps, values, table.flip(0), strict=True)",
+        "scheduler.timesteps, values, table, updates, strict=True",
+        "scheduler.timesteps, values, table.flip(0), updates, strict=True",
     ),
 }
 

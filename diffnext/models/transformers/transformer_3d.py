@@ -19,14 +19,17 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from diffnext.models.attention import BlockCausalMask, KVCache
+from diffnext.models.diffusion_mlp import Modulation
 from diffnext.models.embeddings import gather_tokens, scatter_tokens
 from diffnext.models.guidance_scaler import GuidanceScaler
 from diffnext.models.vision_transformer import set_checkpointing
 from diffnext.schedulers.denoising_run import DenoisingRun
+from diffnext.schedulers.linear_update import LinearUpdate, linear_updates
 
 __all__ = ["DenoisingStep", "GenerationMonitor", "GenerationRequest", "Transformer3DModel"]
 
 Generators = torch.Generator | list[torch.Generator] | None
+MAX_MODULATION_BYTES = 2**26  # of all tokens of a set; less only makes more, smaller products
 
 
 class GenerationMonitor:
@@ -120,11 +123,13 @@ class DenoisingStep:
         timestep: As the scheduler lists it.
         value: The same as a number.
         embedding: The same, projected by the diffusion head, (1, 1, Dd).
+        update: The scheduler's step, if it is linear.
     """
 
     timestep: Any
     value: float
     embedding: Tensor
+    update: LinearUpdate | None = None
 
 
 def draw_order(batch: int, num_tokens: int, generator: Generators, like: Tensor) -> Tensor:
@@ -369,9 +374,10 @@ class Transformer3DModel(nn.Module):
         batch = request.latent_shape[0]
         embed = self.image_encoder.patch_embed
         hw = self._grid(embed, request.latent_shape)
-        pos = None
+        rotation = None
         if self.image_pos_embed is not None:
             pos = self.image_pos_embed.get_pos(1, 1, hw)
+            rotation = self.image_encoder.rotation(pos, states.size(1), states.dtype)
         _, hidden = self.mask_embed()
         tokens = hidden.expand(batch, order.size(1), -1)
         patches = states.new_zeros(batch, order.size(1), self.image_decoder.head.out_features)
@@ -381,7 +387,11 @@ class Transformer3DModel(nn.Module):
             known_ids = order[:, :done]
             ids = order[:, done : done + n]
             z = self.image_encoder(
-                guidance.expand(tokens), states, prev_ids=guidance.expand(known_ids), pos=pos
+                guidance.expand(tokens),
+                states,
+                prev_ids=guidance.expand(known_ids),
+                pos=rotation,
+                out_ids=guidance.expand(ids),
             )
             noise = randn_tensor(
                 request.latent_shape, request.generator, device=z.device, dtype=z.dtype
@@ -413,12 +423,8 @@ class Transformer3DModel(nn.Module):
     ) -> Tensor:
         """Denoise one set of tokens from pure noise.
 
-        The rest of the frame takes part in the scheduler's draws and in the norms of guidance
-        renormalisation, but not in the result: rows are selected, so that nothing they hold can
-        leak out.
-
         Args:
-            z: The image encoder's states, (P*B, N, D).
+            z: The image encoder's states of these tokens, (P*B, n, D).
             noise: Start noise of the whole frame, (B, C, h, w).
             ids: Tokens to predict, (B, n, 1).
             steps: The sampling schedule.
@@ -429,23 +435,95 @@ class Transformer3DModel(nn.Module):
         Returns:
             Patches of the predicted tokens, (B, n, p*p*C).
         """
-        run = DenoisingRun(self.sample_scheduler, generator)
         decoder = self.image_decoder
-        embed = decoder.patch_embed
+        condition = decoder.time_cond_embed.condition_proj(z)
+        condition = condition.unflatten(0, (guidance.num_passes, -1))  # (P, B, n, Dd)
+        is_linear = all(step.update is not None for step in steps)
+        denoise = self._denoise_tokens
+        if guidance.guidance_renorm < 1 or not is_linear:
+            denoise = self._denoise_frame
+        return denoise(condition, noise, ids, steps, guidance, guidance_scale, generator)
+
+    def _denoise_tokens(
+        self,
+        condition: Tensor,
+        noise: Tensor,
+        ids: Tensor,
+        steps: Sequence[DenoisingStep],
+        guidance: GuidanceScaler,
+        guidance_scale: float | None,
+        generator: Generators,
+    ) -> Tensor:
+        """:meth:`denoise` with the tokens alone; fresh noise is still drawn for whole frames."""
+        embed = self.image_decoder.patch_embed
+        sample = gather_tokens(embed.patchify(noise), ids)  # (B, n, p*p*C)
+        for step, current, modulations in self._modulated_steps(condition, steps, guidance):
+            predicted = self.image_decoder.denoise_modulated(sample, modulations).flatten(0, 1)
+            predicted = current.scale(predicted, guidance_scale)
+            update = step.update
+            if update.sample_weight != 1:
+                sample = sample * update.sample_weight
+            sample = torch.add(sample, predicted, alpha=update.prediction_weight)
+            if update.noise_weight:
+                fresh = randn_tensor(noise.shape, generator, noise.device, noise.dtype)
+                fresh = gather_tokens(embed.patchify(fresh), ids)
+                sample = torch.add(sample, fresh, alpha=update.noise_weight)
+        return sample
+
+    def _denoise_frame(
+        self,
+        condition: Tensor,
+        noise: Tensor,
+        ids: Tensor,
+        steps: Sequence[DenoisingStep],
+        guidance: GuidanceScaler,
+        guidance_scale: float | None,
+        generator: Generators,
+    ) -> Tensor:
+        """:meth:`denoise` for any scheduler, and for guidance that is renormalised.
+
+        The rest of the frame takes part in the scheduler's steps and in norms, but not in the
+        result: rows are selected, so that nothing they hold can leak out.
+        """
+        run = DenoisingRun(self.sample_scheduler, generator)
+        embed = self.image_decoder.patch_embed
         hw = embed.grid(noise)
-        condition = decoder.time_cond_embed.condition_proj(gather_tokens(z, guidance.expand(ids)))
         sample = run.start(noise)
-        for step in steps:
-            if guidance.is_truncated(step.value):
-                condition = condition[: len(noise)]
-                guidance = GuidanceScaler()
+        for step, current, modulations in self._modulated_steps(condition, steps, guidance):
             patches = embed.patchify(run.model_input(sample, step.timestep))  # (B, N, p*p*C)
-            noisy = guidance.expand(gather_tokens(patches, ids))  # (P*B, n, p*p*C)
-            predicted = decoder.denoise(noisy, condition + step.embedding)
-            output = scatter_tokens(guidance.expand(patches), guidance.expand(ids), predicted)
-            output = embed.unpatchify(guidance.scale(output, guidance_scale), hw)
+            noisy = gather_tokens(patches, ids)  # (B, n, p*p*C)
+            predicted = self.image_decoder.denoise_modulated(noisy, modulations).flatten(0, 1)
+            output = scatter_tokens(current.expand(patches), current.expand(ids), predicted)
+            output = embed.unpatchify(current.scale(output, guidance_scale), hw)
             sample = run.step(output, step.timestep, sample)
         return gather_tokens(embed.patchify(sample), ids)
+
+    def _modulated_steps(
+        self, condition: Tensor, steps: Sequence[DenoisingStep], guidance: GuidanceScaler
+    ) -> Iterator[tuple[DenoisingStep, GuidanceScaler, list[Modulation]]]:
+        """All steps with the guidance in force and what the head computes from the condition.
+
+        The head's modulations are computed for many steps at once, as memory allows.
+
+        Args:
+            condition: Projected condition of the tokens, (P, B, n, Dd).
+            steps: The sampling schedule.
+            guidance: Guidance weights.
+        """
+        guided = [step for step in steps if not guidance.is_truncated(step.value)]
+        parts = [(guidance, condition, guided)]
+        if len(guided) < len(steps):
+            parts.append((GuidanceScaler(), condition[:1], steps[len(guided) :]))
+        for part_guidance, part_condition, part_steps in parts:
+            numbers = part_condition.numel() * (3 * len(self.image_decoder.blocks) + 2)
+            at_once = max(1, MAX_MODULATION_BYTES // (numbers * condition.element_size()))
+            for start in range(0, len(part_steps), at_once):
+                chunk = part_steps[start : start + at_once]
+                times = torch.stack([step.embedding for step in chunk])  # (S, 1, 1, Dd)
+                z = part_condition + times.unsqueeze(1)  # (S, P, B, n, Dd)
+                modulations = self.image_decoder.prepare_modulations(z)
+                for index, step in enumerate(chunk):
+                    yield step, part_guidance, [one.select(index) for one in modulations]
 
     def prepare_steps(self, num_steps: int, like: Tensor) -> list[DenoisingStep]:
         """The sampling schedule with its timesteps embedded once, for dtype and device of `like`.
@@ -460,9 +538,12 @@ class Transformer3DModel(nn.Module):
         embed = self.image_decoder.time_cond_embed
         values = [float(timestep) for timestep in scheduler.timesteps]
         table = embed.embed_timestep(torch.tensor(values, device=like.device), like.dtype)
+        updates = linear_updates(scheduler) or [None] * len(values)
         return [
-            DenoisingStep(timestep=timestep, value=value, embedding=row.unsqueeze(0))
-            for timestep, value, row in zip(scheduler.timesteps, values, table, strict=True)
+            DenoisingStep(timestep, value, row.unsqueeze(0), update)
+            for timestep, value, row, update in zip(
+                scheduler.timesteps, values, table, updates, strict=True
+            )
         ]
 
     def _check_num_preds(self, request: GenerationRequest) -> int:
@@ -541,6 +622,7 @@ class Transformer3DModel(nn.Module):
             states,
             prev_ids=mask.known_ids,
             pos=pos,
+            out_ids=mask.hidden_ids,
         )
         return self.get_losses(z, frames, mask.hidden_ids, num_frames=video.size(2))
 
@@ -582,7 +664,7 @@ class Transformer3DModel(nn.Module):
         through the diffusion head.
 
         Args:
-            z: The image encoder's states, (B*T, N, D).
+            z: The image encoder's states of the hidden tokens, (B*T, n, D).
             frames: Clean latents, (B*T, C, h, w).
             hidden_ids: The tokens to be predicted, (B*T, n, 1).
             num_frames: Frames T of a sample.
@@ -601,7 +683,7 @@ class Transformer3DModel(nn.Module):
         clean, levels = gather_tokens(clean, ids), levels.gather(1, ids.squeeze(-1))
         noisy, timestep = scheduler.corrupt(clean, noise, levels)
         target = prediction_target(scheduler, clean, noise)
-        condition = decoder.time_cond_embed.condition_proj(gather_tokens(z, hidden_ids))
+        condition = decoder.time_cond_embed.condition_proj(z)
         time = decoder.time_cond_embed.embed_timestep(timestep, z.dtype)
         predicted = decoder.denoise(noisy, condition.repeat(self.loss_repeat, 1, 1) + time)
         error = (predicted.float() - target.float()).square().mean(dim=-1)  # (R*B*T, n)
