@@ -20,7 +20,7 @@ import torch.utils.data
 
 from diffnext.data.example_order import ExampleOrder
 from diffnext.data.flex_pipelines import FeatureWorker, Worker
-from diffnext.data.records import RecordDataset, RecordError
+from diffnext.data.records import RecordDataset, RecordError, RecordSubset
 
 logger = logging.getLogger(__name__)
 
@@ -358,6 +358,8 @@ class _BatchDataset(torch.utils.data.Dataset):
 
     def __init__(self, dataset: Any, path: str, worker: Worker, contiguous: bool) -> None:
         self._dataset = dataset
+        is_ours = type(dataset) in (RecordDataset, RecordSubset)
+        self._read = dataset.view if is_ours else dataset.__getitem__  # views are copied below
         self._path = path
         self._worker = worker
         self._contiguous = contiguous
@@ -375,7 +377,7 @@ class _BatchDataset(torch.utils.data.Dataset):
         return batch
 
     def _load(self, position: int, index: int) -> dict[str, list[Any]]:
-        example = self._dataset[index]
+        example = self._read(index)
         try:
             return self._worker.process(example, position)
         except (LookupError, TypeError, ValueError) as error:

@@ -1,5 +1,6 @@
 """Example pipelines: from a decoded record to what a batch is made of."""
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -29,8 +30,8 @@ class Worker(ABC):
 
     def process(self, example: Mapping[str, Any], position: int) -> dict[str, list[Any]]:
         """Transform the example that is number ``position`` of the stream."""
-        generator = np.random.default_rng((self.seed, position))
-        return self.get_outputs(example, generator.random)
+        generator = functools.cache(lambda: np.random.default_rng((self.seed, position)))
+        return self.get_outputs(example, lambda: generator().random())
 
 
 class FeaturePipe:

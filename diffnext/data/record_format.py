@@ -253,13 +253,17 @@ def _varint(value: int) -> bytes:
     return bytes(encoded)
 
 
-def decode_example(buffer: Any, span: Span, features: Mapping[str, Descriptor]) -> dict[str, Any]:
+def decode_example(
+    buffer: Any, span: Span, features: Mapping[str, Descriptor], copies: bool = True
+) -> dict[str, Any]:
     """Decode the record that lies at ``span`` of ``buffer``.
 
     Args:
         buffer: Bytes, or a memory map; nothing but the values themselves is copied out of it.
         span: First byte of the record and one past its last byte.
         features: Normalized descriptor.
+        copies: Whether values of type ``bytes`` are copied; otherwise they are memory views of the
+            buffer, which they keep alive.
 
     Returns:
         A value for every declared feature; absent ones get the default of their type.
@@ -267,100 +271,129 @@ def decode_example(buffer: Any, span: Span, features: Mapping[str, Descriptor]) 
     Raises:
         RecordError: If the bytes are no such record.
     """
-    return _decode_map(buffer, span, features, "")
+    return _Decoder(buffer, copies).read_map(span, features, "")
 
 
-def _decode_map(
-    buffer: Any, span: Span, features: Mapping[str, Descriptor], path: str
-) -> dict[str, Any]:
-    values = {}
-    for entry in _read_repeated(buffer, span):
-        name, value_span = _decode_entry(buffer, entry)
-        if name in features:
-            values[name] = _decode_feature(buffer, value_span, features[name], _join(path, name))
-    return {
-        name: values[name] if name in values else _default(kind) for name, kind in features.items()
-    }
+class _Decoder:
+    """Reads the messages of one buffer.
 
+    Args:
+        buffer: Bytes or a memory map.
+        copies: As for :func:`decode_example`.
+    """
 
-def _decode_entry(buffer: Any, span: Span) -> tuple[str, Span]:
-    name = ""
-    value_span = (span[1], span[1])
-    for field, wire_type, content in _read_fields(buffer, span):
-        if field not in (KEY_FIELD, VALUE_FIELD):
-            continue
-        if wire_type != DELIMITED:
-            raise RecordError(f"map field {field} has wire type {wire_type}")
-        if field == KEY_FIELD:
-            name = _decode_text(buffer, content)
-        else:
-            value_span = content
-    return name, value_span
+    def __init__(self, buffer: Any, copies: bool) -> None:
+        self.buffer = buffer
+        self.copies = copies
 
+    def read_map(self, span: Span, features: Mapping[str, Descriptor], path: str) -> dict[str, Any]:
+        """Decode a FeatureMap."""
+        values = {}
+        for entry in self._read_repeated(span):
+            name, value_span = self._read_entry(entry)
+            if name in features:
+                place = f"{path}.{name}" if path else name
+                values[name] = self._read_feature(value_span, features[name], place)
+        return {
+            name: values[name] if name in values else _default(kind)
+            for name, kind in features.items()
+        }
 
-def _decode_feature(buffer: Any, span: Span, kind: Descriptor, path: str) -> Any:
-    expected = _field_of(kind)
-    content = _read_member(buffer, span, expected, path)
-    if content is None:
-        return _default(kind)
-    if isinstance(kind, dict):
-        return _decode_map(buffer, content, kind, path)
-    if isinstance(kind, list):
-        items = _read_repeated(buffer, content)
-        return [
-            _decode_feature(buffer, item, kind[0], f"{path}[{i}]") for i, item in enumerate(items)
-        ]
-    if kind == "BYTES":
-        return bytes(buffer[content[0] : content[1]])
-    if kind == "STRING":
-        return _decode_text(buffer, content)
-    if kind == "FLOAT32":
-        return struct.unpack_from("<f", buffer, content[0])[0]
-    return content - 2**64 if content >= 2**63 else content
+    def _read_entry(self, span: Span) -> tuple[str, Span]:
+        name = ""
+        value_span = (span[1], span[1])
+        for field, wire_type, content in self._read_fields(span):
+            if field not in (KEY_FIELD, VALUE_FIELD):
+                continue
+            if wire_type != DELIMITED:
+                raise RecordError(f"map field {field} has wire type {wire_type}")
+            if field == KEY_FIELD:
+                name = self._read_text(content)
+            else:
+                value_span = content
+        return name, value_span
 
+    def _read_feature(self, span: Span, kind: Descriptor, path: str) -> Any:
+        content = self._read_member(span, _field_of(kind), path)
+        if content is None:
+            return _default(kind)
+        if isinstance(kind, dict):
+            return self.read_map(content, kind, path)
+        if isinstance(kind, list):
+            items = self._read_repeated(content)
+            return [
+                self._read_feature(item, kind[0], f"{path}[{i}]") for i, item in enumerate(items)
+            ]
+        if kind == "BYTES":
+            return self._read_bytes(content)
+        if kind == "STRING":
+            return self._read_text(content)
+        if kind == "FLOAT32":
+            return struct.unpack_from("<f", self.buffer, content[0])[0]
+        return content - 2**64 if content >= 2**63 else content
 
-def _read_member(buffer: Any, span: Span, expected: int, path: str) -> Span | int | None:
-    """Return the content of the one member a Feature holds, None for an empty Feature."""
-    member = None
-    for field, wire_type, content in _read_fields(buffer, span):
-        if field not in FIELD_NAMES:
-            continue
-        if field != expected:
-            raise RecordError(
-                f"feature {path!r} holds {FIELD_NAMES[field]}, "
-                f"but METADATA declares {FIELD_NAMES[expected]}"
-            )
-        if wire_type != FIELD_WIRE_TYPES[field]:
-            raise RecordError(f"feature {path!r} has wire type {wire_type}")
-        member = content
-    return member
+    def _read_bytes(self, span: Span) -> bytes | memoryview:
+        start, end = span
+        if self.copies:
+            return bytes(self.buffer[start:end])
+        return memoryview(self.buffer)[start:end]
 
+    def _read_member(self, span: Span, expected: int, path: str) -> Span | int | None:
+        """Return the content of the one member a Feature holds, None for an empty Feature."""
+        member = None
+        for field, wire_type, content in self._read_fields(span):
+            if field not in FIELD_NAMES:
+                continue
+            if field != expected:
+                raise RecordError(
+                    f"feature {path!r} holds {FIELD_NAMES[field]}, "
+                    f"but METADATA declares {FIELD_NAMES[expected]}"
+                )
+            if wire_type != FIELD_WIRE_TYPES[field]:
+                raise RecordError(f"feature {path!r} has wire type {wire_type}")
+            member = content
+        return member
 
-def _read_repeated(buffer: Any, span: Span) -> Iterator[Span]:
-    """Yield the items of a FeatureList or the entries of a FeatureMap."""
-    for field, wire_type, content in _read_fields(buffer, span):
-        if field != CONTAINER_FIELD:
-            continue
-        if wire_type != DELIMITED:
-            raise RecordError(f"container item has wire type {wire_type}")
-        yield content
+    def _read_repeated(self, span: Span) -> Iterator[Span]:
+        """Yield the items of a FeatureList or the entries of a FeatureMap."""
+        for field, wire_type, content in self._read_fields(span):
+            if field != CONTAINER_FIELD:
+                continue
+            if wire_type != DELIMITED:
+                raise RecordError(f"container item has wire type {wire_type}")
+            yield content
 
+    def _read_fields(self, span: Span) -> list[tuple[int, int, Any]]:
+        """Return (field number, wire type, integer or span) of each field of a message."""
+        buffer = self.buffer
+        position, end = span
+        fields = []
+        while position < end:
+            key = buffer[position]
+            position += 1
+            if key > 0x7F:
+                key, position = _read_varint(buffer, position - 1, end)
+            wire_type = key & 7
+            if wire_type == DELIMITED and position < end and buffer[position] < 0x80:
+                size = buffer[position]  # most numbers are of one byte
+                position += 1
+            elif wire_type == VARINT:
+                content, position = _read_varint(buffer, position, end)
+                fields.append((key >> 3, wire_type, content))
+                continue
+            else:
+                size, position = _read_size(buffer, position, end, wire_type)
+            if size > end - position:
+                raise RecordError(f"field {key >> 3} needs {size} bytes, {end - position} are left")
+            fields.append((key >> 3, wire_type, (position, position + size)))
+            position += size
+        return fields
 
-def _read_fields(buffer: Any, span: Span) -> Iterator[tuple[int, int, Any]]:
-    """Yield (field number, wire type, integer or span) for each field of a message."""
-    position, end = span
-    while position < end:
-        key, position = _read_varint(buffer, position, end)
-        field, wire_type = key >> 3, key & 7
-        if wire_type == VARINT:
-            content, position = _read_varint(buffer, position, end)
-            yield field, wire_type, content
-            continue
-        size, position = _read_size(buffer, position, end, wire_type)
-        if size > end - position:
-            raise RecordError(f"field {field} needs {size} bytes, {end - position} are left")
-        yield field, wire_type, (position, position + size)
-        position += size
+    def _read_text(self, span: Span) -> str:
+        try:
+            return self.buffer[span[0] : span[1]].decode()
+        except UnicodeDecodeError as error:
+            raise RecordError(f"text is not UTF-8: {error}") from error
 
 
 def _read_size(buffer: Any, position: int, end: int, wire_type: int) -> tuple[int, int]:
@@ -384,13 +417,6 @@ def _read_varint(buffer: Any, position: int, end: int) -> tuple[int, int]:
         if byte < 0x80:
             return value % 2**64, position
     raise RecordError("a number is longer than 10 bytes")
-
-
-def _decode_text(buffer: Any, span: Span) -> str:
-    try:
-        return bytes(buffer[span[0] : span[1]]).decode()
-    except UnicodeDecodeError as error:
-        raise RecordError(f"text is not UTF-8: {error}") from error
 
 
 def _field_of(kind: Descriptor) -> int:

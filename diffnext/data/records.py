@@ -12,6 +12,7 @@ Neither ``codewithgpu`` nor ``protobuf`` is needed to write or to read one.
 """
 
 import bisect
+import contextlib
 import itertools
 import json
 import logging
@@ -230,13 +231,10 @@ class RecordDataset:
             RecordError: If the record is corrupt.
             RuntimeError: If the dataset is closed.
         """
-        if self._closed:
-            raise RuntimeError(f"cannot read {self.path}: the dataset is closed")
-        if self._cursor >= self._entries:
+        if self._cursor >= self._entries and not self._closed:
             raise StopIteration
-        index = self._cursor
         self._cursor += 1
-        return self._decode(index)
+        return self._decode(self._cursor - 1)
 
     def seek(self, index: int) -> None:
         """Move the cursor to example ``index``; negative ones count from the end.
@@ -244,12 +242,7 @@ class RecordDataset:
         Raises:
             IndexError: If there is no such example.
         """
-        position = operator.index(index)
-        if position < 0:
-            position += self._entries
-        if not 0 <= position < self._entries:
-            raise IndexError(f"{self.path} has {self._entries} examples, no example {index}")
-        self._cursor = position
+        self._cursor = self._check_index(index)
 
     def tell(self) -> int:
         """Return the index of the next example ``read()`` returns."""
@@ -259,11 +252,24 @@ class RecordDataset:
         """Move the cursor to the first example."""
         self._cursor = 0
 
+    def view(self, index: int) -> dict[str, Any]:
+        """Example ``index`` with read-only memory views in place of bytes; the cursor stays.
+
+        Views keep the file's pages in use after ``close()``.
+
+        Raises:
+            IndexError: If there is no such example.
+            RecordError: If its record is corrupt.
+            RuntimeError: If the dataset is closed.
+        """
+        return self._decode(self._check_index(index), copies=False)
+
     def close(self) -> None:
-        """Release the files."""
+        """Release the files; those that views look at go with the last view."""
         self._closed = True
         for data in self._maps.values():
-            data.close()
+            with contextlib.suppress(BufferError):
+                data.close()
         self._maps.clear()
 
     def describe(self, index: int) -> str:
@@ -291,12 +297,22 @@ class RecordDataset:
         shard_start = self._ends[shard_number] - len(self._shards[shard_number].spans)
         return shard_number, index - shard_start
 
-    def _decode(self, index: int) -> dict[str, Any]:
+    def _check_index(self, index: int) -> int:
+        position = operator.index(index)
+        if position < 0:
+            position += self._entries
+        if not 0 <= position < self._entries:
+            raise IndexError(f"{self.path} has {self._entries} examples, no example {index}")
+        return position
+
+    def _decode(self, index: int, copies: bool = True) -> dict[str, Any]:
+        if self._closed:
+            raise RuntimeError(f"cannot read {self.path}: the dataset is closed")
         shard_number, local_index = self._locate(index)
         offset, length = self._shards[shard_number].spans[local_index].tolist()
         buffer = self._open_map(shard_number)
         try:
-            return decode_example(buffer, (offset, offset + length), self.features)
+            return decode_example(buffer, (offset, offset + length), self.features, copies)
         except RecordError as error:
             raise RecordError(f"{self.describe(index)} is corrupt: {error}") from error
 
@@ -357,6 +373,12 @@ class RecordSubset:
         if not 0 <= index < len(self):
             raise IndexError(f"example {index} of a subset of {len(self)}")
         return self.dataset[self.start + index]
+
+    def view(self, index: int) -> dict[str, Any]:
+        """As of the dataset."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"example {index} of a subset of {len(self)}")
+        return self.dataset.view(self.start + index)
 
     def describe(self, index: int) -> str:
         """Name an example for messages."""

@@ -279,3 +279,22 @@ def test_array_payloads_survive_a_round_trip(tmp_path):
 def test_sizes_of_the_writer_are_checked(tmp_path):
     with pytest.raises(ValueError, match="max_examples must be at least 1, got 0"):
         RecordWriter(tmp_path, {"a": "int"}, max_examples=0)
+
+
+def test_views_are_the_bytes_without_a_copy(tmp_path):
+    with RecordWriter(tmp_path, {"data": "bytes", "name": "string"}) as writer:
+        for number in range(3):
+            writer.write({"data": bytes([number] * 300), "name": f"number {number}"})
+    dataset = RecordDataset(tmp_path)
+    views = [dataset.view(index) for index in (2, 0, -2)]
+    assert dataset.tell() == 0
+    for view, number in zip(views, (2, 0, 1), strict=True):
+        assert view["name"] == f"number {number}"
+        assert isinstance(view["data"], memoryview) and view["data"].readonly
+        assert view["data"] == dataset[number]["data"]
+    with pytest.raises(IndexError, match="no example 3"):
+        dataset.view(3)
+    dataset.close()
+    assert bytes(views[0]["data"]) == bytes([2] * 300)  # outlives the dataset
+    with pytest.raises(RuntimeError, match="closed"):
+        dataset.view(0)
