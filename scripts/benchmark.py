@@ -1,0 +1,425 @@
+"""Measure sampling, training, reading, importing and autoencoders, side by side with a baseline.
+
+    python scripts/benchmark.py generate --model assets/nova-tiny --sets 64 --steps 25
+    python scripts/benchmark.py generate --config configs/nova_d48w768_sdxl1024.yaml --size 256
+    python scripts/benchmark.py train --size 256 --batch 2  # of nova_d48w768_sdxl1024
+    python scripts/benchmark.py data --records 2000
+    python scripts/benchmark.py import
+    python scripts/benchmark.py vae --direction decode --size 256
+    python scripts/benchmark.py generate --baseline /path/to/folder/with/another/diffnext
+
+Weights are random and the same on both sides. The two sides are processes that take turns, run by
+run, so that both see the same machine; the table has medians, the span of the runs and the ratio of
+medians. The baseline of generate and train is, by default, NOVA as its specification words it
+(tests/reference_nova.py); a path is that of a folder that holds another ``diffnext`` package, on
+which the same public calls are made; none measures one side only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+
+from diffnext.pipelines.pipeline_utils import cosine_set_sizes
+
+ROOT = Path(__file__).resolve().parent.parent
+WORKER = Path(__file__).resolve().parent / "benchmarking" / "worker.py"
+PLAIN = "plain"
+NONE = "none"
+IMPORTS = {  # what is timed: (what is imported before, what is timed)
+    "import diffnext": ("pass", "import diffnext"),
+    "import diffnext.pipelines": (
+        "from diffusers import DiffusionPipeline",
+        "import diffnext.pipelines",
+    ),
+    "from diffusers import DiffusionPipeline": ("pass", "from diffusers import DiffusionPipeline"),
+}
+VAES = {
+    "AutoencoderKL": {"block_out_channels": [128, 256, 512, 512], "layers_per_block": 2},
+    "AutoencoderKLOpenSora": {
+        "block_out_channels": [128, 256, 512, 512],
+        "layers_per_block": 2,
+        "down_block_types": ["DownEncoderBlock2D"] * 2 + ["DownEncoderBlock3D"] * 2,
+        "up_block_types": ["UpDecoderBlock3D"] * 4,
+    },
+}
+
+
+@dataclass
+class Side:
+    """One of the two processes.
+
+    Attributes:
+        name: In the table.
+        process: Its worker.
+        runs: Reports of the measured runs.
+        counts: Operations and matrix work of a run, if they were counted.
+    """
+
+    name: str
+    process: subprocess.Popen
+    runs: list[dict[str, float]] = field(default_factory=list)
+    counts: dict[str, float] = field(default_factory=dict)
+
+    def ask(self, line: str) -> dict[str, Any]:
+        """Send a line; returns the answer.
+
+        Raises:
+            RuntimeError: If the process ended; its messages went to standard error.
+        """
+        self.process.stdin.write(line + "\n")
+        self.process.stdin.flush()
+        return self.read()
+
+    def read(self) -> dict[str, Any]:
+        """The next answer."""
+        for text in self.process.stdout:
+            if text.startswith("{"):
+                return json.loads(text)
+        raise RuntimeError(f"the process of {self.name} ended with {self.process.wait()}")
+
+    def median(self, name: str) -> float:
+        """Of the measured runs."""
+        return statistics.median(run[name] for run in self.runs)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    args = parse_args(argv)
+    try:
+        with tempfile.TemporaryDirectory() as scratch:
+            results = [
+                measure(args, work, name, spec, Path(scratch))
+                for name, work, spec in make_specs(args, Path(scratch))
+            ]
+    except (OSError, ValueError, RuntimeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    report = {"machine": describe_machine(args), "arguments": vars(args), "results": results}
+    print(format_report(report))
+    if args.output:
+        args.output.write_text(json.dumps(report, indent=2, default=str) + "\n")
+    return 0
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument(
+        "--baseline", help="plain, none, or a folder (plain; none where no plain is)"
+    )
+    common.add_argument("--runs", type=int, default=5, help="measured a side (5)")
+    common.add_argument("--warmup", type=int, default=1, help="runs before, not measured (1)")
+    common.add_argument(
+        "--threads", type=int, default=os.cpu_count(), help="of PyTorch (all cores)"
+    )
+    common.add_argument("--output", type=Path, help="JSON file with everything measured")
+    device = argparse.ArgumentParser(add_help=False)
+    device.add_argument("--device", default="cpu", help="cpu, cuda (cpu)")
+    device.add_argument("--dtype", default="float32", help="float32, bfloat16, float16 (float32)")
+    device.add_argument("--batch", type=int, default=1, help="samples at once (1)")
+    model = argparse.ArgumentParser(add_help=False)
+    source = model.add_mutually_exclusive_group()
+    source.add_argument("--config", type=Path, help="training config with the model's sizes")
+    source.add_argument("--model", type=Path, help="release folder with the model's sizes")
+    model.add_argument("--size", type=int, nargs="+", help="pixels, in place of the config's")
+    model.add_argument("--arch", nargs=3, help="names of the three parts, in place of the config's")
+    model.add_argument("--frames", type=int, help="latent frames (9 for videos, else 1)")
+    model.add_argument("--compile", action="store_true", help="compile the blocks of our side")
+    model.add_argument("--scheduler", choices=("flow", "ddpm"), default="flow", help="(flow)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    generate = commands.add_parser("generate", parents=[common, device, model])
+    generate.add_argument("--sets", type=int, default=16, help="of tokens a frame (16)")
+    generate.add_argument("--steps", type=int, default=25, help="of diffusion a set (25)")
+    generate.add_argument("--guidance", type=float, default=5.0, help="(5)")
+    commands.add_parser("train", parents=[common, device, model])
+    data = commands.add_parser("data", parents=[common])
+    data.add_argument("--records", type=int, default=2000, help="in the dataset (2000)")
+    data.add_argument("--shape", type=int, nargs="+", default=[8, 128, 128], help="(8 128 128)")
+    data.add_argument("--batch", type=int, default=8, help="records at once (8)")
+    data.add_argument("--batches", type=int, default=250, help="of a run (250)")
+    data.add_argument("--workers", type=int, default=0, help="processes (0)")
+    data.add_argument("--in-order", action="store_true", help="do not shuffle")
+    commands.add_parser("import", parents=[common])
+    vae = commands.add_parser("vae", parents=[common, device])
+    vae.add_argument("--vae-class", choices=VAES, default="AutoencoderKL", help="(AutoencoderKL)")
+    vae.add_argument("--direction", choices=("decode", "encode"), default="decode", help="(decode)")
+    vae.add_argument("--size", type=int, default=256, help="pixels a side (256)")
+    vae.add_argument("--num-frames", type=int, default=17, help="of clips (17)")
+    args = parser.parse_args(argv)
+    has_plain = args.command in ("generate", "train")
+    args.baseline = args.baseline or (PLAIN if has_plain else NONE)
+    if args.baseline == PLAIN and not has_plain:
+        parser.error(f"{args.command} has no plain formulation: --baseline none, or a folder")
+    if args.baseline not in (PLAIN, NONE) and not (Path(args.baseline) / "diffnext").is_dir():
+        parser.error(f"--baseline {args.baseline} holds no folder diffnext")
+    if args.runs < 1 or args.warmup < 0:
+        parser.error("--runs must be at least 1, --warmup at least 0")
+    return args
+
+
+# --- what is measured ---------------------------------------------------------------------------
+
+
+def make_specs(args: argparse.Namespace, scratch: Path) -> list[tuple[str, str, dict[str, Any]]]:
+    """Name, kind of work and settings of everything a command measures."""
+    match args.command:
+        case "import":
+            return [
+                (name, "import", {"first": first, "statement": statement})
+                for name, (first, statement) in IMPORTS.items()
+            ]
+        case "data":
+            spec = {
+                "dataset": str(scratch / "records"),
+                "records": args.records,
+                "shape": args.shape,
+                "batch": args.batch,
+                "batches": args.batches,
+                "workers": args.workers,
+                "shuffle": not args.in_order,
+            }
+            return [("reading", "data", spec), ("first batch", "first-batch", spec)]
+        case "vae":
+            return [(f"{args.vae_class} {args.direction}", "vae", make_vae_spec(args))]
+    spec = {
+        "transformer": make_model_arguments(args),
+        "scheduler": args.scheduler,
+        "batch": args.batch,
+        "device": args.device,
+        "dtype": args.dtype,
+        "compile": args.compile,
+        "weights": str(scratch / "weights.pt"),
+    }
+    is_video = spec["transformer"]["video_base_size"][0] > 1
+    spec["frames"] = args.frames or (9 if is_video else 1)
+    if args.command == "generate":
+        tokens = math.prod(spec["transformer"]["image_base_size"])
+        num_preds = cosine_set_sizes(args.sets, tokens).tolist()
+        spec |= {"num_preds": num_preds, "steps": args.steps, "guidance": args.guidance}
+    return [(args.command, args.command, spec)]
+
+
+def make_model_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """Arguments of the model, with the sizes that the command line changes.
+
+    Raises:
+        ValueError: If the size does not fit the model's strides.
+    """
+    if args.model:
+        config = json.loads((args.model / "transformer" / "config.json").read_text())
+        config = {name: value for name, value in config.items() if not name.startswith("_")}
+    else:
+        path = args.config or ROOT / "configs" / "nova_d48w768_sdxl1024.yaml"
+        config = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+        config = config["pipeline"]["paths"]["module_config"]["transformer"]
+    if args.arch:
+        config["arch"] = args.arch
+    size = config["image_size"]
+    size = [size, size] if isinstance(size, int) else list(size)
+    if args.size:
+        size = [args.size[0], args.size[-1]]
+        patch = 15 // config["image_stride"] + 1
+        stride = config["image_stride"] * patch
+        if any(side % (2 * stride) for side in size):
+            raise ValueError(f"--size must be multiples of {2 * stride}, got {size}")
+        config["image_base_size"] = [side // stride for side in size]
+        frames = config["video_base_size"][0]
+        config["video_base_size"] = [frames, *(side // stride // 2 for side in size)]
+    return {**config, "image_size": size}
+
+
+def make_vae_spec(args: argparse.Namespace) -> dict[str, Any]:
+    """Settings of an autoencoder of the released sizes."""
+    is_video = args.vae_class == "AutoencoderKLOpenSora"
+    channels, side, frames = 3, args.size, args.num_frames
+    if args.direction == "decode":
+        channels, side, frames = 4, args.size // 8, (args.num_frames - 1) // 4 + 1
+    shape = [args.batch, channels, *([frames] if is_video else []), side, side]
+    return {
+        "vae_class": args.vae_class,
+        "vae": {**VAES[args.vae_class], "latent_channels": 4, **kl_blocks(is_video)},
+        "direction": args.direction,
+        "shape": shape,
+        "batch": args.batch,
+        "device": args.device,
+        "dtype": args.dtype,
+    }
+
+
+def kl_blocks(is_video: bool) -> dict[str, Any]:
+    """Block types of the image autoencoder; those of videos are in ``VAES``."""
+    if is_video:
+        return {}
+    return {
+        "down_block_types": ["DownEncoderBlock2D"] * 4,
+        "up_block_types": ["UpDecoderBlock2D"] * 4,
+    }
+
+
+def measure(
+    args: argparse.Namespace, work: str, name: str, spec: dict[str, Any], scratch: Path
+) -> dict[str, Any]:
+    """Run both sides in turns."""
+    sides = [start_side(args, "ours", work, spec)]
+    if args.baseline != NONE:
+        sides.append(start_side(args, args.baseline, work, {**spec, "compile": False}))
+    try:
+        for _ in range(args.warmup):
+            for side in sides:
+                side.ask("run")
+        for _ in range(args.runs):
+            for side in sides:
+                side.runs.append(side.ask("run"))
+        error = compare(sides, scratch) if len(sides) == 2 else None
+        if work in ("generate", "train"):
+            for side in sides:
+                side.counts = side.ask("count")
+    finally:
+        for side in sides:
+            side.process.stdin.close()
+            side.process.wait()
+    return {
+        "name": name,
+        "spec": spec,
+        "relative_error": error,
+        "sides": [
+            {"name": side.name, "runs": side.runs, **side.counts, **medians(side)} for side in sides
+        ],
+    }
+
+
+def start_side(args: argparse.Namespace, name: str, work: str, spec: dict[str, Any]) -> Side:
+    """Start a worker and wait until it is ready."""
+    package = ROOT if name in ("ours", PLAIN) else Path(name).resolve()
+    settings = {"work": work, "spec": spec, "is_plain": name == PLAIN, "threads": args.threads}
+    process = subprocess.Popen(
+        [sys.executable, str(WORKER), json.dumps(settings)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(package), "OMP_NUM_THREADS": str(args.threads)},
+    )
+    side = Side(name, process)
+    side.read()
+    return side
+
+
+def compare(sides: list[Side], scratch: Path) -> float | None:
+    """Largest difference of what the sides computed, over the largest value of the baseline."""
+    results = []
+    for index, side in enumerate(sides):
+        path = scratch / f"result{index}.pt"
+        if not side.ask(f"save {path}")["saved"]:
+            return None
+        results.append(torch.load(path, weights_only=True).double())
+    ours, theirs = results
+    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
+
+
+def medians(side: Side) -> dict[str, float]:
+    """What the table shows of a side."""
+    seconds = [run["seconds"] for run in side.runs]
+    return {
+        "seconds": side.median("seconds"),
+        "fastest": min(seconds),
+        "slowest": max(seconds),
+        "rate": side.median("rate"),
+        "peak_mb": max(run["peak_mb"] for run in side.runs),
+    }
+
+
+# --- reports ------------------------------------------------------------------------------------
+
+
+def describe_machine(args: argparse.Namespace) -> dict[str, Any]:
+    """What the numbers depend on."""
+    device = getattr(args, "device", "cpu")
+    dtype = getattr(torch, getattr(args, "dtype", "float32"))
+    name = torch.cuda.get_device_name() if device.startswith("cuda") else processor_name()
+    torch.set_num_threads(args.threads)
+    return {
+        "device": name,
+        "threads": args.threads,
+        "torch": torch.__version__,
+        "matrix_gflops": measure_matrix_rate(device, dtype) / 1e9,
+    }
+
+
+def processor_name() -> str:
+    """Model of the processor, as far as the system tells."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else "CPU"
+
+
+def measure_matrix_rate(device: str, dtype: torch.dtype, size: int = 2048, runs: int = 5) -> float:
+    """Floating-point operations a second of a large square product, the best of some runs."""
+    a, b = torch.randn(2, size, size, device=device).to(dtype).unbind(0)
+    best = float("inf")
+    for _ in range(runs + 1):
+        begin = time.perf_counter()
+        a @ b
+        if device.startswith("cuda"):
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - begin)
+    return 2 * size**3 / best
+
+
+def format_report(report: dict[str, Any]) -> str:
+    """A Markdown table with a line for each side."""
+    machine = report["machine"]
+    lines = [
+        f"{machine['device']}, {machine['threads']} threads, torch {machine['torch']}, "
+        f"products at {machine['matrix_gflops']:.0f} GFLOP/s",
+        "",
+        "| work | side | median s | span | per s | ratio | peak MB | operations | GFLOP | share |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for result in report["results"]:
+        baseline = result["sides"][-1]["seconds"]
+        for side in result["sides"]:
+            flops = side.get("flops")
+            share = "-"
+            if flops:
+                share = f"{flops / side['seconds'] / machine['matrix_gflops'] / 1e7:.0f} %"
+            cells = [
+                result["name"],
+                side["name"],
+                f"{side['seconds']:.4g}",
+                f"{side['fastest']:.4g} to {side['slowest']:.4g}",
+                f"{side['rate']:.4g}",
+                f"{baseline / side['seconds']:.2f}x" if len(result["sides"]) == 2 else "-",
+                f"{side['peak_mb']:.0f}",
+                str(side.get("operations", "-")),
+                f"{flops / 1e9:.1f}" if flops else "-",
+                share,
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+        if result["relative_error"] is not None:
+            lines.append(
+                f"\nResults differ by {result['relative_error']:.1e} of the largest value."
+            )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

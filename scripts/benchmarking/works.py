@@ -1,0 +1,317 @@
+"""Pieces of work that benchmarks time, through the public interface of whichever package is there.
+
+A work is built once from a plain dict, run again and again, and says what came out, so that two
+packages can be compared. Every piece can also be done the way the specification words it
+(``tests/reference_nova.py``).
+
+Shapes: B batch, C latent channels, T latent frames, h w latent size.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+import tempfile
+from abc import ABC, abstractmethod
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+ROOT = Path(__file__).resolve().parents[2]
+REFERENCE = ROOT / "tests" / "reference_nova.py"
+TEXT_LENGTHS = (12, 40, 25, 60)  # tokens of prompts; the empty one has none
+
+Spec = dict[str, Any]
+
+
+class Work(ABC):
+    """Something that can be timed.
+
+    Args:
+        spec: Settings; see the subclasses.
+        is_plain: Whether to do it as the specification words it.
+    """
+
+    unit = "s"
+
+    def __init__(self, spec: Spec, is_plain: bool = False) -> None:
+        self.spec = spec
+        self.is_plain = is_plain
+
+    @abstractmethod
+    def run(self) -> Tensor | None:
+        """Do it once; returns what both packages should agree on."""
+
+    def count(self) -> int:
+        """How many units of ``rate_unit`` one run makes."""
+        return self.spec.get("batch", 1)
+
+
+class ModelWork(Work):
+    """Work with a NOVA of random weights.
+
+    Spec: ``transformer`` (arguments of the model), ``scheduler`` ("flow" or "ddpm"), ``batch``,
+    ``frames`` (latent frames), ``device``, ``dtype``, ``weights`` (a file that the first process
+    writes and others read), ``compile``.
+    """
+
+    def __init__(self, spec: Spec, is_plain: bool = False) -> None:
+        super().__init__(spec, is_plain)
+        from diffnext.models.transformers.transformer_nova import NOVATransformer3DModel
+
+        self.device = torch.device(spec["device"])
+        self.dtype = getattr(torch, spec["dtype"])
+        torch.manual_seed(0)
+        self.model = NOVATransformer3DModel(**spec["transformer"])
+        load_or_save(self.model, Path(spec["weights"]))
+        self.model.to(self.device, self.dtype)
+        if spec.get("compile"):
+            for part in (self.model.image_encoder, self.model.image_decoder):
+                for block in part.blocks:
+                    block.compile(dynamic=True)
+
+    def make_scheduler(self) -> Any:
+        """A scheduler of the package."""
+        if self.spec["scheduler"] == "ddpm":
+            from diffnext.schedulers.scheduling_ddpm import DDPMScheduler
+
+            return DDPMScheduler()
+        from diffnext.schedulers.scheduling_cfm import FlowMatchEulerDiscreteScheduler
+
+        return FlowMatchEulerDiscreteScheduler()
+
+    def make_prompts(self, count: int, empty: int = 0) -> list[Tensor]:
+        """Text states of some lengths, then the null prompt's."""
+        width = self.spec["transformer"]["text_token_dim"]
+        limit = self.spec["transformer"]["text_token_len"]
+        generator = torch.Generator().manual_seed(1)
+        lengths = [min(TEXT_LENGTHS[i % len(TEXT_LENGTHS)], limit) for i in range(count)]
+        states = [torch.randn(n, width, generator=generator) for n in lengths]
+        states += [torch.zeros(0, width)] * empty
+        return [state.to(self.device, self.dtype) for state in states]
+
+
+class GenerateWork(ModelWork):
+    """Sampling of latents.
+
+    Spec, besides that of :class:`ModelWork`: ``num_preds``, ``steps``, ``guidance``.
+    """
+
+    rate_unit = "sample"
+
+    def __init__(self, spec: Spec, is_plain: bool = False) -> None:
+        super().__init__(spec, is_plain)
+        self.model.eval()
+        self.model.sample_scheduler = self.make_scheduler()
+
+    def inputs(self) -> dict[str, Any]:
+        """Inputs of the model; the same in every run."""
+        spec = self.spec
+        is_guided = spec["guidance"] > 1
+        inputs = {
+            "prompt": self.make_prompts(spec["batch"], spec["batch"] if is_guided else 0),
+            "batch_size": spec["batch"],
+            "num_preds": spec["num_preds"],
+            "num_diffusion_steps": spec["steps"],
+            "guidance_scale": spec["guidance"],
+            "max_latent_length": spec["frames"],
+            "generator": torch.Generator(self.device).manual_seed(0),
+            "tqdm1": False,
+            "tqdm2": False,
+        }
+        return {**inputs, "motion_flow": [5.0] * spec["batch"]} if spec["frames"] > 1 else inputs
+
+    def run(self) -> Tensor:
+        """Sample; returns the latents, (B, C, T, h, w)."""
+        if self.is_plain:
+            return load_reference().generate(self.model, self.inputs())
+        with torch.no_grad():
+            return self.model(self.inputs())["x"]
+
+
+class TrainWork(ModelWork):
+    """One training step: losses, gradients, clipping, AdamW."""
+
+    rate_unit = "sample"
+
+    def __init__(self, spec: Spec, is_plain: bool = False) -> None:
+        super().__init__(spec, is_plain)
+        self.model.train()
+        self.model.noise_scheduler = self.make_scheduler()
+        if self.model.text_embed is not None:
+            self.model.text_embed.dropout = 0
+        sizes = spec["transformer"]
+        size = [side // sizes["image_stride"] for side in sizes["image_size"]]
+        generator = torch.Generator().manual_seed(2)
+        shape = (spec["batch"], sizes["image_dim"], spec["frames"], *size)
+        x = torch.randn(shape, generator=generator).to(self.device, self.dtype)
+        self.x = x if spec["frames"] > 1 else x.squeeze(2)
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=0.0, fused=not is_plain)
+
+    def run(self) -> Tensor:
+        """Take a step of learning rate 0; returns the loss and the gradient norm."""
+        torch.manual_seed(3)
+        np.random.seed(3)
+        inputs = {"x": self.x, "prompt": self.make_prompts(self.spec["batch"])}
+        if self.spec["frames"] > 1:
+            inputs["motion_flow"] = [5.0] * self.spec["batch"]
+        losses = load_reference().train(self.model, inputs) if self.is_plain else self.model(inputs)
+        loss = sum(losses.values())
+        self.optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        return torch.stack([loss.detach().float(), norm.detach().float()]).cpu()
+
+
+class DataWork(Work):
+    """Reading of cached moments.
+
+    Spec: ``dataset`` (folder, written when missing), ``records``, ``shape``, ``batch``,
+    ``workers``, ``batches`` (of one run), ``shuffle``.
+    """
+
+    rate_unit = "record"
+
+    def __init__(self, spec: Spec, is_plain: bool = False) -> None:
+        super().__init__(spec, is_plain)
+        from diffnext.data.flex_loaders import FeatureDataLoader
+
+        write_records(spec)
+        self.loader = FeatureDataLoader(
+            spec["dataset"],
+            batch_size=spec["batch"],
+            shuffle=spec["shuffle"],
+            num_workers=spec["workers"],
+        )
+
+    def count(self) -> int:
+        """Records of one run."""
+        return self.spec["batch"] * self.spec["batches"]
+
+    def run(self) -> None:
+        """Read some batches; their order goes on from run to run."""
+        for _ in range(self.spec["batches"]):
+            self.loader.next()
+
+
+class FirstBatchWork(DataWork):
+    """From the construction of a loader to its first batch; spec as for :class:`DataWork`."""
+
+    rate_unit = "loader"
+
+    def count(self) -> int:
+        """One."""
+        return 1
+
+    def run(self) -> None:
+        """Build a loader, read a batch."""
+        FirstBatchWork.__init__(self, self.spec)
+        self.loader.next()
+
+
+class ImportWork(Work):
+    """Starting Python and importing something.
+
+    Spec: ``statement``; ``first`` is run before the clock starts.
+    """
+
+    rate_unit = "import"
+
+    def run(self) -> None:
+        """Nothing to do in this process; see :meth:`seconds`."""
+
+    def seconds(self) -> float:
+        """Import in a fresh process; seconds of processor time of the statement alone."""
+        code = (
+            f"{self.spec['first']}\nimport time\nbegin = time.process_time()\n"
+            f"{self.spec['statement']}\nprint(time.process_time() - begin)"
+        )
+        result = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+        return float(result.stdout.split()[-1])
+
+
+class VaeWork(Work):
+    """Decoding, or encoding, by an autoencoder of random weights.
+
+    Spec: ``vae_class``, ``vae`` (arguments), ``direction``, ``shape`` of the input, ``device``,
+    ``dtype``, ``batch``.
+    """
+
+    rate_unit = "sample"
+
+    def __init__(self, spec: Spec, is_plain: bool = False) -> None:
+        super().__init__(spec, is_plain)
+        name = spec["vae_class"]
+        module = {"AutoencoderKL": "autoencoder_kl"}.get(name, "autoencoder_kl_opensora")
+        vae_class = getattr(importlib.import_module(f"diffnext.models.autoencoders.{module}"), name)
+        torch.manual_seed(0)
+        self.vae = vae_class(**spec["vae"]).to(spec["device"], getattr(torch, spec["dtype"])).eval()
+        generator = torch.Generator().manual_seed(1)
+        x = torch.randn(spec["shape"], generator=generator)
+        self.x = x.to(spec["device"], getattr(torch, spec["dtype"]))
+
+    @torch.no_grad()
+    def run(self) -> Tensor:
+        """Decode latents, or encode pixels to the posterior's parameters."""
+        if self.spec["direction"] == "decode":
+            return self.vae.decode(self.x).sample
+        return self.vae.encode(self.x).latent_dist.parameters
+
+
+WORKS = {
+    "generate": GenerateWork,
+    "train": TrainWork,
+    "data": DataWork,
+    "first-batch": FirstBatchWork,
+    "import": ImportWork,
+    "vae": VaeWork,
+}
+
+
+def load_reference() -> ModuleType:
+    """The plain formulation, which is no part of the package."""
+    if "reference_nova" not in sys.modules:
+        spec = importlib.util.spec_from_file_location("reference_nova", REFERENCE)
+        sys.modules["reference_nova"] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules["reference_nova"])
+    return sys.modules["reference_nova"]
+
+
+def load_or_save(model: nn.Module, path: Path) -> None:
+    """Give all processes the weights of the first one."""
+    if path.exists():
+        model.load_state_dict(torch.load(path, weights_only=True))
+        return
+    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+        torch.save(model.state_dict(), file)
+    Path(file.name).rename(path)
+
+
+def write_records(spec: Spec) -> None:
+    """Write a dataset of random moments, once."""
+    from diffnext.data.records import RecordWriter
+
+    folder = Path(spec["dataset"])
+    if (folder / "METADATA").exists():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(0)
+    features = {"moments": "bytes", "caption": "string", "text": "string", "shape": ["int64"]}
+    with RecordWriter(folder, features) as writer:
+        for index in range(spec["records"]):
+            moments = rng.standard_normal(spec["shape"], dtype=np.float32).astype(np.float16)
+            writer.write(
+                {
+                    "moments": moments.tobytes(),
+                    "caption": f"Picture number {index}, described at some length. And more.",
+                    "text": f"picture {index}",
+                    "shape": list(moments.shape),
+                }
+            )
