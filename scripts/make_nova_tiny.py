@@ -71,7 +71,7 @@ FIRST_LESSONS = (
     Lesson("anywhere", CATEGORIES, 40000, 8000),
 )
 PICTURE_LESSONS = (Lesson("longer", CATEGORIES, 40000, 16000),)
-CLIP_LESSONS = (Lesson("clips", CLIP_CATEGORIES, 6000, 12000, is_clip=True),)
+CLIP_LESSONS = (Lesson("clips", CLIP_CATEGORIES, 6000, 11000, is_clip=True),)
 HELD_OUT_PICTURES = Lesson("held_out", CATEGORIES, 512, steps=0)
 HELD_OUT_CLIPS = Lesson("held_out_clips", CLIP_CATEGORIES, 64, steps=0, is_clip=True)
 PRODUCTS = ("nova-tiny", "nova-tiny-video")
@@ -261,15 +261,20 @@ def train_stage(args: argparse.Namespace, lesson: Lesson, pretrained: Path) -> S
 
 
 def score_release(args: argparse.Namespace, output: Path, is_video: bool) -> None:
-    """Score a product; the scores are also put into its folder."""
-    scores = args.work / f"{output.name}_scores"
-    command = [
-        *(sys.executable, SCRIPTS / "evaluate_shapes.py", "--model", output),
-        *("--output", scores, "--num", str(args.num_prompts)),
-        *(["--clips"] if is_video else []),
-    ]
-    run_stage(Stage(scores.name, scores, command), args.work)
-    shutil.copy(scores / "scores.json", output)
+    """Score a product; the scores are also put into its folder.
+
+    Clips are also scored when they go on from a picture, and from the first five frames of a clip.
+    """
+    for given_frames in (0, 1, 5) if is_video else (0,):
+        suffix = f"_given_{given_frames}" if given_frames else ""
+        scores = args.work / f"{output.name}_scores{suffix}"
+        command = [
+            *(sys.executable, SCRIPTS / "evaluate_shapes.py", "--model", output),
+            *("--output", scores, "--num", str(args.num_prompts)),
+            *(["--clips", "--given-frames", str(given_frames)] if is_video else []),
+        ]
+        run_stage(Stage(scores.name, scores, command), args.work)
+        shutil.copy(scores / "scores.json", output / f"scores{suffix}.json")
 
 
 def scaled(number: int, args: argparse.Namespace) -> int:

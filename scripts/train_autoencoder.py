@@ -91,6 +91,12 @@ class OptimizerSettings:
 class TrainingSettings:
     """The training loop."""
 
+    part: str = key(
+        "all, or decoder: the encoder stays as init_from has it, so that latents stay valid; "
+        "the loss is that of the pixels.",
+        "all",
+    )
+    decoder_noise: float = key("Noise on the latents when part=decoder, standard deviation.", 0.1)
     steps: int = key("Steps of the whole run.", 1000)
     batch_size: int = key(
         "Pictures, or shortest clips, per batch of the smallest crops; fewer of larger ones.", 8
@@ -157,12 +163,21 @@ class Settings:
             raise ConfigError(
                 f"export.posterior_scale must be above 0, got {self.export.posterior_scale}"
             )
+        if self.training.part not in ("all", "decoder"):
+            raise ConfigError(f"training.part must be all or decoder, got {self.training.part}")
+        if self.is_decoder_only and not self.init_from:
+            raise ConfigError("training.part=decoder needs init_from: it fits to given latents")
         if self.training.mixed_precision not in ("no", "bf16"):
             raise ConfigError(
                 f"training.mixed_precision must be no or bf16, got {self.training.mixed_precision}"
             )
         if not isinstance(getattr(torch, self.export.dtype, None), torch.dtype):
             raise ConfigError(f"export.dtype must name a torch type, got {self.export.dtype!r}")
+
+    @property
+    def is_decoder_only(self) -> bool:
+        """Whether latents stay as they are."""
+        return self.training.part == "decoder"
 
     @property
     def is_video(self) -> bool:
@@ -243,11 +258,38 @@ def autoencoder_loss(
     mean, logvar = posterior.mean.float(), posterior.logvar.float()
     divergence = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
     y = vae.decode(posterior.sample(generator)).sample.float()
-    loss = weights.l1 * F.l1_loss(y, x) + weights.mse * F.mse_loss(y, x)
-    loss = loss + weights.gradient * gradient_error(y, x) + weights.kl * divergence
+    loss = pixel_loss(y, x, weights) + weights.kl * divergence
     if teacher is not None:
         loss = loss + weights.alignment * alignment_error(mean, x, teacher)
     return loss, y.detach()
+
+
+def decoder_loss(
+    vae: Autoencoder, x: Tensor, weights: LossSettings, generator: torch.Generator, noise: float
+) -> tuple[Tensor, Tensor]:
+    """Loss of one batch when the encoder stays as it is.
+
+    Args:
+        vae: The model.
+        x: Pictures or clips, -1 to 1.
+        weights: Weights of the terms.
+        generator: Source of the noise.
+        noise: Its standard deviation, in units of the latents.
+
+    Returns:
+        The loss, a scalar, and the reconstruction, of the shape of ``x``.
+    """
+    with torch.no_grad():
+        z = vae.encode(x).latent_dist.mean.float()
+        z = z + noise * torch.randn(z.shape, generator=generator, device=z.device)
+    y = vae.decode(z).sample.float()
+    return pixel_loss(y, x, weights), y.detach()
+
+
+def pixel_loss(y: Tensor, x: Tensor, weights: LossSettings) -> Tensor:
+    """Errors of pixels and of the differences between them."""
+    loss = weights.l1 * F.l1_loss(y, x) + weights.mse * F.mse_loss(y, x)
+    return loss + weights.gradient * gradient_error(y, x)
 
 
 # --- latents ------------------------------------------------------------------------------------
@@ -489,8 +531,11 @@ class AutoencoderTrainer:
         vae = build_model(settings)
         check_model(vae, settings)
         self.vae = vae.float().to(self.device).train()
+        if settings.is_decoder_only:
+            for part in (self.vae.encoder, self.vae.quant_conv):
+                part.requires_grad_(False)
         self.teacher = None
-        if settings.align_with:
+        if settings.align_with and not settings.is_decoder_only:
             teacher = AutoencoderKL.from_pretrained(settings.align_with).float()
             self.teacher = teacher.to(self.device).eval().requires_grad_(False)
         self.optimizer = torch.optim.AdamW(
@@ -545,7 +590,7 @@ class AutoencoderTrainer:
         x = self.to_device(self.sampler.batch(TRAINING, self.step))
         is_mixed = self.settings.training.mixed_precision == "bf16"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=is_mixed):
-            loss, y = autoencoder_loss(self.vae, x, self.settings.loss, generator, self.teacher)
+            loss, y = self.compute_loss(x, generator)
         if not torch.isfinite(loss):
             raise FloatingPointError(
                 f"the loss is {loss.item()} at step {self.step}; lower optimizer.learning_rate "
@@ -558,6 +603,14 @@ class AutoencoderTrainer:
         self.optimizer.step()
         self.step += 1
         return loss.item(), psnr(x, y)
+
+    def compute_loss(self, x: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Loss and reconstruction of a batch."""
+        weights = self.settings.loss
+        if self.settings.is_decoder_only:
+            noise = self.settings.training.decoder_noise
+            return decoder_loss(self.vae, x, weights, generator, noise)
+        return autoencoder_loss(self.vae, x, weights, generator, self.teacher)
 
     def learning_rate(self, step: int) -> float:
         """Linear warm-up, then half a cosine down to zero."""
@@ -585,9 +638,17 @@ class AutoencoderTrainer:
         return sum(values) / len(values)
 
     def export(self) -> None:
-        """Standardize the latents of a copy of the model and write it."""
+        """Adjust the latents of a copy of the model, if they are its own, and write it."""
         settings = self.settings.export
         vae = copy.deepcopy(self.vae).eval().requires_grad_(False)
+        if not self.settings.is_decoder_only:
+            self.adjust_latents(vae)
+        nn.Module.to(vae, dtype=getattr(torch, settings.dtype))
+        save_model(vae, self.model_dir)
+
+    def adjust_latents(self, vae: Autoencoder) -> None:
+        """Scale the posterior, and standardize latents that are not those of a teacher."""
+        settings = self.settings.export
         if settings.posterior_scale != 1:
             scale_posterior(vae, settings.posterior_scale)
         if self.teacher is not None:
@@ -595,8 +656,6 @@ class AutoencoderTrainer:
         else:
             adjust = whiten_latents if settings.whiten else standardize_latents
             adjust(vae, self.measure(vae))
-        nn.Module.to(vae, dtype=getattr(torch, settings.dtype))
-        save_model(vae, self.model_dir)
 
     def measure(self, vae: Autoencoder) -> LatentStatistics:
         """Measure latents on batches of their own."""

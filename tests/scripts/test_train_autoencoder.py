@@ -304,6 +304,33 @@ def test_without_whitening_the_factors_give_unit_latents_overall(script):
     assert all(torch.equal(weights[name], weight) for name, weight in vae.state_dict().items())
 
 
+@pytest.mark.parametrize("fixture", ["config_file", "video_config_file"])
+def test_a_decoder_fit_leaves_the_latents_alone(script, fixture, request):
+    path = request.getfixturevalue(fixture)
+    script.main([f"config={path}"])
+    first = Path(OmegaConf.load(path).output_dir)
+    options = ["training.part=decoder", f"init_from={first / 'vae'}", "training.steps=3"]
+    script.main([f"config={path}", *options, f"output_dir={first.with_name('decoder')}"])
+    before, after = (
+        load_file(folder / "vae" / "diffusion_pytorch_model.safetensors")
+        for folder in (first, first.with_name("decoder"))
+    )
+    for name, weight in before.items():
+        is_fixed = name.startswith(("encoder.", "quant_conv."))
+        assert torch.equal(weight, after[name]) == is_fixed, name
+
+
+def test_mixed_precision_fits_almost_the_same(script, config_file):
+    results = []
+    for precision in ("no", "bf16"):
+        settings = script.load_settings(
+            [f"config={config_file}", f"training.mixed_precision={precision}"]
+        )
+        results.append(script.AutoencoderTrainer(settings).train_step()[0])
+    assert results[0] != results[1]
+    assert results[1] == pytest.approx(results[0], rel=0.02)
+
+
 def test_crops_depend_only_on_seed_stream_and_step(script, config_file):
     settings = script.load_settings([f"config={config_file}"])
     first = script.CropSampler(settings.data, batch_size=4, seed=1)
@@ -435,6 +462,9 @@ def test_resuming_another_class_is_refused(script, config_file, video_config_fil
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
+        ("training.part=encoder", "training.part must be all or decoder, got encoder"),
+        ("training.part=decoder", "training.part=decoder needs init_from"),
+        ("training.mixed_precision=fp8", "training.mixed_precision must be no or bf16, got fp8"),
         ("training.step=3", "training.steps"),
         ("training.steps=many", "training.steps"),
         ("data.shapes_fraction=2", "shapes_fraction"),
