@@ -151,7 +151,8 @@ def make_picture_stages(args: argparse.Namespace) -> list[Stage]:
 def make_clip_stages(args: argparse.Namespace) -> list[Stage]:
     """Everything up to the trained model of clips, which goes on from the first lessons.
 
-    Its autoencoder has the same latents; it starts from an image autoencoder of its own widths.
+    Its autoencoder has the same latents. It starts from an image autoencoder of its own widths; its
+    decoder then learns moving shapes alone for a while.
     """
     first = make_first_stages(args)
     pictures, base = first[-1].result, args.work / "clip_base"
@@ -163,13 +164,16 @@ def make_clip_stages(args: argparse.Namespace) -> list[Stage]:
     start = fit_stage(args, "frame_autoencoder", IMAGE_AUTOENCODER_CONFIG, overrides)
     overrides = [f"init_from={start.result.parent / 'vae'}", like_pictures]
     fit = fit_stage(args, "clip_autoencoder", VIDEO_AUTOENCODER_CONFIG, overrides)
+    overrides = [f"init_from={fit.result.parent / 'vae'}", "training.part=decoder"]
+    overrides += ["training.batch_size=1", "data.clip_lengths=[17]", "optimizer.learning_rate=5e-4"]
+    refine = fit_stage(args, "clip_decoder", VIDEO_AUTOENCODER_CONFIG, overrides)
     text = args.work / "text"
     options = ["--text-encoder", text / "text_encoder", "--tokenizer", text / "tokenizer"]
     options += ["--weights", pictures]
     return [
-        *(*first, start, fit),
+        *(*first, start, fit, refine),
         render_stage(args, HELD_OUT_CLIPS, seed=100),
-        initialize_stage(args, base, VIDEO_MODEL_CONFIG, "clip_autoencoder", options),
+        initialize_stage(args, base, VIDEO_MODEL_CONFIG, "clip_decoder", options),
         *lesson_stages(args, CLIP_LESSONS, base, first_seed=101),
     ]
 
@@ -226,7 +230,7 @@ def initialize_stage(
 def render_stage(args: argparse.Namespace, lesson: Lesson, seed: int) -> Stage:
     """Render and encode the pictures or clips of a lesson."""
     output = args.work / f"{lesson.name}_records"
-    autoencoder = "clip_autoencoder" if lesson.is_clip else "autoencoder"
+    autoencoder = "clip_decoder" if lesson.is_clip else "autoencoder"
     command = [
         *(sys.executable, SCRIPTS / "make_shapes_dataset.py", "--output", output),
         *("--vae", args.work / autoencoder / "vae", "--seed", str(1000 * args.seed + seed)),
