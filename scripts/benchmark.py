@@ -6,6 +6,7 @@
     python scripts/benchmark.py data --records 2000
     python scripts/benchmark.py import
     python scripts/benchmark.py vae --direction decode --size 256
+    python scripts/benchmark.py growth --plot docs/growth.png
     python scripts/benchmark.py generate --baseline /path/to/folder/with/another/diffnext
 
 Weights are random and the same on both sides. The two sides are processes that take turns, run by
@@ -31,6 +32,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from omegaconf import OmegaConf
 
@@ -56,6 +58,22 @@ VAES = {
         "down_block_types": ["DownEncoderBlock2D"] * 2 + ["DownEncoderBlock3D"] * 2,
         "up_block_types": ["UpDecoderBlock3D"] * 4,
     },
+}
+
+
+GROWTH = {  # setting: values
+    "sets": (4, 8, 16, 32),
+    "steps": (5, 10, 20, 40),
+    "size": (128, 256, 384, 512),
+    "batch": (1, 2, 4, 8),
+    "frames": (1, 2, 4, 8),
+}
+EXPECTED = {  # exponents of large values, and why
+    "sets": "0 to 1: each set is a pass of the image encoder, and empty sets cost nothing",
+    "steps": "1: the diffusion head runs at each",
+    "size": "2 to 4: tokens grow with its square, attention with the square of tokens",
+    "batch": "0 to 1: 1 once matrix products are what takes the time",
+    "frames": "1: the cache keeps earlier frames; attention to them grows slowly",
 }
 
 
@@ -111,6 +129,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     report = {"machine": describe_machine(args), "arguments": vars(args), "results": results}
     print(format_report(report))
+    if args.command == "growth":
+        report["exponents"] = find_exponents(results)
+        print(format_exponents(report["exponents"]))
+        if args.plot:
+            plot_growth(results, report["exponents"], args.plot)
     if args.output:
         args.output.write_text(json.dumps(report, indent=2, default=str) + "\n")
     return 0
@@ -150,6 +173,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     generate.add_argument("--steps", type=int, default=25, help="of diffusion a set (25)")
     generate.add_argument("--guidance", type=float, default=5.0, help="(5)")
     commands.add_parser("train", parents=[common, device, model])
+    growth = commands.add_parser("growth", parents=[common, device, model])
+    growth.add_argument("--plot", type=Path, help="picture of the curves (PNG)")
     data = commands.add_parser("data", parents=[common])
     data.add_argument("--records", type=int, default=2000, help="in the dataset (2000)")
     data.add_argument("--shape", type=int, nargs="+", default=[8, 128, 128], help="(8 128 128)")
@@ -164,6 +189,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     vae.add_argument("--size", type=int, default=256, help="pixels a side (256)")
     vae.add_argument("--num-frames", type=int, default=17, help="of clips (17)")
     args = parser.parse_args(argv)
+    if args.command == "growth":
+        args.sets, args.steps, args.guidance = 16, 10, 5.0
+        args.frames = args.frames or 1
     has_plain = args.command in ("generate", "train")
     args.baseline = args.baseline or (PLAIN if has_plain else NONE)
     if args.baseline == PLAIN and not has_plain:
@@ -199,6 +227,27 @@ def make_specs(args: argparse.Namespace, scratch: Path) -> list[tuple[str, str, 
             return [("reading", "data", spec), ("first batch", "first-batch", spec)]
         case "vae":
             return [(f"{args.vae_class} {args.direction}", "vae", make_vae_spec(args))]
+        case "growth":
+            return make_growth_specs(args, scratch)
+    return [(args.command, args.command, make_model_spec(args, scratch / "weights.pt"))]
+
+
+def make_growth_specs(
+    args: argparse.Namespace, scratch: Path
+) -> list[tuple[str, str, dict[str, Any]]]:
+    """Sampling with one setting growing at a time; other sizes need other weights."""
+    specs = []
+    for axis, values in GROWTH.items():
+        for value in values:
+            changed = argparse.Namespace(**vars(args))
+            setattr(changed, axis, [value] if axis == "size" else value)
+            spec = make_model_spec(changed, scratch / f"{axis}{value}.pt")
+            specs.append((f"{axis}={value}", "generate", spec))
+    return specs
+
+
+def make_model_spec(args: argparse.Namespace, weights: Path) -> dict[str, Any]:
+    """Settings of work with a model."""
     spec = {
         "transformer": make_model_arguments(args),
         "scheduler": args.scheduler,
@@ -206,15 +255,15 @@ def make_specs(args: argparse.Namespace, scratch: Path) -> list[tuple[str, str, 
         "device": args.device,
         "dtype": args.dtype,
         "compile": args.compile,
-        "weights": str(scratch / "weights.pt"),
+        "weights": str(weights),
     }
     is_video = spec["transformer"]["video_base_size"][0] > 1
     spec["frames"] = args.frames or (9 if is_video else 1)
-    if args.command == "generate":
+    if args.command in ("generate", "growth"):
         tokens = math.prod(spec["transformer"]["image_base_size"])
         num_preds = cosine_set_sizes(args.sets, tokens).tolist()
         spec |= {"num_preds": num_preds, "steps": args.steps, "guidance": args.guidance}
-    return [(args.command, args.command, spec)]
+    return spec
 
 
 def make_model_arguments(args: argparse.Namespace) -> dict[str, Any]:
@@ -227,7 +276,8 @@ def make_model_arguments(args: argparse.Namespace) -> dict[str, Any]:
         config = json.loads((args.model / "transformer" / "config.json").read_text())
         config = {name: value for name, value in config.items() if not name.startswith("_")}
     else:
-        path = args.config or ROOT / "configs" / "nova_d48w768_sdxl1024.yaml"
+        name = "nova_shapes_t2v" if args.command == "growth" else "nova_d48w768_sdxl1024"
+        path = args.config or ROOT / "configs" / f"{name}.yaml"
         config = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
         config = config["pipeline"]["paths"]["module_config"]["transformer"]
     if args.arch:
@@ -382,6 +432,41 @@ def measure_matrix_rate(device: str, dtype: torch.dtype, size: int = 2048, runs:
             torch.cuda.synchronize()
         best = min(best, time.perf_counter() - begin)
     return 2 * size**3 / best
+
+
+def find_exponents(results: list[dict[str, Any]]) -> dict[str, float]:
+    """Slope of the logarithm of time over that of each setting, by least squares."""
+    exponents = {}
+    for axis, values in GROWTH.items():
+        seconds = [seconds_of(results, axis, value) for value in values]
+        exponents[axis] = float(np.polyfit(np.log(values), np.log(seconds), 1)[0])
+    return exponents
+
+
+def seconds_of(results: list[dict[str, Any]], axis: str, value: int) -> float:
+    """Median of our side with that setting."""
+    name = f"{axis}={value}"
+    return next(r["sides"][0]["seconds"] for r in results if r["name"] == name)
+
+
+def format_exponents(exponents: dict[str, float]) -> str:
+    """A Markdown table."""
+    lines = ["", "| setting | exponent found | expected |", "|---|---|---|"]
+    lines += [f"| {name} | {value:.2f} | {EXPECTED[name]} |" for name, value in exponents.items()]
+    return "\n".join(lines)
+
+
+def plot_growth(results: list[dict[str, Any]], exponents: dict[str, float], path: Path) -> None:
+    """Draw time over each setting, on logarithmic axes."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3 * len(GROWTH), 3), layout="constrained")
+    for axes, (name, values) in zip(figure.subplots(1, len(GROWTH)), GROWTH.items(), strict=True):
+        axes.loglog(values, [seconds_of(results, name, value) for value in values], "o-")
+        axes.set(title=f"{name}: exponent {exponents[name]:.2f}", xlabel=name, ylabel="s")
+        axes.set_xticks(values, [str(value) for value in values])
+        axes.minorticks_off()
+    figure.savefig(path, dpi=100)
 
 
 def format_report(report: dict[str, Any]) -> str:

@@ -63,18 +63,59 @@ class ModelEMA:
                 them may be collective.
         """
         not_finite = []
+        bucket = _Bucket(1 - self.decay)
         for average, (parameter, value) in zip(self.model.parameters(), parameters, strict=True):
-            if not parameter.requires_grad:
-                continue
-            if not value.isfinite().all():
-                not_finite.append(tuple(value.shape))
-                continue
-            # The arithmetic runs on the live device: with the average on the CPU, moving one tensor
-            # there and back is far cheaper than lerping it on the CPU.
-            moved = average.to(value.device, torch.float32)
-            average.copy_(self.decay * moved + (1 - self.decay) * value.detach().float())
+            if parameter.requires_grad:
+                not_finite += bucket.add(average, value.detach())
+        not_finite += bucket.flush()
         if not_finite:
             raise ValueError(f"{len(not_finite)} weights are not finite, one of {not_finite[0]}")
+
+
+class _Bucket:
+    """Averages some parameters at a time: few launches, little memory.
+
+    Args:
+        weight: Share of the new value in an average.
+    """
+
+    MAX_ELEMENTS = 2**24
+
+    def __init__(self, weight: float) -> None:
+        self.weight = weight
+        self.averages: list[Tensor] = []
+        self.values: list[Tensor] = []
+        self.num_elements = 0
+
+    def add(self, average: Tensor, value: Tensor) -> list[tuple[int, ...]]:
+        """Take a parameter; returns the shapes of those averaged now that are not finite."""
+        is_other_place = bool(self.values) and self.values[0].device != value.device
+        is_full = self.num_elements + value.numel() > self.MAX_ELEMENTS
+        not_finite = self.flush() if is_other_place or is_full else []
+        self.averages.append(average)
+        self.values.append(value.float())
+        self.num_elements += value.numel()
+        return not_finite
+
+    def flush(self) -> list[tuple[int, ...]]:
+        """Average what was taken and is finite; returns the shapes of what is not."""
+        if not self.values:
+            return []
+        largest = torch.stack(torch._foreach_norm(self.values, float("inf")))
+        is_finite = largest.isfinite().tolist()
+        pairs = list(zip(self.averages, self.values, is_finite, strict=True))
+        kept = [(average, value) for average, value, good in pairs if good]
+        if kept:
+            averages, values = (list(column) for column in zip(*kept, strict=True))
+            # The arithmetic runs on the live device: with the average on the CPU, moving tensors
+            # there and back is far cheaper than lerping them on the CPU.
+            moved = [average.to(values[0].device, torch.float32) for average in averages]
+            torch._foreach_lerp_(moved, values, self.weight)
+            for average, result in zip(averages, moved, strict=True):
+                if result.data_ptr() != average.data_ptr():
+                    average.copy_(result)
+        self.averages, self.values, self.num_elements = [], [], 0
+        return [tuple(value.shape) for _, value, good in pairs if not good]
 
 
 def _copy_module(model: nn.Module) -> nn.Module:

@@ -6,8 +6,8 @@ p patch size, C latent channels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -150,6 +150,17 @@ class DiffusionMLP(nn.Module):
         self.blocks = nn.ModuleList(DiffusionBlock(embed_dim) for _ in range(depth))
         self.norm = AdaLayerNorm(embed_dim, eps=1e-6)
         self.head = nn.Linear(embed_dim, patch_size**2 * image_dim)
+        self._compiled: Callable[..., Tensor] | None = None
+
+    def compile_denoising(self, **options: Any) -> None:
+        """Compile :meth:`denoise_modulated`; arguments as for ``torch.compile``."""
+        self._compiled = torch.compile(type(self).denoise_modulated, **options)
+
+    def denoise_step(self, patches: Tensor, modulations: Sequence[Modulation]) -> Tensor:
+        """:meth:`denoise_modulated`, compiled if that was asked for."""
+        if self._compiled is None:
+            return self.denoise_modulated(patches, modulations)
+        return self._compiled(self, patches, modulations)
 
     def forward(
         self, x: Tensor, timestep: Tensor, z: Tensor, pred_ids: Tensor | None = None

@@ -493,14 +493,15 @@ class TextEmbed(nn.Module):
         return states
 
     def _encode_text(self, prompts: Sequence[str]) -> list[Tensor]:
-        """States of the real tokens of each string, encoded in one batch."""
+        """States of the real tokens of each string; different ones are encoded in one batch."""
         if len(self.encoders) != 2 or any(encoder is None for encoder in self.encoders):
             raise ValueError(
                 "prompts given as text need a tokenizer and a text encoder, and none is attached: "
                 "load the pipeline with both, or pass prompt embeddings"
             )
         tokenizer, text_encoder = self.encoders
-        ids = tokenizer(list(prompts), truncation=True, max_length=self.num_tokens)["input_ids"]
+        texts = list(dict.fromkeys(prompts))  # each is encoded once, however often it is asked for
+        ids = tokenizer(texts, truncation=True, max_length=self.num_tokens)["input_ids"]
         longest = max(len(row) for row in ids)
         if longest == 0:
             return [self.weight[:0] for _ in prompts]
@@ -512,7 +513,10 @@ class TextEmbed(nn.Module):
             device = self.weight.device
         input_ids = torch.tensor(padded, dtype=torch.int64, device=device)
         states = text_encoder(input_ids).last_hidden_state
-        return [state[: len(row)] for state, row in zip(states, ids, strict=True)]
+        found = {
+            text: state[: len(row)] for text, state, row in zip(texts, states, ids, strict=True)
+        }
+        return [found[prompt] for prompt in prompts]
 
     def forward(self, x: Tensor | Sequence[Any]) -> Tensor:
         """Condition tokens (B, num_tokens, embed_dim) of text states or of a list of prompts."""

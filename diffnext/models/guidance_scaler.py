@@ -29,10 +29,13 @@ class GuidanceScaler:
         spatiotemporal_guidance_scale: Weight of the perturbed pass, 0 = off.
         min_guidance_scale: Weight at the start of a frame, growing to ``guidance_scale`` over
             its steps; None = constant.
+        guidance_interval: Least and greatest diffusion timestep of guidance, for instance
+            (100, 900); None = all (arXiv:2404.07724).
         **unused: Other sampling arguments, ignored.
 
     Raises:
-        ValueError: If image and spatiotemporal guidance are both asked for.
+        ValueError: If image and spatiotemporal guidance are both asked for, or the interval is
+            empty.
     """
 
     def __init__(
@@ -43,8 +46,14 @@ class GuidanceScaler:
         image_guidance_scale: float = 0,
         spatiotemporal_guidance_scale: float = 0,
         min_guidance_scale: float | None = None,
+        guidance_interval: tuple[float, float] | None = None,
         **unused: Any,
     ) -> None:
+        if guidance_interval is not None and not guidance_interval[0] <= guidance_interval[1]:
+            raise ValueError(
+                "guidance_interval must be the least and the greatest timestep, got "
+                f"{tuple(guidance_interval)}"
+            )
         if image_guidance_scale and spatiotemporal_guidance_scale:
             raise ValueError(
                 "image and spatiotemporal guidance cannot be combined, got scales "
@@ -53,6 +62,7 @@ class GuidanceScaler:
         self.guidance_scale = guidance_scale
         self.guidance_trunc = guidance_trunc
         self.guidance_renorm = guidance_renorm
+        self.guidance_interval = guidance_interval
         self.min_guidance_scale = (
             guidance_scale if min_guidance_scale is None else min_guidance_scale
         )
@@ -75,6 +85,14 @@ class GuidanceScaler:
     def is_truncated(self, timestep: float) -> bool:
         """Whether guidance is off at a diffusion timestep and all later, smaller ones."""
         return self.num_passes > 1 and 0 < self.guidance_trunc and timestep < self.guidance_trunc
+
+    def is_off(self, timestep: float) -> bool:
+        """Whether guidance is off at a diffusion timestep."""
+        if self.num_passes == 1:
+            return False
+        interval = self.guidance_interval
+        is_outside = interval is not None and not interval[0] <= timestep <= interval[1]
+        return is_outside or self.is_truncated(timestep)
 
     def expand(self, x: Tensor, padding: Tensor | None = None) -> Tensor:
         """Repeat a batch for every pass.

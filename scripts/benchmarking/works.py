@@ -71,9 +71,7 @@ class ModelWork(Work):
         load_or_save(self.model, Path(spec["weights"]))
         self.model.to(self.device, self.dtype)
         if spec.get("compile"):
-            for part in (self.model.image_encoder, self.model.image_decoder):
-                for block in part.blocks:
-                    block.compile(dynamic=True)
+            self.model.compile_parts()
 
     def make_scheduler(self) -> Any:
         """A scheduler of the package."""

@@ -221,6 +221,19 @@ def test_truncated_guidance_equals_none_below_the_timestep():
     torch.testing.assert_close(always, model(inputs)["x"], atol=1e-5, rtol=1e-5)
 
 
+def test_a_guidance_interval_is_guidance_where_it_reaches():
+    model = make_model()
+    guided = model(generation_inputs(num_diffusion_steps=5))["x"]
+    everywhere = model(generation_inputs(num_diffusion_steps=5, guidance_interval=(0, 1000)))["x"]
+    assert torch.equal(everywhere, guided)
+    nowhere = model(generation_inputs(num_diffusion_steps=5, guidance_interval=(1001, 1002)))["x"]
+    inputs = generation_inputs(num_diffusion_steps=5, guidance_scale=1.0)
+    inputs["prompt"] = make_prompts(4)[:2]
+    torch.testing.assert_close(nowhere, model(inputs)["x"], atol=1e-5, rtol=1e-5)
+    middle = model(generation_inputs(num_diffusion_steps=5, guidance_interval=(300, 700)))["x"]
+    assert not torch.allclose(middle, guided) and not torch.allclose(middle, nowhere)
+
+
 def test_rows_that_are_not_predicted_cannot_leak():
     model = make_model()
     z = torch.randn(1, 2, 64)

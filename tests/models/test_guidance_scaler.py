@@ -69,3 +69,11 @@ def test_guidance_stops_below_the_timestep():
 def test_two_extra_passes_are_refused():
     with pytest.raises(ValueError, match="got scales 1 and 2"):
         GuidanceScaler(5, image_guidance_scale=1, spatiotemporal_guidance_scale=2)
+
+
+def test_an_interval_switches_guidance_off_outside():
+    scaler = GuidanceScaler(guidance_scale=5, guidance_interval=(200, 800), guidance_trunc=300)
+    assert [scaler.is_off(t) for t in (900, 800, 500, 299, 100)] == [True, False, False, True, True]
+    assert not GuidanceScaler(guidance_scale=1, guidance_interval=(200, 800)).is_off(900)
+    with pytest.raises(ValueError, match=r"least and the greatest timestep, got \(800, 200\)"):
+        GuidanceScaler(guidance_scale=5, guidance_interval=(800, 200))

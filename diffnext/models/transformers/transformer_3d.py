@@ -9,6 +9,7 @@ n tokens predicted in one step, R loss repeats. Guided batches are pass-major.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -458,7 +459,7 @@ class Transformer3DModel(nn.Module):
         embed = self.image_decoder.patch_embed
         sample = gather_tokens(embed.patchify(noise), ids)  # (B, n, p*p*C)
         for step, current, modulations in self._modulated_steps(condition, steps, guidance):
-            predicted = self.image_decoder.denoise_modulated(sample, modulations).flatten(0, 1)
+            predicted = self.image_decoder.denoise_step(sample, modulations).flatten(0, 1)
             predicted = current.scale(predicted, guidance_scale)
             update = step.update
             if update.sample_weight != 1:
@@ -492,7 +493,7 @@ class Transformer3DModel(nn.Module):
         for step, current, modulations in self._modulated_steps(condition, steps, guidance):
             patches = embed.patchify(run.model_input(sample, step.timestep))  # (B, N, p*p*C)
             noisy = gather_tokens(patches, ids)  # (B, n, p*p*C)
-            predicted = self.image_decoder.denoise_modulated(noisy, modulations).flatten(0, 1)
+            predicted = self.image_decoder.denoise_step(noisy, modulations).flatten(0, 1)
             output = scatter_tokens(current.expand(patches), current.expand(ids), predicted)
             output = embed.unpatchify(current.scale(output, guidance_scale), hw)
             sample = run.step(output, step.timestep, sample)
@@ -510,11 +511,10 @@ class Transformer3DModel(nn.Module):
             steps: The sampling schedule.
             guidance: Guidance weights.
         """
-        guided = [step for step in steps if not guidance.is_truncated(step.value)]
-        parts = [(guidance, condition, guided)]
-        if len(guided) < len(steps):
-            parts.append((GuidanceScaler(), condition[:1], steps[len(guided) :]))
-        for part_guidance, part_condition, part_steps in parts:
+        for is_off, group in itertools.groupby(steps, lambda step: guidance.is_off(step.value)):
+            part_steps = list(group)
+            part_guidance = GuidanceScaler() if is_off else guidance
+            part_condition = condition[:1] if is_off else condition
             numbers = part_condition.numel() * (3 * len(self.image_decoder.blocks) + 2)
             at_once = max(1, MAX_MODULATION_BYTES // (numbers * condition.element_size()))
             for start in range(0, len(part_steps), at_once):
@@ -695,6 +695,18 @@ class Transformer3DModel(nn.Module):
             "loss_t2i": per_frame[0] * num_frames,
             "loss_i2i": per_frame[1:].sum() * num_frames / (num_frames - 1),
         }
+
+    def compile_parts(self, **options: Any) -> None:
+        """Compile the blocks of both encoders and the denoising step.
+
+        Args:
+            **options: Of ``torch.compile``; by default shapes are dynamic, as sets of tokens grow.
+        """
+        options = {"dynamic": True, **options}
+        for encoder in (self.video_encoder, self.image_encoder):
+            for block in encoder.blocks:
+                block.compile(**options)
+        self.image_decoder.compile_denoising(**options)
 
     def set_gradient_checkpointing(self, level: int) -> None:
         """Trade time for memory in training.

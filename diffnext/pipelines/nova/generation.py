@@ -85,6 +85,17 @@ class GenerationPipelineMixin(CogVideoXLoraLoaderMixin):
         if self.transformer is not None:
             self.transformer.sample_scheduler = self.scheduler
 
+    def compile(self, **options: Any) -> None:
+        """Compile the model's blocks and its denoising step.
+
+        The first samples then take minutes. It pays where launching operations is what takes the
+        time: small batches on a GPU.
+
+        Args:
+            **options: Of ``torch.compile``, such as ``mode="reduce-overhead"`` for CUDA graphs.
+        """
+        self.transformer.compile_parts(**options)
+
     @property
     def interrupt(self) -> bool:
         """Whether the run is to stop after its current step; callbacks set ``_interrupt``."""

@@ -56,6 +56,7 @@ class CallArguments:
     resize_mode: str = "crop"
     fps: float | None = None
     min_guidance_scale: float | None = None
+    guidance_interval: tuple[float, float] | None = None
     vae_batch_size: int = 1
     callback_on_step_end: StepCallback | None = None
     callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",)
@@ -130,6 +131,7 @@ class NOVAPipeline(GenerationPipelineMixin, PipelineMixin, DiffusionPipeline):
         resize_mode: str = "crop",
         fps: float | None = None,
         min_guidance_scale: float | None = None,
+        guidance_interval: tuple[float, float] | None = None,
         vae_batch_size: int = 1,
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
@@ -174,6 +176,8 @@ class NOVAPipeline(GenerationPipelineMixin, PipelineMixin, DiffusionPipeline):
                 size and cuts the rest, "fill" fits them into it, "default" distorts them.
             fps: Frames per second that the motion is measured at; 12 when None.
             min_guidance_scale: Where ``guidance_scale`` starts in each frame; None = constant.
+            guidance_interval: Least and greatest diffusion timestep at which guidance is on, an
+                approximation that saves the second pass elsewhere; None = all.
             vae_batch_size: Samples decoded at once.
             callback_on_step_end: Called as ``callback(pipe, step, frame, callback_kwargs)`` after
                 each set of tokens, with the latent frame's index in place of a timestep; a
@@ -219,6 +223,7 @@ class NOVAPipeline(GenerationPipelineMixin, PipelineMixin, DiffusionPipeline):
             resize_mode=resize_mode,
             fps=fps,
             min_guidance_scale=min_guidance_scale,
+            guidance_interval=guidance_interval,
             vae_batch_size=vae_batch_size,
             callback_on_step_end=callback_on_step_end,
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
@@ -268,6 +273,7 @@ class NOVAPipeline(GenerationPipelineMixin, PipelineMixin, DiffusionPipeline):
             "max_latent_length": num_latents,
             "guidance_scale": arguments.guidance_scale,
             "min_guidance_scale": arguments.min_guidance_scale,
+            "guidance_interval": arguments.guidance_interval,
             "guidance_trunc": arguments.guidance_trunc,
             "guidance_renorm": arguments.guidance_renorm,
             "image_guidance_scale": arguments.image_guidance_scale,
