@@ -1,9 +1,11 @@
-"""Draw with the pretrained tiny models: four prompts and a clip, in seconds on a CPU.
+"""Draw with the pretrained tiny model: four prompts in seconds on a CPU.
 
     python scripts/draw_shapes.py --output drawn
-    python scripts/draw_shapes.py "a pink cross" "two cyan stars" --clip "a star turning" --seed 1
+    python scripts/draw_shapes.py "a pink cross" "two cyan stars" --seed 1
+    python scripts/draw_shapes.py --clip "a star turning" --clip-model MODEL_OF_CLIPS
 
-The folder gets shapes.png, one picture a prompt, and clip.gif with its strip of frames clip.png.
+The folder gets shapes.png, one picture a prompt, and of a clip clip.gif and its strip of frames
+clip.png.
 """
 
 from __future__ import annotations
@@ -22,8 +24,7 @@ from diffnext.pipelines import NOVAPipeline
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 PROMPTS = ("a red star", "a ring", "a blue cross", "two green squares")
-CLIP_PROMPT = "a yellow circle moving right"
-GUIDANCE_SCALE = 3  # scripts/evaluate_shapes.py --sweep: the best for these models
+GUIDANCE_SCALE = 3  # scripts/evaluate_shapes.py --sweep: the best for this model
 NUM_FRAMES = 17
 SHOWN_FRAMES = range(0, NUM_FRAMES, 4)
 FRAME_DURATION = 125  # milliseconds
@@ -35,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     try:
         draw_pictures(args)
-        if not args.no_clip:
+        if args.clip:
             draw_clip(args)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -49,15 +50,15 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("prompts", nargs="*", default=list(PROMPTS), help="(four of our own)")
-    parser.add_argument("--clip", default=CLIP_PROMPT, help=f"prompt of the clip ({CLIP_PROMPT})")
-    parser.add_argument("--no-clip", action="store_true", help="pictures only")
+    parser.add_argument("--clip", help="prompt of a clip (none)")
     parser.add_argument("--model", type=Path, default=ASSETS / "nova-tiny", help="of pictures")
-    parser.add_argument(
-        "--clip-model", type=Path, default=ASSETS / "nova-tiny-video", help="of clips"
-    )
+    parser.add_argument("--clip-model", type=Path, help="folder of a model of clips")
     parser.add_argument("--output", type=Path, default=Path("drawn"), help="folder (drawn)")
     parser.add_argument("--seed", type=int, default=0, help="of the first picture (0)")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if bool(args.clip) != bool(args.clip_model):
+        parser.error("--clip and --clip-model go together")
+    return args
 
 
 def draw_pictures(args: argparse.Namespace) -> None:
