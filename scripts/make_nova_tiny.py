@@ -53,6 +53,7 @@ class Lesson:
         steps: Of training.
         is_centered: Whether shapes stand in the same places in every picture.
         is_clip: Whether it is of clips.
+        learning_rate: At its peak; that of the config when None.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Lesson:
     steps: int
     is_centered: bool = False
     is_clip: bool = False
+    learning_rate: float | None = None
 
 
 # Words are learnt where they explain most of a picture: in thousands of steps less than from
@@ -70,7 +72,11 @@ FIRST_LESSONS = (
     Lesson("centered", CATEGORIES, 16000, 3000, is_centered=True),
     Lesson("anywhere", CATEGORIES, 40000, 8000),
 )
-PICTURE_LESSONS = (Lesson("longer", CATEGORIES, 40000, 16000),)
+NAMED_COLORS = ("colors", "colors", "attribution", "attribution", "counting", "position")
+PICTURE_LESSONS = (
+    Lesson("longer", CATEGORIES, 40000, 16000),
+    Lesson("named_colors", NAMED_COLORS, 16000, 4000, learning_rate=5e-4),
+)
 CLIP_LESSONS = (Lesson("clips", CLIP_CATEGORIES, 6000, 11000, is_clip=True),)
 HELD_OUT_PICTURES = Lesson("held_out", CATEGORIES, 512, steps=0)
 HELD_OUT_CLIPS = Lesson("held_out_clips", CLIP_CATEGORIES, 64, steps=0, is_clip=True)
@@ -260,6 +266,7 @@ def train_stage(args: argparse.Namespace, lesson: Lesson, pretrained: Path) -> S
         f"training.max_train_steps={steps}",
         f"lr_scheduler.params.warmup_steps={min(200, steps // 10)}",
         f"training.seed={1337 + args.seed}",
+        *([f"optimizer.params.lr={lesson.learning_rate}"] if lesson.learning_rate else []),
     ]
     return Stage(output.name, output / "checkpoints" / f"checkpoint-{steps}", command)
 

@@ -103,7 +103,7 @@ class TrainingSettings:
     )
     seed: int = key("Seed of weights, crops and posterior samples.", 0)
     device: str = key("Where to train: cpu, cuda, cuda:1.", "cpu")
-    mixed_precision: str = key(
+    mixed_precision: str | bool = key(
         "no, or bf16: convolutions in bfloat16, twice as fast where processors know it.", "no"
     )
     save_every: int = key("Steps between two saved states.", 500)
@@ -167,7 +167,7 @@ class Settings:
             raise ConfigError(f"training.part must be all or decoder, got {self.training.part}")
         if self.is_decoder_only and not self.init_from:
             raise ConfigError("training.part=decoder needs init_from: it fits to given latents")
-        if self.training.mixed_precision not in ("no", "bf16"):
+        if self.training.mixed_precision not in (False, "no", "bf16"):  # YAML reads no as false
             raise ConfigError(
                 f"training.mixed_precision must be no or bf16, got {self.training.mixed_precision}"
             )
