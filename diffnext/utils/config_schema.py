@@ -264,9 +264,6 @@ class TrainingConfig:
     time_limit: str | None = key(
         'Save and stop after this time, such as "23h30m"; null for no limit.', None
     )
-    compile: bool = key(
-        "Compile the blocks of the model: the first steps take minutes, the others less.", False
-    )
     dry_run: bool = key("Check and estimate everything, train nothing.", False)
     progress_bar: bool = key("Show a live progress bar on process 0.", True)
     gpu_id: int | None = key("Written by a run (device index); ignored as input.", None)

@@ -42,8 +42,7 @@ class TrainingPipelineMixin(ABC):
         Args:
             config: Training config; its ``model`` section gives ``gradient_checkpointing`` (0 to
                 3, default 0), ``loss_repeat`` (default 4) and ``mask_ratios``, arguments of
-                :class:`diffnext.models.embeddings.MaskEmbed` (its defaults). With
-                ``training.compile`` the blocks are compiled.
+                :class:`diffnext.models.embeddings.MaskEmbed` (its defaults).
 
         Returns:
             The model in training mode, its frozen parts frozen.
@@ -58,10 +57,6 @@ class TrainingPipelineMixin(ABC):
             if name in modules:
                 modules[name].requires_grad_(False)
         model.pipeline_preprocess = self._preprocess_in_training
-        if config.get("training") and config.training.get("compile"):
-            for part in (model.video_encoder, model.image_encoder, model.image_decoder):
-                for block in part.blocks:
-                    block.compile(dynamic=True)
         return model.train()
 
     def _preprocess_in_training(self, inputs: dict[str, Any]) -> dict[str, Any]:
