@@ -108,7 +108,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--given-frames", type=int, default=0, help="clips begin with these: 1 is a picture (0)"
     )
-    parser.add_argument("--guidance-scale", type=float, default=3.0, help="(3)")
+    parser.add_argument("--guidance-scale", type=float, default=2.5, help="(2.5)")
     parser.add_argument("--num-inference-steps", type=int, default=16, help="sets a frame (16)")
     parser.add_argument("--num-diffusion-steps", type=int, default=25, help="a set (25)")
     parser.add_argument("--batch-size", type=int, default=24, help="prompts at once (24)")

@@ -318,6 +318,10 @@ def export(checkpoint: Path, output: Path) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     NOVAPipeline.from_pretrained(checkpoint, dtype=torch.float16).save_pretrained(partial)
     drop_unused_weights(partial / "text_encoder" / "model.safetensors")
+    for path in (partial / "model_index.json", *partial.glob("*/config.json")):
+        config = read_json(path)
+        config.pop("_name_or_path", None)  # where it was trained
+        write_json(path, config)
     partial.rename(output)
 
 
