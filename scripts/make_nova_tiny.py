@@ -135,12 +135,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def make_first_stages(args: argparse.Namespace) -> list[Stage]:
     """Everything that models of pictures and of clips begin with."""
-    base, text = args.work / "base", args.work / "text"
-    options = ["--text-encoder", text / "text_encoder", "--tokenizer", text / "tokenizer"]
-    options += ["--branch-gain", "0"]
+    base = args.work / "base"
+    options = ["--branch-gain", "0"]
     return [
         fit_stage(args, "autoencoder", IMAGE_AUTOENCODER_CONFIG),
-        text_stage(args, text),
+        text_stage(args),
         render_stage(args, HELD_OUT_PICTURES, seed=0),
         initialize_stage(args, base, IMAGE_MODEL_CONFIG, "autoencoder", options),
         *lesson_stages(args, FIRST_LESSONS, base, first_seed=1),
@@ -173,9 +172,7 @@ def make_clip_stages(args: argparse.Namespace) -> list[Stage]:
     overrides = [f"init_from={fit.result.parent / 'vae'}", "training.part=decoder"]
     overrides += ["training.batch_size=1", "data.clip_lengths=[17]", "optimizer.learning_rate=5e-4"]
     refine = fit_stage(args, "clip_decoder", VIDEO_AUTOENCODER_CONFIG, overrides)
-    text = args.work / "text"
-    options = ["--text-encoder", text / "text_encoder", "--tokenizer", text / "tokenizer"]
-    options += ["--weights", pictures]
+    options = ["--weights", pictures]
     return [
         *(*first, start, fit, refine),
         render_stage(args, HELD_OUT_CLIPS, seed=100),
@@ -210,8 +207,9 @@ def fit_stage(
     return Stage(name, output / "done", command)
 
 
-def text_stage(args: argparse.Namespace, output: Path) -> Stage:
+def text_stage(args: argparse.Namespace) -> Stage:
     """Fit the text encoder."""
+    output = args.work / "text"
     transformer = OmegaConf.load(IMAGE_MODEL_CONFIG).pipeline.paths.module_config.transformer
     command = [
         *(sys.executable, SCRIPTS / "train_text_encoder.py", "--output", output),
@@ -225,9 +223,11 @@ def initialize_stage(
     args: argparse.Namespace, output: Path, config: Path, autoencoder: str, options: Sequence[Any]
 ) -> Stage:
     """Put the untrained model together."""
+    text = args.work / "text"
     command = [
         *(sys.executable, SCRIPTS / "init_checkpoint.py", "--config", config, "--output", output),
         *("--vae", args.work / autoencoder / "vae", "--seed", str(args.seed), "--shift", "3"),
+        *("--text-encoder", text / "text_encoder", "--tokenizer", text / "tokenizer"),
         *options,
     ]
     return Stage(output.name, output, command)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from diffnext.models.diffusion_mlp import Projector
-from diffnext.models.embeddings import PatchEmbed, RotaryEmbed3D, Rotation, timestep_features
+from diffnext.models.embeddings import PatchEmbed, RotaryEmbed3D, RotationTables, timestep_features
 from diffnext.models.normalization import AdaLayerNorm, AdaLayerNormSingle, AdaLayerNormZero
 from diffnext.models.vision_transformer import MLP, Attention, run_checkpointed
 
@@ -71,7 +71,7 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = MLP(dim, mlp_ratio=mlp_ratio)
 
-    def forward(self, x: Tensor, z: Tensor, rotation: Rotation | None = None) -> Tensor:
+    def forward(self, x: Tensor, z: Tensor, rotation: RotationTables | None = None) -> Tensor:
         """Tokens (B, L, D) under the time embedding ``z``."""
         if not self.stg_skip:
             return self._run(x, z, rotation)
@@ -79,7 +79,7 @@ class Block(nn.Module):
         kept, skipped = x.split([x.size(0) - third, third])
         return torch.cat([self._run(kept, z[: len(kept)], rotation), skipped])
 
-    def _run(self, x: Tensor, z: Tensor, rotation: Rotation | None) -> Tensor:
+    def _run(self, x: Tensor, z: Tensor, rotation: RotationTables | None) -> Tensor:
         enabled = self.mlp_checkpointing
         x, stats = run_checkpointed(enabled, self.modulation, x, z)
         attn_gate, mlp_scale, mlp_shift, mlp_gate = stats
@@ -155,7 +155,9 @@ class DiffusionTransformer(nn.Module):
         x = tokens if c is None else torch.cat([c, tokens], dim=1)
         embedded_time = self.time_embed(timestep)
         z = self._modulate(embedded_time)
-        rotation = None if pos is None else self.rope.get_func(pos, pad=num_condition)
+        rotation = None
+        if pos is not None:
+            rotation = self.rope.get_func(pos, pad=num_condition).tables(x.dtype)
         for block in self.blocks:
             x = block(x, z, rotation)
         x = self.norm(x[:, num_condition:], embedded_time)
