@@ -232,23 +232,30 @@ def load_pipeline(args: argparse.Namespace) -> NOVAPipeline:
     return NOVAPipeline.from_pretrained(args.model, dtype=torch.float32).to(args.device)
 
 
-def pipeline_drawer(pipe: NOVAPipeline, args: argparse.Namespace) -> Draw:
-    """Draw prompts with a model; every prompt has a seed of its own."""
+def pipeline_drawer(pipe: NOVAPipeline, args: argparse.Namespace, **options: Any) -> Draw:
+    """Draw prompts with a model; every prompt has a seed of its own.
+
+    Args:
+        pipe: The model.
+        args: Settings of this script.
+        **options: Arguments of the pipeline that go before those of ``args``.
+    """
 
     def draw(descriptions: Sequence[Description], seed: int) -> Iterable[ndarray]:
         seeds = range(seed, seed + len(descriptions))
-        output = pipe(
-            [write_prompt(description) for description in descriptions],
-            num_inference_steps=args.num_inference_steps,
-            num_diffusion_steps=args.num_diffusion_steps,
-            guidance_scale=args.guidance_scale,
-            generator=[torch.Generator(args.device).manual_seed(one) for one in seeds],
-            output_type="np",
-            disable_progress_bar=True,
-            vae_batch_size=len(descriptions),
+        arguments = {
+            "num_inference_steps": args.num_inference_steps,
+            "num_diffusion_steps": args.num_diffusion_steps,
+            "guidance_scale": args.guidance_scale,
+            "generator": [torch.Generator(args.device).manual_seed(one) for one in seeds],
+            "output_type": "np",
+            "disable_progress_bar": True,
+            "vae_batch_size": len(descriptions),
             **({"num_frames": args.num_frames} if args.clips else {}),
             **given_frames(args, descriptions, seed),
-        )
+        }
+        prompts = [write_prompt(description) for description in descriptions]
+        output = pipe(prompts, **{**arguments, **options})
         return output.frames if args.clips else output.images[:, None]
 
     return draw
