@@ -44,6 +44,7 @@ from shapes_world.scenes import (
 )
 from tqdm import tqdm
 
+from diffnext.models.autoencoders.autoencoder_kl_opensora import AutoencoderKLOpenSora
 from diffnext.pipelines import NOVAPipeline
 
 SPLITS = {"seen": False, "held out": True}
@@ -163,7 +164,11 @@ def evaluate_truth(args: argparse.Namespace) -> None:
 
 def evaluate_vae(args: argparse.Namespace) -> None:
     """Score reconstructions, and measure them in dB."""
-    vae = load_vae(args)
+    vae = load_vae(args.vae, args.device)
+    if isinstance(vae, AutoencoderKLOpenSora) != args.clips:
+        raise ValueError(
+            f"--vae {args.vae} is a {type(vae).__name__}: --clips goes with that of clips"
+        )
     errors = []
 
     def reconstruct(descriptions: Sequence[Description], seed: int) -> Iterable[ndarray]:
@@ -222,7 +227,8 @@ def render(
     for index, description in enumerate(descriptions):
         rng = np.random.default_rng([seed, index])
         if args.clips:
-            yield render_clip(draw_clip(rng, description), args.num_frames)
+            clip = draw_clip(rng, description, strength=1)  # the motion that pipelines ask for
+            yield render_clip(clip, args.num_frames)
         else:
             yield render_scene(draw_scene(rng, description))[None]
 
