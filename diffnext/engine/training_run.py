@@ -1,23 +1,16 @@
-"""Train a model: accelerate launch scripts/train.py config=<file.yaml> key.path=value ..."""
+"""One run of training, from a configuration to its end, whichever way it ends."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 from accelerate import Accelerator
 from omegaconf import DictConfig
 
-from diffnext.data.records import RecordError
-from diffnext.engine.control import (
-    EXIT_STOPPED,
-    StopRequests,
-    TrainingError,
-    TrainingStopped,
-)
+from diffnext.engine.control import EXIT_STOPPED, StopRequests, TrainingStopped
 from diffnext.engine.data_check import count_training_examples
 from diffnext.engine.dry_run import dry_run
 from diffnext.engine.engine_utils import count_params, manual_seed
@@ -31,15 +24,7 @@ from diffnext.utils.accelerate_utils import (
     get_ddp_shards,
     set_logger,
 )
-from diffnext.utils.config_schema import TrainConfig, describe_schema
-from diffnext.utils.omegaconf_utils import (
-    USAGE,
-    ConfigError,
-    config_to_yaml,
-    fill_defaults,
-    get_config,
-    save_config,
-)
+from diffnext.utils.omegaconf_utils import config_to_yaml, fill_defaults, save_config
 from diffnext.utils.profiler import parse_duration
 
 STATUS_FILE = "status.json"
@@ -185,27 +170,3 @@ def train(config: DictConfig) -> None:
 
 def _report_nothing(text: str) -> None:
     """Keep ranks other than 0 silent."""
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command line.
-
-    Args:
-        argv: Arguments; default: those of the process.
-    """
-    argv = sys.argv[1:] if argv is None else list(argv)
-    if {"-h", "--help"} & set(argv):
-        print(USAGE.format(program="train.py"))
-        print(describe_schema(TrainConfig))
-        return
-    try:
-        train(get_config(argv))
-    except TrainingStopped as stopped:
-        print(f"{stopped}; the same command continues", file=sys.stderr)
-        sys.exit(EXIT_STOPPED)
-    except (ConfigError, RecordError, TrainingError) as error:
-        sys.exit(f"error: {error}")
-
-
-if __name__ == "__main__":
-    main()
