@@ -27,6 +27,7 @@ examples:
 `diffnext COMMAND --help` says more. Exit codes: 0 done, 1 an error, told in one line, 2 a wrong
 command line, 130 interrupted.
 """
+WRONG_USAGE = 2
 INTERRUPTED = 130
 
 
@@ -40,9 +41,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code; wrong command lines and some errors leave by ``SystemExit``.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
-    if not argv or argv[0] not in COMMANDS:
-        build_parser().parse_args(argv or ["--help"])
-        return 0
+    if not argv:
+        build_parser().print_help(sys.stderr)
+        return WRONG_USAGE
+    if argv[0] not in COMMANDS:
+        build_parser().parse_args(argv)  # --help, --version, or an error that names the commands
+        return WRONG_USAGE
     name, *arguments = argv
     module = importlib.import_module(COMMANDS[name][0])  # this one alone: each takes its time
     try:

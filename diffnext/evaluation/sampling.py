@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -131,8 +131,10 @@ def add_sampling_arguments(
         vae_batch_size: Default of that option.
     """
     add = parser.add_argument
-    add("--ckpt", required=True, help="release folder, training checkpoint or Hub id")
-    add("--outdir", required=True, help="folder of the samples; what is there is not drawn again")
+    add(
+        "--ckpt", type=nonempty, required=True, help="release folder, training checkpoint or Hub id"
+    )
+    add("--outdir", type=nonempty, required=True, help="folder; what is there is not drawn again")
     add("--prompt_key", default="prompt", help="text to draw: prompt or dense_prompt (prompt)")
     add("--num_pred_steps", type=int, default=128, help="autoregressive steps a frame (128)")
     add("--num_diff_steps", type=int, default=25, help="diffusion steps of each (25)")
@@ -145,6 +147,13 @@ def add_sampling_arguments(
     add("--device", default=AUTO, help="cpu, cuda, cuda:1, ... (the best there is)")
     precisions = (AUTO, *PRECISIONS)
     add("--precision", default=AUTO, choices=precisions, help="(float16; on a CPU float32)")
+
+
+def nonempty(text: str) -> str:
+    """A value that says something: an empty path would mean the current folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("must not be empty")
+    return text
 
 
 def options_from(args: argparse.Namespace, **others: Any) -> SamplingOptions:
@@ -206,13 +215,16 @@ def draw_benchmark(
     groups = [group for group in groups if missing_samples(group, layout, options)]
     if not groups:
         return 0
-    states = load_states(prompts, groups, options, device, dtype)
+    states = load_states(prompts, groups, options, device, dtype, is_silent=shard.rank > 0)
     pipe = NOVAPipeline.from_pretrained(
         options.ckpt, dtype=dtype, text_encoder=None, tokenizer=None
     ).to(device)
     check_states(pipe, states)
-    note_settings(layout.outdir, settings)
-    return draw_groups(pipe, groups, states, layout, options, shard)
+    written = 0
+    for group, clips in draw_groups(pipe, groups, states, options, is_silent=shard.rank > 0):
+        note_settings(layout.outdir, settings)
+        written += write_group(group, clips, layout, options)
+    return written
 
 
 def plan_groups(
@@ -241,6 +253,7 @@ def load_states(
     options: SamplingOptions,
     device: torch.device,
     dtype: torch.dtype,
+    is_silent: bool,
 ) -> dict[int, Tensor]:
     """Text states of the prompts of some groups; texts are encoded."""
     wanted = [prompt for group in groups for prompt in group]
@@ -248,7 +261,7 @@ def load_states(
         return {prompt: prompts.prompts[prompt] for prompt in wanted}
     texts = [prompts.prompts[prompt] for prompt in wanted]
     states = encode_prompts(options.ckpt, texts, device, dtype)
-    progress = tqdm(states, total=len(texts), unit="prompt", desc="encoding", leave=False)
+    progress = tqdm(states, total=len(texts), unit="prompt", desc="encoding", disable=is_silent)
     return dict(zip(wanted, progress, strict=True))
 
 
@@ -271,26 +284,31 @@ def draw_groups(
     pipe: NOVAPipeline,
     groups: Sequence[Sequence[int]],
     states: dict[int, Tensor],
-    layout: Layout,
     options: SamplingOptions,
-    shard: Shard,
-) -> int:
-    """Draw groups and write what is missing of them; returns the number of samples written."""
+    is_silent: bool,
+) -> Iterator[tuple[Sequence[int], ndarray]]:
+    """Draw groups, one after the other; yields each with its samples, (B, F, H, W, 3)."""
     shared = make_shared_generator(pipe, options)
-    written = 0
     total = sum(map(len, groups)) * options.sample_size
-    with tqdm(total=total, unit="sample", disable=shard.rank > 0) as progress:
+    with tqdm(total=total, unit="sample", disable=is_silent) as progress:
         for group in groups:
             generator = shared or make_generators(pipe, group, options)
             clips = draw_group(pipe, [states[prompt] for prompt in group], generator, options)
-            for prompt in group:
-                layout.prepare(prompt)
-            for prompt, sample in missing_samples(group, layout, options):
-                clip = clips[group.index(prompt) * options.sample_size + sample]
-                layout.write(prompt, sample, clip)
-                written += 1
+            yield group, clips
             progress.update(len(clips))
-    return written
+
+
+def write_group(
+    group: Sequence[int], clips: ndarray, layout: Layout, options: SamplingOptions
+) -> int:
+    """Write what is missing of a group; returns the number of samples written."""
+    for prompt in group:
+        layout.prepare(prompt)
+    missing = missing_samples(group, layout, options)
+    for prompt, sample in missing:
+        clip = clips[group.index(prompt) * options.sample_size + sample]
+        layout.write(prompt, sample, clip)
+    return len(missing)
 
 
 def draw_group(

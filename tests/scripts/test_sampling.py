@@ -415,6 +415,9 @@ def test_wrong_commands_are_explained(metadata, tmp_path, capsys):
         with pytest.raises(SystemExit) as stopped:
             sample_geneval.main(words)
         assert stopped.value.code == 2 and missing in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        sample_geneval.main(geneval_arguments(metadata, ""))
+    assert "--outdir: must not be empty" in capsys.readouterr().err
 
 
 # --- videos -------------------------------------------------------------------------------------
