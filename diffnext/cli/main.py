@@ -20,7 +20,7 @@ EXAMPLES = """
 examples:
   diffnext generate --model assets/nova-tiny "a red star" --guidance-scale 2.5
   diffnext cache images photos --output dataset --vae nova/vae --size 1024
-  diffnext inspect dataset
+  diffnext inspect show dataset
   diffnext train config=configs/nova_d48w1024_sdxl1024.yaml experiment.output_dir=runs/first
   diffnext benchmark generate --model assets/nova-tiny
 
