@@ -2,7 +2,8 @@
 
     python scripts/app_nova_t2v.py --model BAAI/nova-d48w1024-osp480 --device 0
 
-Open the address that it prints; see docs/apps.md.
+Without --model it takes assets/nova-tiny-video, where that exists. Open the address that it
+prints; see docs/apps.md.
 """
 
 from __future__ import annotations

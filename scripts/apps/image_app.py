@@ -129,8 +129,8 @@ class ImageApp:
                 prompt=prompt,
                 negative_prompt=negative_prompt,
                 guidance_scale=guidance_scale,
-                num_inference_steps=num_inference_steps,
-                num_diffusion_steps=num_diffusion_steps,
+                num_inference_steps=int(num_inference_steps),
+                num_diffusion_steps=int(num_diffusion_steps),
             )
             try:
                 samples = self.studio.draw(

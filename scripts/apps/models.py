@@ -12,7 +12,7 @@ import yaml
 from huggingface_hub import ModelCard
 
 from diffnext.pipelines import NOVAPipeline
-from diffnext.pipelines.release_folder import find_folder, read_base_reference
+from diffnext.pipelines.release_folder import read_base_reference
 
 __all__ = ["Defaults", "Ranges", "load_pipeline", "model_name", "read_defaults"]
 
@@ -47,22 +47,21 @@ class Defaults:
     examples: tuple[str, ...]
 
 
-def load_pipeline(model: str, device_index: int, precision: str | None) -> NOVAPipeline:
+def load_pipeline(folder: Path, device_index: int, precision: str | None) -> NOVAPipeline:
     """Load a model on the GPU, or on the CPU where there is none.
 
     Args:
-        model: Folder or Hub id.
+        folder: Of the model.
         device_index: Which GPU.
         precision: Name of a dtype; None is float16 on a GPU and float32 on a CPU.
 
     Raises:
-        FileNotFoundError: If the model is missing.
+        FileNotFoundError: If a part of it is missing.
         RuntimeError: If its weights do not fit.
         ValueError: If there is no such GPU.
     """
     device = choose_device(device_index)
     name = precision or ("float32" if device.type == "cpu" else "float16")
-    folder = find_folder(model)
     pipe = NOVAPipeline.from_pretrained(folder, dtype=getattr(torch, name))
     return pipe.to(device)
 
@@ -84,7 +83,7 @@ def model_name(model: str) -> str:
     return path.resolve().name if path.is_dir() else model
 
 
-def read_defaults(model: str, fallback: Defaults, ranges: Ranges) -> Defaults:
+def read_defaults(folder: Path, fallback: Defaults, ranges: Ranges) -> Defaults:
     """What the model's card recommends.
 
     The card is the README.md of the model's folder or, for a training checkpoint, of its base
@@ -93,15 +92,14 @@ def read_defaults(model: str, fallback: Defaults, ranges: Ranges) -> Defaults:
     sliders cannot show are reported and left out.
 
     Args:
-        model: Folder or Hub id.
+        folder: Of the model.
         fallback: Where the card says nothing.
         ranges: Of the sliders.
 
     Raises:
-        FileNotFoundError: If the model is missing.
         ValueError: If the card's header cannot be read.
     """
-    card = find_card(find_folder(model))
+    card = find_card(folder)
     if card is None:
         return fallback
     try:

@@ -48,7 +48,8 @@ def parse_args(
     parser.add_argument("--port", type=int, help="to listen on (the first free one from 7860 on)")
     args = parser.parse_args(argv)
     if not args.model:
-        parser.error(f"--model is needed, a folder or Hub id: there is no {default_name} here")
+        reason = "" if has_default else f": there is no {default_name} here"
+        parser.error(f"--model is needed, a folder or Hub id{reason}")
     if args.device < 0:
         parser.error(f"--device must be 0 or more, got {args.device}")
     if args.port is not None and not 0 < args.port < 65536:

@@ -15,6 +15,7 @@ from apps.image_app import ImageApp
 from apps.models import Defaults, Ranges, load_pipeline, model_name, read_defaults
 from apps.studio import Studio
 from apps.video_app import VideoApp
+from diffnext.pipelines.release_folder import find_folder
 
 __all__ = ["serve"]
 
@@ -50,8 +51,9 @@ def serve(
         # Told to end, gradio closes the server, as it does for Ctrl-C.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
-            defaults = read_defaults(args.model, defaults, ranges)
-            pipe = load_pipeline(args.model, args.device, args.precision)
+            folder = find_folder(args.model)
+            defaults = read_defaults(folder, defaults, ranges)
+            pipe = load_pipeline(folder, args.device, args.precision)
             studio = Studio(pipe, model_name(args.model), Path(cache))
             run(app_class(studio, defaults).build_page(), args.host, args.port)
             studio.close()  # a thread at work when Python ends would bring the process down

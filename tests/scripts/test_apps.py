@@ -24,7 +24,7 @@ from apps.studio import MAX_SEED, DrawRequest, Stopped, Studio, choose_seed
 from diffnext.utils import read_parameters
 
 ROOT = Path(__file__).resolve().parents[2]
-NOVA_TINY = str(ROOT / "assets" / "nova-tiny")
+NOVA_TINY = ROOT / "assets" / "nova-tiny"
 QUICK = {"guidance_scale": 2.5, "num_inference_steps": 4, "num_diffusion_steps": 5}
 
 
@@ -44,7 +44,7 @@ def video_model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models") / "random-video"
     config = ROOT / "configs" / "nova_shapes_t2v.yaml"
     assert init_checkpoint.main(["--config", str(config), "--output", str(folder), "--tiny"]) == 0
-    return str(folder)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -337,7 +337,7 @@ FALLBACK = Defaults(
 def write_card(folder, text):
     folder.mkdir(exist_ok=True)
     (folder / "README.md").write_text(text, encoding="utf-8")
-    return str(folder)
+    return folder
 
 
 def test_defaults_follow_the_models_card(tmp_path, caplog):
@@ -367,7 +367,7 @@ def test_a_checkpoint_takes_the_card_of_its_base_folder(tmp_path):
     write_card(tmp_path / "base", CARD)
     (tmp_path / "checkpoint").mkdir()
     write_base_reference(tmp_path / "checkpoint", tmp_path / "base", {})
-    defaults = read_defaults(str(tmp_path / "checkpoint"), FALLBACK, Ranges())
+    defaults = read_defaults(tmp_path / "checkpoint", FALLBACK, Ranges())
     assert defaults.guidance_scale == 3.5
 
 
@@ -427,7 +427,7 @@ def test_pages_show_their_defaults(app, video, tmp_path, monkeypatch):
 )
 def test_wrong_arguments_end_with_two(script, words, message, capsys):
     with pytest.raises(SystemExit) as ended:
-        script.main(["--model", NOVA_TINY, *words])
+        script.main(["--model", str(NOVA_TINY), *words])
     assert ended.value.code == 2
     assert message in capsys.readouterr().err
 
@@ -438,7 +438,7 @@ def test_a_model_that_was_not_shipped_is_asked_for(tmp_path, capsys):
     assert ended.value.code == 2
     error = capsys.readouterr().err
     assert "--model is needed" in error and "there is no assets/nova-tiny-video" in error
-    assert options.parse_args([], "", Path(NOVA_TINY)).model == NOVA_TINY
+    assert options.parse_args([], "", NOVA_TINY).model == str(NOVA_TINY)
 
 
 @pytest.mark.parametrize("script", [app_nova_t2i, app_nova_t2v])
@@ -448,7 +448,7 @@ def test_a_missing_model_ends_with_one(script, tmp_path, capsys):
 
 
 def test_the_video_app_refuses_a_model_of_pictures(capsys):
-    assert app_nova_t2v.main(["--model", NOVA_TINY]) == 1
+    assert app_nova_t2v.main(["--model", str(NOVA_TINY)]) == 1
     assert "draws pictures, not videos" in capsys.readouterr().err
 
 

@@ -5,7 +5,6 @@ CHROMIUM names the browser where it is not found by itself. To renew the picture
     APP_SCREENSHOTS=docs pytest -m slow tests/scripts/test_apps_browser.py
 """
 
-import hashlib
 import io
 import os
 import re
@@ -42,9 +41,10 @@ pytestmark = [
 ]
 
 ROOT = Path(__file__).resolve().parents[2]
-SECONDS = 240  # for a start or a drawing on a machine that is busy with other things
+SECONDS = 400  # for a start or a drawing on a machine that is busy with other things
 PATIENCE = 1000 * SECONDS
-MODEL_NAME = "nova-tiny-video"
+RANDOM_MODEL = "random-weights"
+SHIPPED_MODEL = ROOT / "assets" / "nova-tiny-video"
 
 
 @contextmanager
@@ -106,9 +106,9 @@ def video_url(tmp_path_factory):
         {"image_size": [128, 128], "image_base_size": [8, 8], "video_base_size": [5, 4, 4]}
     )
     OmegaConf.save(config, folder / "config.yaml")
-    words = ["--config", str(folder / "config.yaml"), "--output", str(folder / MODEL_NAME)]
+    words = ["--config", str(folder / "config.yaml"), "--output", str(folder / RANDOM_MODEL)]
     assert init_checkpoint.main([*words, "--tiny"]) == 0
-    with serve("app_nova_t2v.py", "--model", str(folder / MODEL_NAME)) as url:
+    with serve("app_nova_t2v.py", "--model", str(folder / RANDOM_MODEL)) as url:
         yield url
 
 
@@ -273,10 +273,9 @@ def test_a_prompt_and_a_picture_become_a_video(video_url, open_page, tmp_path):
     assert frames[0, 80:].mean() > 170
     parameters = read_parameters(file)
     assert parameters["prompt"] == "a red square moving left"
-    assert parameters["max_latent_length"] == 5 and parameters["model"] == MODEL_NAME
-    assert len(parameters["image_sha256"]) == len(hashlib.sha256().hexdigest())
+    assert parameters["max_latent_length"] == 5 and parameters["model"] == RANDOM_MODEL
+    assert len(parameters["image_sha256"]) == 64
     assert page.foreign == []
-    page.locator("#result1 video").evaluate("video => video.readyState >= 2")
     save_screenshot(page, "app_t2v.png")
 
 
@@ -314,3 +313,16 @@ def test_a_second_visitor_waits_and_stopping_lets_them_in(video_url, open_page):
     # The app, which is told to end now, has to end in the middle of a drawing: see serve().
     second.click("#generate")
     wait_for(lambda: re.search(r"\d+/\d+ sets", status(second)))
+
+
+@pytest.mark.skipif(not SHIPPED_MODEL.is_dir(), reason="no assets/nova-tiny-video yet")
+def test_the_model_that_comes_with_the_code_makes_a_video(open_page, tmp_path):
+    with serve("app_nova_t2v.py") as url:
+        page = open_page(url)
+        page.fill("#prompt textarea", "a red circle moving left")
+        page.click("#generate")
+        file = tmp_path / "clip.mp4"
+        file.write_bytes(download(result_source(page, "video")))
+        assert read_parameters(file)["model"] == SHIPPED_MODEL.name
+        assert len(imageio.imread(file)) == 17
+        save_screenshot(page, "app_t2v.png")
