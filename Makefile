@@ -52,7 +52,7 @@ $(VENV)/.core: $(VENV)/.torch pyproject.toml
 	touch $@
 
 $(VENV)/.test: $(VENV)/.core pyproject.toml
-	$(BIN)/python -m pip install --quiet -e ".[cache,train,test]"
+	$(BIN)/python -m pip install --quiet -e ".[cache,demo,train,test]"
 	touch $@
 
 clean-demo:

@@ -1,6 +1,8 @@
 """Show what pictures and videos were made with, as JSON: the apps write it into their files.
 
     python scripts/show_parameters.py nova-7.webp clip.mp4
+
+A file that carries none is an error: exit code 1.
 """
 
 from __future__ import annotations
