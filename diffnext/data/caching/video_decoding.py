@@ -31,9 +31,9 @@ def read_clips(
     """Decode the clips of a video.
 
     Frame k of the first clip is the one that is shown k steps behind the first frame; a step is
-    ``sampling.stride`` mean frame durations, or one over ``sampling.fps`` seconds. Half a mean
-    duration of a frame is allowed for, so that a constant rate gives every ``stride``-th frame, and
-    a varying one the picture of that moment. Videos are turned upright, and pixels made square.
+    ``sampling.stride`` mean frame durations, or one over ``sampling.fps`` seconds: a constant rate
+    gives every ``stride``-th frame, a varying one the picture of that moment. Videos are turned
+    upright, and pixels made square.
 
     Args:
         file: Open video, seekable.
@@ -62,32 +62,42 @@ def read_clips(
 
 
 def pick_frames(
-    frames: Iterable[tuple[float, float, Payload]], step: float, tolerance: float, count: int
+    frames: Iterable[tuple[float, float, Payload]], step: float, period: float, count: int
 ) -> Iterator[Payload]:
     """The frames that are shown at 0, step, 2 step, ... behind the first.
+
+    A frame counts as shown from the middle between it and the one before it, but not more than half
+    a period before its time.
 
     Args:
         frames: Start and end in seconds, and anything that stands for the frame, in order.
         step: Seconds.
-        tolerance: A frame counts as shown so many seconds before its start.
+        period: Mean duration of a frame, seconds.
         count: Frames wanted.
 
     Yields:
         At most ``count`` frames; fewer if the last one ends before.
     """
-    first = None
-    shown: tuple[float, Payload] | None = None
+    shown: tuple[float, float, Payload] | None = None
+    first = 0.0
     number = 0
-    for start, end, frame in frames:
-        first = start if first is None else first
-        while shown is not None and first + number * step < start - tolerance:
-            yield shown[1]
-            number += 1
-            if number == count:
-                return
-        shown = (end, frame)
-    while shown is not None and number < count and first + number * step < shown[0] - tolerance:
-        yield shown[1]
+    for frame in frames:
+        if shown is None:
+            first = frame[0]
+        else:
+            change = frame[0] - min(period, frame[0] - shown[0]) / 2
+            while first + number * step < change:
+                yield shown[2]
+                number += 1
+                if number == count:
+                    return
+        shown = frame
+    if shown is None:
+        return
+    start, end, payload = shown
+    change = end - min(period, end - start) / 2
+    while number < count and first + number * step < change:
+        yield payload
         number += 1
 
 
@@ -119,7 +129,7 @@ def _read_pyav(file: BinaryIO, sampling: FrameSampling, plan: PlanCrop) -> Itera
             times = _pyav_times(container.decode(stream), period)
             count = sampling.num_frames * sampling.clips
             fit = _PyavFit(plan)
-            for frame in pick_frames(times, _step(sampling, period), period / 2, count):
+            for frame in pick_frames(times, _step(sampling, period), period, count):
                 yield fit(frame)
     except (BadExample, GeneratorExit):
         raise
@@ -185,7 +195,7 @@ def _read_decord(file: BinaryIO, sampling: FrameSampling, plan: PlanCrop) -> Ite
         period = 1 / (reader.get_avg_fps() or USUAL_RATE)
         frames = [(start, end, index) for index, (start, end) in enumerate(times)]
         count = sampling.num_frames * sampling.clips
-        chosen = list(pick_frames(frames, _step(sampling, period), period / 2, count))
+        chosen = list(pick_frames(frames, _step(sampling, period), period, count))
         pixels = reader.get_batch(chosen).asnumpy() if chosen else np.empty((0, 0, 0, 3))
     except (RuntimeError, IndexError, ValueError, ZeroDivisionError) as error:
         message = str(error).strip().splitlines() or [type(error).__name__]
