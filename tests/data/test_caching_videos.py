@@ -126,6 +126,7 @@ def test_frames_are_picked_by_what_is_shown():
     assert list(pick_frames(frames, 0.5, 0.02, 9)) == ["a", "a", "b", "c", "c", "c"]
     assert list(pick_frames(frames, 0.5, 0.02, 2)) == ["a", "a"]
     assert list(pick_frames([], 0.5, 0.02, 2)) == []
+    assert list(pick_frames([(0.0, 9.0, "still")], 0.5, 0.5, 2)) == ["still"]
 
 
 @pytest.mark.parametrize("name, value", [("stride", 0), ("fps", 0), ("clips", 0), ("short", "cut")])

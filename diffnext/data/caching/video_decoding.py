@@ -67,7 +67,7 @@ def pick_frames(
     """The frames that are shown at 0, step, 2 step, ... behind the first.
 
     A frame counts as shown from the middle between it and the one before it, but not more than half
-    a period before its time.
+    a period before its time. The only frame of a video is a picture, however long it is shown.
 
     Args:
         frames: Start and end in seconds, and anything that stands for the frame, in order.
@@ -95,6 +95,7 @@ def pick_frames(
     if shown is None:
         return
     start, end, payload = shown
+    end = min(end, start + period) if start == first else end
     change = end - min(period, end - start) / 2
     while number < count and first + number * step < change:
         yield payload
