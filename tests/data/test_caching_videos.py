@@ -104,7 +104,7 @@ def test_sound_alone_is_no_video(tmp_path):
         frame.sample_rate = 8000
         container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
-    with pytest.raises(BadExample, match="no pictures"):
+    with pytest.raises(BadExample, match="no stream of pictures"):
         read(tmp_path / "a.mp4", num_frames=1)
 
 

@@ -123,7 +123,7 @@ def _read_pyav(file: BinaryIO, sampling: FrameSampling, plan: PlanCrop) -> Itera
     try:
         with av.open(file, options={"format_whitelist": CONTAINERS}) as container:
             if not container.streams.video:
-                raise BadExample("has no pictures, only sound or text")
+                raise BadExample("has no stream of pictures")
             stream = container.streams.video[0]
             stream.thread_type = "AUTO"
             period = 1 / float(stream.average_rate or stream.guessed_rate or USUAL_RATE)
