@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,7 +40,6 @@ on all GPUs of the machine:
 
 exit codes: 0 built, 1 an error (the last line says which), 2 a wrong command line, 130 interrupted
 """
-ALIASES = {"pyav": "av"}
 INTERRUPTED = 130
 
 
@@ -212,7 +212,12 @@ def _add_caption_options(parser: argparse.ArgumentParser) -> None:
 
 def _add_work_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("work")
-    group.add_argument("--batch-size", type=int, default=8, help="examples encoded at once (8)")
+    group.add_argument(
+        "--batch-size",
+        type=int,
+        metavar="N",
+        help="examples encoded at once (8 pictures, 1 clip)",
+    )
     group.add_argument(
         "--dtype",
         choices=("float16", "bfloat16", "float32"),
@@ -243,6 +248,7 @@ def _run(args: argparse.Namespace) -> int:
     from diffnext.data.caching.building import build_cache
 
     settings = make_settings(args, device)
+    warnings.filterwarnings("ignore", module="PIL")  # skipped.jsonl tells what is wrong
     with _Progress(args.quiet or processes.index > 0, args.kind) as progress:
         report = build_cache(settings, processes, progress)
     if processes.index == 0:
@@ -272,7 +278,7 @@ def make_settings(args: argparse.Namespace, device: str) -> CacheSettings:
     columns = ("media", "caption", "text", "label", "flow")
     same = (
         "kind source output vae format split root resize max_upscale max_pixels flip labels "
-        "empty_captions max_caption text_encoder text_length batch_size shard_size on_error"
+        "empty_captions max_caption text_encoder text_length shard_size on_error"
     ).split()
     return CacheSettings(
         **{name: getattr(args, name) for name in same},
@@ -282,8 +288,17 @@ def make_settings(args: argparse.Namespace, device: str) -> CacheSettings:
         dtype=args.dtype or ("float32" if device == "cpu" else "float16"),
         device=device,
         workers=min(os.cpu_count() or 1, 8) if args.workers is None else args.workers,
-        chunk_size=args.chunk_size or (64 if args.kind == "images" else 8),
+        **_sizes_of_work(args),
     )
+
+
+def _sizes_of_work(args: argparse.Namespace) -> dict[str, int]:
+    """Examples at once, and files at most lost: fewer where each is a video."""
+    usual = {"batch_size": 8, "chunk_size": 64}
+    if args.kind == "videos":
+        usual = {"batch_size": 1, "chunk_size": 8}
+    given = {name: getattr(args, name) for name in usual}
+    return {name: usual[name] if given[name] is None else given[name] for name in usual}
 
 
 def _parse_flow(text: str) -> float | None:

@@ -131,7 +131,9 @@ def count_examples(dataset: str) -> int:
     """
     metadata = Path(dataset) / METADATA_NAME
     if not metadata.is_file():
-        raise ConfigError(f"Unsupported dataset: {dataset} (it has no METADATA file)")
+        nested = sorted(path.parent.name for path in Path(dataset).glob(f"*/{METADATA_NAME}"))
+        hint = f"; the datasets in it are {', '.join(nested)}" if nested else ""
+        raise ConfigError(f"Unsupported dataset: {dataset} (it has no METADATA file{hint})")
     try:
         return int(json.loads(metadata.read_text())["entries"])
     except (ValueError, KeyError, TypeError) as error:

@@ -304,6 +304,13 @@ FOLDERS = {
         lambda run: (run.dataset / "manifest.json").write_text(json.dumps({"vae_hash": "0"})),
         "was made with another VAE",
     ),
+    "a folder of datasets": (
+        lambda run: (
+            shutil.copytree(run.dataset, run.dataset / "64x64")
+            and (run.dataset / "METADATA").unlink()
+        ),
+        "has no METADATA file; the datasets in it are 64x64)",
+    ),
     "another size": (
         lambda run: (run.dataset / "manifest.json").write_text(json.dumps({"size": [128, 64]})),
         "was made for 128x64 pixels",

@@ -117,9 +117,13 @@ class WorkFolder:
         content = (self.path / "plan.json").read_text(encoding="utf-8")
         check_plan(json.loads(content), plan, self.output)
 
+    def chunk_folder(self, chunk: int) -> Path:
+        """Where a chunk is when it is complete and no shard has it yet."""
+        return self._chunks / f"{chunk:08d}"
+
     def is_built(self, chunk: int) -> bool:
         """Whether a chunk is complete."""
-        return self._chunk(chunk).is_dir() or self.has_shard(chunk // self.chunks_per_shard)
+        return self.chunk_folder(chunk).is_dir() or self.has_shard(chunk // self.chunks_per_shard)
 
     def has_shard(self, shard: int) -> bool:
         """Whether a shard is complete."""
@@ -142,16 +146,16 @@ class WorkFolder:
         chunks = range(first, min(first + self.chunks_per_shard, self.num_chunks))
         facts = ShardFacts({}, {}, [])
         for name, folder in datasets.items():
-            parts = [self._chunk(chunk) / name for chunk in chunks]
+            parts = [self.chunk_folder(chunk) / name for chunk in chunks]
             parts = [part for part in parts if part.is_dir()]
             if parts:
                 facts.counts[name] = self._join(parts, folder, shard)
                 facts.shapes[name] = _first_shape(parts[0])
         for chunk in chunks:
-            facts.skipped.extend(read_skipped(self._chunk(chunk) / "skipped.jsonl"))
+            facts.skipped.extend(read_skipped(self.chunk_folder(chunk) / "skipped.jsonl"))
         write_json(self._shard(shard), asdict(facts))
         for chunk in chunks:
-            shutil.rmtree(self._chunk(chunk), ignore_errors=True)
+            shutil.rmtree(self.chunk_folder(chunk), ignore_errors=True)
 
     def remove(self) -> None:
         """Remove all of it, which a finished dataset does not need."""
@@ -189,9 +193,6 @@ class WorkFolder:
     def _shards(self) -> Path:
         return self.path / "shards"
 
-    def _chunk(self, chunk: int) -> Path:
-        return self._chunks / f"{chunk:08d}"
-
     def _shard(self, shard: int) -> Path:
         return self._shards / f"{shard:05d}.json"
 
@@ -206,7 +207,7 @@ class ChunkWriter:
     """
 
     def __init__(self, work: WorkFolder, chunk: int, features: Mapping[str, Any]) -> None:
-        self._target = work._chunk(chunk)
+        self._target = work.chunk_folder(chunk)
         self._folder = self._target.with_name(f"{self._target.name}.partial")
         self._features = features
         self._writers: dict[str, RecordWriter] = {}
