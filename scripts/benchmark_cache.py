@@ -3,12 +3,13 @@
     python scripts/benchmark_cache.py images --vae assets/vae-tiny --size 256 --num 64
     python scripts/benchmark_cache.py videos --vae assets/vae-tiny-video --size 64x96 --num 8
 
-Renders JPEGs or MP4s, then lets the two take turns on them, and prints the median rates, their span
-and the ratio, by the clock and by the processor seconds of all threads; on a machine that is busy with
-other work only the second tells much. The loop is that of the guide over several files: pictures, which the guide takes to
-have the right size, are scaled and cut as the builder does it. Both sides have their autoencoder
-loaded before the clock runs, and both write records. The builder also checks, resumes and measures
-the motion of clips; `--flow 5` leaves the last out, as the guide does.
+Renders JPEGs or MP4s, then lets the two take turns on them, and prints the median rates, their
+span and the ratio, by the clock and by the processor seconds of all threads; on a machine that is
+busy with other work only the second tells much. The loop is that of the guide over several files:
+pictures, which the guide takes to have the right size, are scaled and cut as the builder does it.
+Both sides have their autoencoder loaded before the clock runs, and both write records. The builder
+also checks, resumes and measures the motion of clips; `--flow 5` leaves the last out, as the guide
+does.
 """
 
 from __future__ import annotations
