@@ -279,6 +279,16 @@ def test_other_settings_do_not_continue_a_build(tmp_path, vae, change, message):
         build_cache(make_settings(tmp_path / "in", tmp_path / "out", vae, **change))
 
 
+def test_other_settings_do_not_continue_an_unfinished_build(tmp_path, vae):
+    write_pictures(tmp_path / "in", 6)
+    (tmp_path / "in" / "0005.png").write_bytes(b"")
+    settings = make_settings(tmp_path / "in", tmp_path / "out", vae, on_error="stop")
+    with pytest.raises(CacheError, match="0005"):
+        build_cache(settings)
+    with pytest.raises(CacheError, match="max_upscale 4.0 -> 2.0"):
+        build_cache(make_settings(tmp_path / "in", tmp_path / "out", vae, max_upscale=2.0))
+
+
 def test_another_source_does_not_continue_a_build(tmp_path, vae):
     write_pictures(tmp_path / "in", 2)
     settings = make_settings(tmp_path / "in", tmp_path / "out", vae)
@@ -325,7 +335,9 @@ def test_wrong_sizes_frames_and_autoencoders_are_refused(tmp_path, vae):
         )
         with pytest.raises(CacheError, match=message):
             build_cache(settings)
-        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+    (tmp_path / "in" / "a.mp4").unlink()
+    # Nothing was built with the wrong settings, so right ones may follow.
+    assert build_cache(make_settings(tmp_path / "in", tmp_path / "out", vae)).examples == 1
 
 
 def test_an_illegal_number_of_frames_names_legal_ones(tmp_path, video_vae):

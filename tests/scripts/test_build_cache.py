@@ -98,7 +98,7 @@ def test_pictures_survive_two_kills_and_train(scratch_run, tmp_path):
         "training.max_train_steps=2",
     )
     status = json.loads((scratch_run.output / "status.json").read_text())
-    assert status["state"] == "finished"
+    assert status["status"] == "finished"
 
 
 @pytest.mark.slow

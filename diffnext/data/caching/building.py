@@ -164,9 +164,11 @@ def _build_chunks(
     missing = [chunk for chunk in share if not work.is_built(chunk)]
     total = sum(len(work.items_of(chunk)) for chunk in share)
     done = total - sum(len(work.items_of(chunk)) for chunk in missing)
-    if missing:
-        builder = _ChunkBuilder(settings, work)
-    on_progress(done, total)
+    if not missing:
+        on_progress(done, total)
+        return
+    builder = _ChunkBuilder(settings, work)
+    on_progress(done, total)  # the time that is left begins to count when all is loaded
     order = [(chunk, items[index]) for chunk in missing for index in work.items_of(chunk)]
     outcomes = _read_ahead(order, settings)
     for chunk, group in itertools.groupby(outcomes, key=lambda outcome: outcome[0]):

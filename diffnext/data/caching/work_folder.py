@@ -103,9 +103,9 @@ class WorkFolder:
         for leftover in self._chunks.glob("*.partial"):
             shutil.rmtree(leftover)
         plan_path = self.path / "plan.json"
-        if plan_path.is_file():
-            check_plan(json.loads(plan_path.read_text(encoding="utf-8")), plan, self.output)
-        else:
+        if any(self._chunks.iterdir()) or any(self._shards.iterdir()):
+            self.check(plan)
+        else:  # nothing is lost by another plan
             write_json(plan_path, dict(plan))
 
     def check(self, plan: Mapping[str, Any]) -> None:
