@@ -101,13 +101,14 @@ class ParseAnnotations(Transform):
         return _view_array("caption", caption["data"], caption["shape"], TEXT_DTYPE)
 
     def _choose_text(self, caption: str, text: str | None, uniform: Callable[[], float]) -> str:
-        short_caption = text or _first_sentence(caption)
+        short_caption = text or first_sentence(caption)
         if short_caption and uniform() < self.short_prob:
             return short_caption
         return caption
 
 
-def _first_sentence(caption: str) -> str:
+def first_sentence(caption: str) -> str:
+    """The short caption of an example that has none: the first sentence, or all of it."""
     match = FIRST_SENTENCE.match(caption)
     return match.group() if match else caption
 

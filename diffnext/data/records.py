@@ -19,7 +19,7 @@ import logging
 import mmap
 import operator
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import BufferedWriter
 from pathlib import Path
@@ -36,7 +36,15 @@ from diffnext.data.record_format import (
     normalize_features,
 )
 
-__all__ = ["RecordDataset", "RecordError", "RecordSubset", "RecordWriter", "open_subset"]
+__all__ = [
+    "RecordDataset",
+    "RecordError",
+    "RecordSubset",
+    "RecordWriter",
+    "Shard",
+    "open_subset",
+    "write_metadata",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -95,9 +103,20 @@ class RecordWriter:
             RecordError: If an integer does not fit in 64 bits, or the shard file exists.
             RuntimeError: If the writer is closed.
         """
+        self.write_record(encode_example(example, self.features))
+
+    def write_record(self, record: bytes | memoryview) -> None:
+        """Append one example that is serialized already.
+
+        Args:
+            record: What ``RecordDataset.record`` of a dataset with the same features returns.
+
+        Raises:
+            RecordError: If the shard file exists.
+            RuntimeError: If the writer is closed.
+        """
         if self._closed:
             raise RuntimeError(f"cannot write to {self.path}: the writer is closed")
-        record = encode_example(example, self.features)
         if self._entries % self.max_examples == 0:
             self._open_shard(self._entries // self.max_examples)
         offset = self._data.tell()
@@ -112,7 +131,7 @@ class RecordWriter:
         self._closed = True
         self._close_shard()
         if self._entries:
-            self._write_metadata()
+            write_metadata(self.path, self._entries, self.features)
 
     def __enter__(self) -> "RecordWriter":
         return self
@@ -141,18 +160,24 @@ class RecordWriter:
         self._data = None
         self._index = None
 
-    def _write_metadata(self) -> None:
-        metadata = {
-            "entries": self._entries,
-            "features": self.features,
-            "version": FORMAT_VERSION,
-        }
-        temporary = self.path / f"{METADATA_NAME}.tmp"
-        with open(temporary, "w", encoding="utf-8") as file:
-            json.dump(metadata, file, indent=2)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, self.path / METADATA_NAME)
+
+def write_metadata(
+    path: str | os.PathLike[str], entries: int, features: Mapping[str, Descriptor]
+) -> None:
+    """Write METADATA, which makes a folder of shards a dataset.
+
+    Args:
+        path: The folder.
+        entries: Examples of all shards.
+        features: Normalized descriptor.
+    """
+    metadata = {"entries": entries, "features": dict(features), "version": FORMAT_VERSION}
+    temporary = Path(path) / f"{METADATA_NAME}.tmp"
+    with open(temporary, "w", encoding="utf-8") as file:
+        json.dump(metadata, file, indent=2)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, Path(path) / METADATA_NAME)
 
 
 def _check_new_dataset(path: Path) -> None:
@@ -164,12 +189,18 @@ def _check_new_dataset(path: Path) -> None:
 
 
 @dataclass(frozen=True)
-class _Shard:
-    """One pair of files."""
+class Shard:
+    """One pair of files.
+
+    Attributes:
+        data_path: The file of the records.
+        data_size: Its bytes.
+        spans: Byte offset and length of each record, (examples, 2) of int64.
+    """
 
     data_path: Path
-    data_size: int  # bytes
-    spans: np.ndarray  # (examples, 2) int64: byte offset, byte length
+    data_size: int
+    spans: np.ndarray
 
 
 class RecordDataset:
@@ -203,6 +234,11 @@ class RecordDataset:
     def size(self) -> int:
         """Number of examples."""
         return self._entries
+
+    @property
+    def shards(self) -> Sequence[Shard]:
+        """The pairs of files, in order."""
+        return tuple(self._shards)
 
     def __len__(self) -> int:
         return self._entries
@@ -264,6 +300,16 @@ class RecordDataset:
         """
         return self._decode(self._check_index(index), copies=False)
 
+    def record(self, index: int) -> bytes:
+        """Example ``index`` as it is stored; the cursor stays.
+
+        Raises:
+            IndexError: If there is no such example.
+            RuntimeError: If the dataset is closed.
+        """
+        buffer, start, end = self._find(self._check_index(index))
+        return bytes(buffer[start:end])
+
     def close(self) -> None:
         """Release the files; those that views look at go with the last view."""
         self._closed = True
@@ -306,15 +352,19 @@ class RecordDataset:
         return position
 
     def _decode(self, index: int, copies: bool = True) -> dict[str, Any]:
+        buffer, start, end = self._find(index)
+        try:
+            return decode_example(buffer, (start, end), self.features, copies)
+        except RecordError as error:
+            raise RecordError(f"{self.describe(index)} is corrupt: {error}") from error
+
+    def _find(self, index: int) -> tuple[mmap.mmap | bytes, int, int]:
+        """The buffer that holds an example, its first byte and the one past its last."""
         if self._closed:
             raise RuntimeError(f"cannot read {self.path}: the dataset is closed")
         shard_number, local_index = self._locate(index)
         offset, length = self._shards[shard_number].spans[local_index].tolist()
-        buffer = self._open_map(shard_number)
-        try:
-            return decode_example(buffer, (offset, offset + length), self.features, copies)
-        except RecordError as error:
-            raise RecordError(f"{self.describe(index)} is corrupt: {error}") from error
+        return self._open_map(shard_number), offset, offset + length
 
     def _open_map(self, shard_number: int) -> mmap.mmap | bytes:
         shard = self._shards[shard_number]
@@ -437,13 +487,13 @@ def _shard_order(path: Path) -> tuple[bool, int, str]:
     return True, 0, path.stem  # names that are no numbers come last, by letter
 
 
-def _read_shard(index_path: Path) -> _Shard:
+def _read_shard(index_path: Path) -> Shard:
     data_path = index_path.with_suffix(".data")
     if not data_path.is_file():
         raise FileNotFoundError(f"{index_path} has no data file {data_path.name} beside it")
     lines = index_path.read_bytes().splitlines()
     spans = [_parse_span(line, index_path, number) for number, line in enumerate(lines)]
-    return _Shard(
+    return Shard(
         data_path=data_path,
         data_size=data_path.stat().st_size,
         spans=np.array(spans, dtype=np.int64).reshape(-1, 2),

@@ -5,7 +5,6 @@ Shapes: C latent channels, T latent frames, h w latent size, L text tokens, D wi
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import json
 import logging
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
+from diffnext.data.caching.manifest import MANIFEST_NAME
 from diffnext.data.example_order import ExampleOrder
 from diffnext.data.flex_loaders import LoaderOptions
 from diffnext.data.flex_pipelines import FeaturePipe
@@ -29,11 +29,11 @@ from diffnext.engine.model_check import (
     is_local,
     read_config,
     transformer_sizes,
-    weights_files,
 )
 from diffnext.models.embeddings import LabelEmbed
 from diffnext.utils.config_schema import DataLoaderConfig
 from diffnext.utils.omegaconf_utils import ConfigError, config_to_class
+from diffnext.utils.weights_files import hash_weights
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,6 @@ DATASET = "train_dataloader.params.dataset"
 HOLDOUT = "validation.holdout"
 MAX_HOLDOUT = 0.5
 SAMPLES = 8  # records looked at
-MANIFEST_NAME = "manifest.json"
 # A pipeline that freezes it does not train what reads earlier frames.
 READS_EARLIER_FRAMES = "video_encoder.patch_embed"
 
@@ -102,9 +101,10 @@ def check_records(config: DictConfig) -> None:
         samples = read_samples(f"{key}={folder}", folder)
         check_frames(config, samples)
         if is_local(config):
+            check_manifest(config, f"{key}={folder}", Path(folder), samples)
             check_latents(config, samples)
             check_prompts(config, samples)
-            check_autoencoder(config, f"{key}={folder}", Path(folder), samples)
+            check_autoencoder(config, f"{key}={folder}", samples)
         if key == DATASET:
             check_validation_prompts(config, samples)
 
@@ -131,7 +131,9 @@ def count_examples(dataset: str) -> int:
     """
     metadata = Path(dataset) / METADATA_NAME
     if not metadata.is_file():
-        raise ConfigError(f"Unsupported dataset: {dataset} (it has no METADATA file)")
+        nested = sorted(path.parent.name for path in Path(dataset).glob(f"*/{METADATA_NAME}"))
+        hint = f"; the datasets in it are {', '.join(nested)}" if nested else ""
+        raise ConfigError(f"Unsupported dataset: {dataset} (it has no METADATA file{hint})")
     try:
         return int(json.loads(metadata.read_text())["entries"])
     except (ValueError, KeyError, TypeError) as error:
@@ -322,15 +324,90 @@ def check_prompts(config: DictConfig, samples: list[Sample]) -> None:
                 _check_class(f"{sample.name} has", prompt)
 
 
-def check_autoencoder(config: DictConfig, name: str, dataset: Path, samples: list[Sample]) -> None:
-    """Check that latents were made with the autoencoder of the run, as far as is known.
-
-    A dataset may have a ``manifest.json`` beside METADATA with the ``vae_hash`` of its autoencoder.
+def check_manifest(config: DictConfig, name: str, dataset: Path, samples: list[Sample]) -> None:
+    """Check what a dataset tells of itself in ``manifest.json``, as far as it has one.
 
     Args:
         config: Training configuration.
         name: Key and folder of the dataset, for messages.
         dataset: Folder of the dataset.
+        samples: Some of its records.
+
+    Raises:
+        ConfigError: If the manifest is not that of the records, or autoencoder, text encoder, dtype
+            or size are not those of the run.
+    """
+    path = dataset / MANIFEST_NAME
+    if not path.is_file():
+        return
+    manifest = read_config(path)
+    _check_manifest_records(name, path, manifest, count_examples(str(dataset)), samples[0])
+    _check_same_weights(config, "vae", "VAE", name, path, manifest.get("vae_hash"))
+    text_encoder = manifest.get("text_encoder") or {}
+    _check_same_weights(
+        config, "text_encoder", "text encoder", name, path, text_encoder.get("hash")
+    )
+    size = manifest.get("size")
+    image_size = transformer_sizes(config)["image_size"]
+    wanted = [image_size] * 2 if isinstance(image_size, int) else list(image_size)
+    if size is not None and size != wanted:
+        raise ConfigError(
+            f"{name} was made for {size[0]}x{size[1]} pixels (see {path}), but "
+            f"{OVERLAY}.image_size is {wanted}"
+        )
+
+
+def _check_manifest_records(
+    name: str, path: Path, manifest: Mapping[str, Any], count: int, sample: Sample
+) -> None:
+    """Check that a manifest is that of the records beside it.
+
+    Raises:
+        ConfigError: If it is not.
+    """
+    dtype = manifest.get("dtype", sample.dtype.name)
+    if dtype != sample.dtype.name:
+        raise ConfigError(
+            f"{name} has moments of {dtype} (see {path}), training reads {sample.dtype.name}"
+        )
+    shape = manifest.get("shape")
+    if shape is not None and tuple(shape) != sample.shape:
+        raise ConfigError(
+            f"{path} tells moments of the shape {tuple(shape)}, but {sample.name} has "
+            f"{sample.shape}: it belongs to other records"
+        )
+    counted = (manifest.get("counts") or {}).get("examples", count)
+    if counted != count:
+        raise ConfigError(
+            f"{path} counts {counted} examples, METADATA {count}: it belongs to other records"
+        )
+
+
+def _check_same_weights(
+    config: DictConfig, component: str, what: str, name: str, path: Path, expected: str | None
+) -> None:
+    """Check that a component of the run is the one that a dataset was made with, if it tells.
+
+    Raises:
+        ConfigError: If it is another one.
+    """
+    folder = component_folder(config, component)
+    if expected is None or folder is None:
+        return
+    found = hash_weights(folder)
+    if found != expected:
+        raise ConfigError(
+            f"{name} was made with another {what} than the one in {folder}: {path} names one with "
+            f"the hash {expected}, not {found}"
+        )
+
+
+def check_autoencoder(config: DictConfig, name: str, samples: list[Sample]) -> None:
+    """Check that latents can be those of the autoencoder of the run.
+
+    Args:
+        config: Training configuration.
+        name: Key and folder of the dataset, for messages.
         samples: Some of its records.
 
     Raises:
@@ -346,31 +423,6 @@ def check_autoencoder(config: DictConfig, name: str, dataset: Path, samples: lis
             f"{name} was made with another VAE: it has {found} latent channels, the VAE in "
             f"{folder} has {channels}"
         )
-    manifest = dataset / MANIFEST_NAME
-    expected = read_config(manifest).get("vae_hash") if manifest.is_file() else None
-    if expected is not None and expected != vae_hash(folder):
-        raise ConfigError(
-            f"{name} was made with another VAE than the one in {folder}: {manifest} names a VAE "
-            f"with the hash {expected}, not {vae_hash(folder)}"
-        )
-
-
-def vae_hash(folder: str | os.PathLike) -> str:
-    """Identify an autoencoder by its weights.
-
-    Args:
-        folder: With its weights file, or several.
-
-    Returns:
-        SHA-256, in hexadecimal, over the bytes of the weights files, one after the other, sorted
-        by name.
-    """
-    digest = hashlib.sha256()
-    for path in weights_files(Path(folder)):
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()
 
 
 def check_validation_prompts(config: DictConfig, samples: list[Sample]) -> None:

@@ -17,6 +17,7 @@ from diffnext.models.transformers.transformer_nova import (
 )
 from diffnext.pipelines.release_folder import INDEX_FILE, read_base_reference
 from diffnext.utils.omegaconf_utils import ConfigError, config_to_class
+from diffnext.utils.weights_files import weights_files
 
 OVERLAY = "pipeline.paths.module_config.transformer"
 # The weights of the base folder fit no other values of these.
@@ -30,7 +31,6 @@ SIZES = {
     "video_base_size": (3,),
 }
 WITH_WEIGHTS = ("transformer", "vae", "text_encoder")
-WEIGHTS_SUFFIXES = (".safetensors", ".bin")
 
 
 def check_pipeline(config: DictConfig) -> None:
@@ -99,11 +99,6 @@ def check_components(config: DictConfig) -> None:
             missing.append(f"{where}: there are no weights in {folder}")
     if missing:
         raise ConfigError("; ".join(missing))
-
-
-def weights_files(folder: Path) -> list[Path]:
-    """The files of weights in a component's folder, sorted by name."""
-    return sorted(path for path in folder.iterdir() if path.suffix in WEIGHTS_SUFFIXES)
 
 
 def component_folder(config: DictConfig, name: str) -> Path | None:

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from diffnext.models.text_encoders.encoding import encode_texts
+
 __all__ = [
     "LabelEmbed",
     "MaskEmbed",
@@ -500,23 +502,12 @@ class TextEmbed(nn.Module):
                 "load the pipeline with both, or pass prompt embeddings"
             )
         tokenizer, text_encoder = self.encoders
-        texts = list(dict.fromkeys(prompts))  # each is encoded once, however often it is asked for
-        ids = tokenizer(texts, truncation=True, max_length=self.num_tokens)["input_ids"]
-        longest = max(len(row) for row in ids)
-        if longest == 0:
-            return [self.weight[:0] for _ in prompts]
-        # The encoder is causal: what stands behind a prompt does not reach its states.
-        padding = tokenizer.pad_token_id or 0
-        padded = [list(row) + [padding] * (longest - len(row)) for row in ids]
         device = text_encoder.device
         if device.type == "meta":  # offloaded: its hooks bring inputs to where it runs
             device = self.weight.device
-        input_ids = torch.tensor(padded, dtype=torch.int64, device=device)
-        states = text_encoder(input_ids).last_hidden_state
-        found = {
-            text: state[: len(row)] for text, state, row in zip(texts, states, ids, strict=True)
-        }
-        return [found[prompt] for prompt in prompts]
+        return encode_texts(
+            tokenizer, text_encoder, prompts, self.num_tokens, self.token_dim, device
+        )
 
     def forward(self, x: Tensor | Sequence[Any]) -> Tensor:
         """Condition tokens (B, num_tokens, embed_dim) of text states or of a list of prompts."""

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from diffnext.data.records import RecordWriter
-from diffnext.engine.data_check import vae_hash
+from diffnext.utils.weights_files import hash_weights
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "train.py"
@@ -304,6 +304,37 @@ FOLDERS = {
         lambda run: (run.dataset / "manifest.json").write_text(json.dumps({"vae_hash": "0"})),
         "was made with another VAE",
     ),
+    "a folder of datasets": (
+        lambda run: (
+            shutil.copytree(run.dataset, run.dataset / "64x64")
+            and (run.dataset / "METADATA").unlink()
+        ),
+        "has no METADATA file; the datasets in it are 64x64)",
+    ),
+    "another size": (
+        lambda run: (run.dataset / "manifest.json").write_text(json.dumps({"size": [128, 64]})),
+        "was made for 128x64 pixels",
+    ),
+    "another dtype": (
+        lambda run: (run.dataset / "manifest.json").write_text('{"dtype": "float32"}'),
+        "has moments of float32",
+    ),
+    "the manifest of other records": (
+        lambda run: (run.dataset / "manifest.json").write_text('{"shape": [8, 16, 16]}'),
+        "it belongs to other records",
+    ),
+    "a manifest from before a merge": (
+        lambda run: (run.dataset / "manifest.json").write_text('{"counts": {"examples": 1}}'),
+        "counts 1 examples",
+    ),
+    "another text encoder": (
+        lambda run: (run.dataset / "manifest.json").write_text('{"text_encoder": {"hash": "0"}}'),
+        "was made with another text encoder",
+    ),
+    "a damaged manifest": (
+        lambda run: (run.dataset / "manifest.json").write_text("{"),
+        "manifest.json is damaged",
+    ),
 }
 
 
@@ -370,7 +401,7 @@ def test_held_out_records_are_checked_like_those_of_the_training(main, scratch_r
 
 
 def test_dataset_of_the_same_autoencoder_is_accepted(main, scratch_run):
-    manifest = {"vae_hash": vae_hash(scratch_run.base / "vae")}
+    manifest = {"vae_hash": hash_weights(scratch_run.base / "vae")}
     (scratch_run.dataset / "manifest.json").write_text(json.dumps(manifest))
     # What is checked last is wrong, so everything before was right.
     message = refuse(main, scratch_run.arguments("validation.prompts=[1]"))

@@ -1,0 +1,190 @@
+"""The command line that looks into record datasets, and makes others of them."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from diffnext.data.caching.inspection import Summary
+
+DESCRIPTION = """\
+Look into a record dataset, check it, or make others of it.
+
+  inspect_cache.py show img_dataset                   counts, shapes, some captions
+  inspect_cache.py check img_dataset                  reads every record; exit code 1 if one is bad
+  inspect_cache.py sheet img_dataset sheet.png        decoded examples with their captions
+  inspect_cache.py split img_dataset train test --share 0.99
+  inspect_cache.py merge one two --output both
+  inspect_cache.py reshard img_dataset resharded --shard-size 10000
+"""
+MAX_PROBLEMS = 20  # shown
+CAPTION_WIDTH = 100
+MEGABYTE = 1e6
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: Arguments; default: those of the process.
+
+    Returns:
+        The exit code: 0, or 1 after an error or if a check finds something wrong.
+    """
+    args = build_parser().parse_args(argv)
+    try:
+        return args.run(args)
+    except (ValueError, OSError) as error:  # CacheError and RecordError are ValueErrors
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the command line."""
+    parser = argparse.ArgumentParser(
+        prog="inspect_cache.py",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    show = commands.add_parser("show", help="counts, shapes, some captions")
+    show.add_argument("dataset", type=Path, help="folder of a dataset, or of several sizes")
+    show.add_argument("--captions", type=int, default=5, metavar="N", help="captions shown (5)")
+    show.set_defaults(run=_show)
+
+    check = commands.add_parser("check", help="read every record")
+    check.add_argument("dataset", type=Path, help="folder of a dataset, or of several sizes")
+    check.set_defaults(run=_check)
+
+    sheet = commands.add_parser("sheet", help="draw decoded examples")
+    sheet.add_argument("dataset", type=Path)
+    sheet.add_argument("picture", type=Path, help="file to write, such as sheet.png")
+    sheet.add_argument("--vae", type=Path, help="folder of the autoencoder (the manifest's)")
+    sheet.add_argument("--num", type=int, default=16, help="examples, evenly spaced (16)")
+    sheet.add_argument("--columns", type=int, default=4, help="of the sheet (4)")
+    sheet.add_argument("--device", default="cpu", help="where to decode (cpu)")
+    sheet.set_defaults(run=_sheet)
+
+    reshard = commands.add_parser("reshard", help="the same records in other files")
+    reshard.add_argument("dataset", type=Path)
+    reshard.add_argument("output", type=Path, help="new folder")
+    reshard.add_argument("--shard-size", type=int, required=True, help="examples to a shard")
+    reshard.set_defaults(run=_reshard)
+
+    merge = commands.add_parser("merge", help="one dataset of several")
+    merge.add_argument("datasets", type=Path, nargs="+")
+    merge.add_argument("--output", type=Path, required=True, help="new folder")
+    merge.set_defaults(run=_merge)
+
+    split = commands.add_parser("split", help="two datasets of one")
+    split.add_argument("dataset", type=Path)
+    split.add_argument("first", type=Path, help="new folder of the share")
+    split.add_argument("second", type=Path, help="new folder of the rest")
+    split.add_argument("--share", type=float, required=True, help="of the first: 0.99")
+    split.add_argument("--seed", type=int, default=0, help="of the choice (0)")
+    split.set_defaults(run=_split)
+    return parser
+
+
+def _show(args: argparse.Namespace) -> int:
+    from diffnext.data.caching.inspection import find_datasets, summarize
+
+    for folder in find_datasets(args.dataset):
+        print(f"{folder}")
+        _print_summary(summarize(folder))
+        _print_captions(folder, args.captions)
+    return 0
+
+
+def _print_summary(summary: Summary) -> None:
+    size = f"{summary.size / MEGABYTE:.1f} MB in {summary.shards} shards"
+    print(f"  examples  {summary.entries}, {size}")
+    print(f"  features  {', '.join(summary.features)}")
+    for shape, count in summary.shapes.most_common():
+        print(f"  moments   {tuple(shape)}: {count}")
+    if summary.captions.count:
+        print(f"  captions  {summary.captions} characters; {summary.texts} have a short one")
+    if summary.states.count:
+        print(f"  states    {summary.states} tokens; {summary.texts} have a short caption's")
+    if summary.labels:
+        print(f"  labels    {len(summary.labels)}: {min(summary.labels)} to {max(summary.labels)}")
+    if summary.flows.count:
+        print(f"  flow      {summary.flows}")
+    if summary.manifest is None:
+        print("  manifest  none: training cannot tell which autoencoder made it")
+        return
+    vae = summary.manifest.get("vae", {}).get("folder")
+    print(f"  manifest  {summary.manifest.get('vae_hash', '')[:12]} {vae}")
+    counts = summary.manifest.get("counts", {})
+    if counts.get("skipped"):
+        print(f"  left out  {counts['skipped']} of {counts['items']}: see skipped.jsonl")
+
+
+def _print_captions(folder: Path, count: int) -> None:
+    import numpy as np
+
+    from diffnext.data.records import RecordDataset
+
+    with RecordDataset(folder) as dataset:
+        places = np.linspace(0, len(dataset) - 1, min(count, len(dataset))).round().astype(int)
+        for index in places.tolist():
+            caption = dataset[index].get("caption")
+            if isinstance(caption, str):
+                print(f"  {index:>8}  {' '.join(caption.split())[:CAPTION_WIDTH]}")
+
+
+def _check(args: argparse.Namespace) -> int:
+    from diffnext.data.caching.inspection import find_datasets, find_problems
+
+    count = 0
+    for folder in find_datasets(args.dataset):
+        for problem in find_problems(folder):
+            count += 1
+            if count <= MAX_PROBLEMS:
+                print(problem)
+    if count > MAX_PROBLEMS:
+        print(f"... and {count - MAX_PROBLEMS} more")
+    print("no problems" if count == 0 else f"{count} problems")
+    return min(count, 1)
+
+
+def _sheet(args: argparse.Namespace) -> int:
+    from diffnext.data.caching.contact_sheet import draw_contact_sheet
+
+    picture = draw_contact_sheet(args.dataset, args.num, args.columns, args.vae, args.device)
+    picture.save(args.picture)
+    print(f"wrote {args.picture}")
+    return 0
+
+
+def _reshard(args: argparse.Namespace) -> int:
+    from diffnext.data.caching.reshaping import reshard
+
+    shards = reshard(args.dataset, args.output, args.shard_size)
+    print(f"{args.output}: {shards} shards")
+    return 0
+
+
+def _merge(args: argparse.Namespace) -> int:
+    from diffnext.data.caching.reshaping import merge
+
+    print(f"{args.output}: {merge(args.datasets, args.output)} examples")
+    return 0
+
+
+def _split(args: argparse.Namespace) -> int:
+    from diffnext.data.caching.reshaping import split
+
+    counts = split(args.dataset, [args.first, args.second], args.share, args.seed)
+    for folder, count in zip((args.first, args.second), counts, strict=True):
+        print(f"{folder}: {count} examples")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

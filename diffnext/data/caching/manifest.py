@@ -1,0 +1,61 @@
+"""``manifest.json``: what a dataset was made of and with, for training to check.
+
+The keys are described in docs/data_format.md.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+from diffnext.data.caching.errors import CacheError
+from diffnext.version import __version__
+
+MANIFEST_NAME = "manifest.json"
+MANIFEST_FORMAT = 1
+MOMENTS_DTYPE = "float16"
+PACKAGES = ("torch", "diffusers", "transformers", "numpy", "pillow", "av", "decord")
+
+
+def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """The manifest of a dataset; None if it has none.
+
+    Raises:
+        CacheError: If it is damaged.
+    """
+    path = Path(folder) / MANIFEST_NAME
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CacheError(f"{path} is damaged: {error}") from error
+    if not isinstance(content, dict):
+        raise CacheError(f"{path} is damaged: it holds no JSON object")
+    return content
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON object so that the file is whole or not there."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        json.dump(content, file, indent=2, ensure_ascii=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of Python, of this package and of those that latents may depend on."""
+    versions = {"python": platform.python_version(), "diffnext": __version__}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions

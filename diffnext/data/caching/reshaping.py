@@ -1,0 +1,150 @@
+"""Datasets made of other datasets: merged, split, or with other shards.
+
+Records are copied as they are.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from diffnext.data.caching.errors import CacheError
+from diffnext.data.caching.manifest import MANIFEST_NAME, read_manifest, write_json
+from diffnext.data.records import RecordDataset, RecordWriter
+
+UNLIMITED = 2**63 - 1
+SAME = ("vae_hash", "dtype", "shape", "size", "kind", "text_encoder")
+
+
+def reshard(source: Path, output: Path, shard_size: int) -> int:
+    """Write a dataset anew with so many examples to a shard.
+
+    Returns:
+        The number of shards.
+
+    Raises:
+        CacheError: If the output exists or the size is not positive.
+    """
+    if shard_size < 1:
+        raise CacheError(f"shard_size must be at least 1, got {shard_size}")
+    with RecordDataset(source) as dataset, _new_folder(output) as folder:
+        _write(folder, ((dataset, index) for index in range(len(dataset))), shard_size)
+        _write_manifest(folder, [source], len(dataset))
+        return -(-len(dataset) // shard_size)
+
+
+def merge(sources: Sequence[Path], output: Path, shard_size: int = UNLIMITED) -> int:
+    """Write several datasets as one, in their order.
+
+    Returns:
+        The number of examples.
+
+    Raises:
+        CacheError: If the output exists, or the datasets differ in their features, the shape of
+            their latents or, as far as their manifests tell, their autoencoder.
+    """
+    with ExitStack() as stack:
+        datasets = [stack.enter_context(RecordDataset(source)) for source in sources]
+        _check_alike(datasets)
+        folder = stack.enter_context(_new_folder(output))
+        order = ((dataset, index) for dataset in datasets for index in range(len(dataset)))
+        count = sum(len(dataset) for dataset in datasets)
+        _write(folder, order, shard_size)
+        _write_manifest(folder, sources, count)
+        return count
+
+
+def split(source: Path, outputs: Sequence[Path], share: float, seed: int = 0) -> tuple[int, int]:
+    """Write two datasets: a random share of the examples, and the others; both in their order.
+
+    Args:
+        source: Dataset.
+        outputs: Folders of the first and the second.
+        share: Of the first, above 0 and below 1.
+        seed: Of the choice.
+
+    Returns:
+        The number of examples of each.
+
+    Raises:
+        CacheError: If an output exists, or one of them would be empty.
+    """
+    if not 0 < share < 1:
+        raise CacheError(f"share must be above 0 and below 1, got {share}")
+    if len(outputs) != 2 or outputs[0] == outputs[1]:
+        raise CacheError("a split needs two different folders")
+    with RecordDataset(source) as dataset, ExitStack() as stack:
+        count = round(share * len(dataset))
+        if not 0 < count < len(dataset):
+            raise CacheError(f"share {share} of {len(dataset)} examples leaves one part empty")
+        folders = [stack.enter_context(_new_folder(output)) for output in outputs]
+        order = np.random.default_rng(seed).permutation(len(dataset))
+        for folder, chosen in zip(folders, (order[:count], order[count:]), strict=True):
+            _write(folder, ((dataset, int(index)) for index in np.sort(chosen)), UNLIMITED)
+            _write_manifest(folder, [source], len(chosen))
+        return count, len(dataset) - count
+
+
+def _write(folder: Path, order: Iterable[tuple[RecordDataset, int]], shard_size: int) -> None:
+    writer = None
+    for dataset, index in order:
+        writer = writer or RecordWriter(folder, dataset.features, shard_size)
+        writer.write_record(dataset.record(index))
+    if writer is not None:
+        writer.close()
+
+
+@contextmanager
+def _new_folder(output: Path) -> Iterator[Path]:
+    """A folder that gets its name when it was filled without an error."""
+    if output.exists():
+        raise CacheError(f"{output} exists: name a new folder")
+    partial = output.with_name(f"{output.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    os.replace(partial, output)
+
+
+def _check_alike(datasets: Sequence[RecordDataset]) -> None:
+    first = datasets[0]
+    for other in datasets[1:]:
+        pair = f"{first.path} and {other.path}"
+        if other.features != first.features:
+            raise CacheError(f"{pair} have other features: {first.features}, {other.features}")
+        shapes = [dataset.view(0).get("shape") for dataset in (first, other)]
+        if shapes[0] != shapes[1]:
+            raise CacheError(f"{pair} have latents of the shapes {shapes[0]} and {shapes[1]}")
+        manifests = [read_manifest(dataset.path) for dataset in (first, other)]
+        if None in manifests:
+            continue
+        for name in SAME:
+            values = [manifest.get(name) for manifest in manifests]
+            if values[0] != values[1]:
+                raise CacheError(f"{pair} differ in {name}: {values[0]!r}, {values[1]!r}")
+
+
+def _write_manifest(folder: Path, sources: Sequence[Path], count: int) -> None:
+    """What is still true of the manifests; none if a source has none."""
+    manifests = [read_manifest(source) for source in sources]
+    if None in manifests:
+        return
+    kept: dict[str, Any] = {
+        name: value for name, value in manifests[0].items() if name not in ("counts", "plan")
+    }
+    kept["counts"] = {"examples": count}
+    kept["sources"] = [
+        {"folder": str(source), "plan": manifest.get("plan"), "sources": manifest.get("sources")}
+        for source, manifest in zip(sources, manifests, strict=True)
+    ]
+    write_json(folder / MANIFEST_NAME, kept)

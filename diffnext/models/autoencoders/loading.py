@@ -1,0 +1,75 @@
+"""Loading of autoencoders whatever their class."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+AUTOENCODERS = {
+    "AutoencoderKL": "autoencoder_kl",
+    "AutoencoderKLOpenSora": "autoencoder_kl_opensora",
+    "AutoencoderKLCogVideoX": "autoencoder_kl_cogvideox",
+    "AutoencoderKLLTXVideo": "autoencoder_kl_ltx",
+}
+
+
+def find_autoencoder(folder: str | os.PathLike[str]) -> Path:
+    """The folder of an autoencoder: ``folder`` itself, or ``vae`` in a release folder.
+
+    Raises:
+        FileNotFoundError: If neither has a config.json.
+    """
+    for place in (Path(folder) / "vae", Path(folder)):
+        if (place / "config.json").is_file():
+            return place
+    raise FileNotFoundError(f"{folder} has no autoencoder: neither config.json nor vae/config.json")
+
+
+def load_autoencoder(
+    folder: str | os.PathLike[str],
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> Any:
+    """Load an autoencoder for inference, of the class that its config.json names.
+
+    Args:
+        folder: See :func:`find_autoencoder`.
+        dtype: Of its weights.
+        device: To put it on.
+
+    Returns:
+        The model, in evaluation mode.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        ValueError: If its class is none of this package, or its config is damaged.
+    """
+    place = find_autoencoder(folder)
+    name = read_autoencoder_config(place).get("_class_name")
+    if name not in AUTOENCODERS:
+        known = ", ".join(AUTOENCODERS)
+        raise ValueError(f"{place}/config.json names the class {name!r}; known are {known}")
+    module = importlib.import_module(f"diffnext.models.autoencoders.{AUTOENCODERS[name]}")
+    model = getattr(module, name).from_pretrained(place, dtype=dtype)
+    return model.eval().requires_grad_(False).to(device)
+
+
+def read_autoencoder_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """The config.json of an autoencoder.
+
+    Raises:
+        ValueError: If it is no JSON object.
+    """
+    path = Path(folder) / "config.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no JSON object")
+    return content

@@ -1,0 +1,33 @@
+"""The files of weights in the folder of a component, and what identifies them."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+WEIGHTS_SUFFIXES = (".safetensors", ".bin")
+BLOCK_SIZE = 1 << 20
+
+
+def weights_files(folder: Path) -> list[Path]:
+    """The files of weights in a component's folder, sorted by name."""
+    return sorted(path for path in folder.iterdir() if path.suffix in WEIGHTS_SUFFIXES)
+
+
+def hash_weights(folder: str | os.PathLike[str]) -> str:
+    """Identify a component by its weights.
+
+    Args:
+        folder: With its weights file, or several.
+
+    Returns:
+        SHA-256, in hexadecimal, over the bytes of the weights files, one after the other, sorted
+        by name.
+    """
+    digest = hashlib.sha256()
+    for path in weights_files(Path(folder)):
+        with path.open("rb") as file:
+            while block := file.read(BLOCK_SIZE):
+                digest.update(block)
+    return digest.hexdigest()
