@@ -5,27 +5,31 @@
     python scripts/check_docs.py docs/inference.md
     python scripts/check_docs.py --list               # what would run; runs nothing
 
-The pages are README.md, TRAINING.md, CONTRIBUTING.md and docs/**/*.md. Blocks marked python, bash and
-yaml are run in order, in one folder that looks like the repository; the Python blocks of a page share
-their names. YAML is parsed and, where it sets keys of a training, checked against them. HTML comments,
-which no reader sees, say what else is needed:
+The pages are README.md, TRAINING.md, CONTRIBUTING.md and docs/**/*.md. Blocks marked python, bash
+and yaml are run in order, in one folder that looks like the repository; the Python blocks of a page
+share their names. YAML is parsed and, where it sets keys of a training, checked against them. HTML
+comments, which no reader sees, say what else is needed:
 
     <!-- skip: needs a GPU -->              the next block is not run; or "needs a download"
     <!-- replace: old => new -->            old, which must occur in the next block, is run as new
     <!-- setup: python                      code of its own, run at this place (or "setup: bash")
     ...
     -->
-    <!-- slow page -->                      the page takes long: only --all and its own name run it
+    <!-- slow page -->                      only --all and its own name run the page
 
-Everywhere, released models and "/path/to/..." stand for tiny ones (STAND_INS), CUDA for the CPU, and
-half precision for float32. The last lines count blocks that ran and blocks skipped, by reason.
+Everywhere, tiny models stand for the released ones and for "/path/to/..." (STAND_INS), the CPU for
+CUDA, and float32 for half precision. The last line counts blocks that ran and blocks skipped, by
+reason.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
-import json
+import functools
+import io
+import multiprocessing
 import os
 import re
 import subprocess
@@ -38,6 +42,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import init_checkpoint
 from omegaconf import OmegaConf
 
 from diffnext.utils.config_schema import TrainConfig, iterate_schema
@@ -61,7 +66,8 @@ REPLACED = {
 }
 
 _TOKENS = re.compile(
-    r"^<!--(?P<comment>.*?)-->[ \t]*$|^(?P<fence>```+)(?P<language>[^\n`]*)\n(?P<code>.*?)^(?P=fence)[ \t]*$",
+    r"^<!--(?P<comment>.*?)-->[ \t]*$"
+    r"|^(?P<fence>```+)(?P<language>[^\n`]*)\n(?P<code>.*?)^(?P=fence)[ \t]*$",
     re.DOTALL | re.MULTILINE,
 )
 _DIRECTIVE = re.compile(r"\s*(?P<name>skip|replace|setup|slow page)\b:?(?P<rest>.*)", re.DOTALL)
@@ -218,9 +224,10 @@ class StandIns:
     def _make(self, name: str, config: str) -> Path:
         place = self.folder / name.strip("/").replace("/", "-")
         if not place.exists():
-            script = [sys.executable, str(ROOT / "scripts" / "init_checkpoint.py"), "--tiny"]
-            options = ["--config", str(ROOT / config), "--output", str(place)]
-            subprocess.run([*script, *options], check=True, capture_output=True, env=environment())
+            options = ["--config", str(ROOT / config), "--output", str(place), "--tiny"]
+            with contextlib.redirect_stdout(io.StringIO()):
+                if init_checkpoint.main(options):
+                    raise DocsError(f"{config} makes no model to stand for {name}")
         return place
 
 
@@ -259,18 +266,31 @@ def run_page(page: Page, folder: Path, stand_ins: StandIns) -> None:
     ]
     if not jobs:
         return
-    command = [sys.executable, str(Path(__file__).resolve()), "--worker", page.name]
-    result = subprocess.run(
-        command,
-        input=json.dumps(jobs),
-        text=True,
-        cwd=folder,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
+    log = folder / "output.log"
+    process = _forking().Process(target=_run_in_folder, args=(page.name, jobs, folder, log))
+    process.start()
+    process.join()
+    if process.exitcode:
+        raise DocsError(log.read_text(errors="replace")[-6000:])
+
+
+@functools.cache
+def _forking() -> Any:
+    """Processes that start with the large libraries imported, which is most of a page's time."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        ["torch", "transformers.modeling_utils", "diffusers.pipelines.pipeline_utils"]
     )
-    if result.returncode:
-        raise DocsError(result.stdout[-6000:])
+    return context
+
+
+def _run_in_folder(page_name: str, jobs: list[dict[str, Any]], folder: Path, log: Path) -> None:
+    with log.open("w") as stream:
+        for descriptor in (1, 2):
+            os.dup2(stream.fileno(), descriptor)
+    os.environ.update(environment())
+    os.chdir(folder)
+    sys.exit(run_jobs(page_name, jobs))
 
 
 def run_jobs(page_name: str, jobs: list[dict[str, Any]]) -> int:
@@ -282,7 +302,10 @@ def run_jobs(page_name: str, jobs: list[dict[str, Any]]) -> int:
         try:
             _run_code(job["language"], job["code"], job["line"], page_name, names)
         except (Exception, SystemExit):
-            print(f"{where}: this {job['language']} block failed\n{traceback.format_exc()}")
+            print(
+                f"{where}: this {job['language']} block failed\n{traceback.format_exc()}",
+                flush=True,
+            )
             return 1
     return 0
 
@@ -291,7 +314,7 @@ def _run_code(language: str, code: str, line: int, page_name: str, names: dict[s
     if language == "python":  # empty lines in front, so that a traceback names the page's line
         exec(compile("\n" * (line - 1) + code, page_name, "exec"), names)
     elif language == "bash":
-        subprocess.run(["bash", "-euo", "pipefail", "-c", code], check=True, stderr=sys.stdout)
+        subprocess.run(["bash", "-euo", "pipefail", "-c", code], check=True)
     else:
         check_yaml(code)
 
@@ -325,10 +348,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("pages", nargs="*", type=Path, help="pages to run (all but the slow ones)")
     parser.add_argument("--all", action="store_true", help="run the slow ones, too")
     parser.add_argument("--list", action="store_true", help="run nothing, count only")
-    parser.add_argument("--worker", metavar="PAGE", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    if args.worker:
-        return run_jobs(args.worker, json.load(sys.stdin))
     total: Counter[str] = Counter()
     failures = 0
     with tempfile.TemporaryDirectory() as scratch:
