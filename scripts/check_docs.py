@@ -42,7 +42,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import init_checkpoint
 from omegaconf import OmegaConf
 
 from diffnext.utils.config_schema import TrainConfig, iterate_schema
@@ -224,6 +223,8 @@ class StandIns:
     def _make(self, name: str, config: str) -> Path:
         place = self.folder / name.strip("/").replace("/", "-")
         if not place.exists():
+            import init_checkpoint  # imports torch, which reading pages does not need
+
             options = ["--config", str(ROOT / config), "--output", str(place), "--tiny"]
             with contextlib.redirect_stdout(io.StringIO()):
                 if init_checkpoint.main(options):
