@@ -1,7 +1,7 @@
 """Hooks of mkdocs: the site has the repository's own layout, so that links need no rewriting.
 
-README.md becomes its first page; pages outside of docs/ and files that pages link to are part of it.
-The order of the navigation is ORDER, then whatever else there is in docs/.
+README.md becomes its first page; pages outside of docs/ and files that pages link to are part of
+it. The order of the navigation is ORDER, then whatever else there is in docs/.
 """
 
 from __future__ import annotations
