@@ -7,7 +7,6 @@ it. The order of the navigation is ORDER, then whatever else there is in docs/.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
@@ -63,11 +62,5 @@ def on_files(files: Files, *, config: MkDocsConfig) -> Files:
 
 def site_files() -> list[str]:
     """Paths of all files of the site, within the repository."""
-    found: dict[str, Any] = {}
-    for pattern in PARTS:
-        found.update(dict.fromkeys(sorted(path.as_posix() for path in _glob(pattern))))
-    return list(found)
-
-
-def _glob(pattern: str) -> list[Path]:
-    return [path.relative_to(ROOT) for path in ROOT.glob(pattern)]
+    found = [path for pattern in PARTS for path in sorted(ROOT.glob(pattern))]
+    return [path.relative_to(ROOT).as_posix() for path in found]
