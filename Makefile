@@ -56,7 +56,7 @@ $(VENV)/.core: $(VENV)/.torch pyproject.toml
 	touch $@
 
 $(VENV)/.test: $(VENV)/.core pyproject.toml
-	$(BIN)/python -m pip install --quiet -e ".[cache,train,test,docs]"
+	$(BIN)/python -m pip install --quiet -e ".[cache,demo,train,test,docs]"
 	touch $@
 
 clean-demo:

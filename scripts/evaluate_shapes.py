@@ -44,6 +44,7 @@ from shapes_world.scenes import (
 )
 from tqdm import tqdm
 
+from diffnext.models.autoencoders.autoencoder_kl_opensora import AutoencoderKLOpenSora
 from diffnext.pipelines import NOVAPipeline
 
 SPLITS = {"seen": False, "held out": True}
@@ -163,7 +164,11 @@ def evaluate_truth(args: argparse.Namespace) -> None:
 
 def evaluate_vae(args: argparse.Namespace) -> None:
     """Score reconstructions, and measure them in dB."""
-    vae = load_vae(args)
+    vae = load_vae(args.vae, args.device)
+    if isinstance(vae, AutoencoderKLOpenSora) != args.clips:
+        raise ValueError(
+            f"--vae {args.vae} is a {type(vae).__name__}: --clips goes with that of clips"
+        )
     errors = []
 
     def reconstruct(descriptions: Sequence[Description], seed: int) -> Iterable[ndarray]:
@@ -222,7 +227,8 @@ def render(
     for index, description in enumerate(descriptions):
         rng = np.random.default_rng([seed, index])
         if args.clips:
-            yield render_clip(draw_clip(rng, description), args.num_frames)
+            clip = draw_clip(rng, description, strength=1)  # the motion that pipelines ask for
+            yield render_clip(clip, args.num_frames)
         else:
             yield render_scene(draw_scene(rng, description))[None]
 
@@ -232,23 +238,30 @@ def load_pipeline(args: argparse.Namespace) -> NOVAPipeline:
     return NOVAPipeline.from_pretrained(args.model, dtype=torch.float32).to(args.device)
 
 
-def pipeline_drawer(pipe: NOVAPipeline, args: argparse.Namespace) -> Draw:
-    """Draw prompts with a model; every prompt has a seed of its own."""
+def pipeline_drawer(pipe: NOVAPipeline, args: argparse.Namespace, **options: Any) -> Draw:
+    """Draw prompts with a model; every prompt has a seed of its own.
+
+    Args:
+        pipe: The model.
+        args: Settings of this script.
+        **options: Arguments of the pipeline that go before those of ``args``.
+    """
 
     def draw(descriptions: Sequence[Description], seed: int) -> Iterable[ndarray]:
         seeds = range(seed, seed + len(descriptions))
-        output = pipe(
-            [write_prompt(description) for description in descriptions],
-            num_inference_steps=args.num_inference_steps,
-            num_diffusion_steps=args.num_diffusion_steps,
-            guidance_scale=args.guidance_scale,
-            generator=[torch.Generator(args.device).manual_seed(one) for one in seeds],
-            output_type="np",
-            disable_progress_bar=True,
-            vae_batch_size=len(descriptions),
+        arguments = {
+            "num_inference_steps": args.num_inference_steps,
+            "num_diffusion_steps": args.num_diffusion_steps,
+            "guidance_scale": args.guidance_scale,
+            "generator": [torch.Generator(args.device).manual_seed(one) for one in seeds],
+            "output_type": "np",
+            "disable_progress_bar": True,
+            "vae_batch_size": len(descriptions),
             **({"num_frames": args.num_frames} if args.clips else {}),
             **given_frames(args, descriptions, seed),
-        )
+        }
+        prompts = [write_prompt(description) for description in descriptions]
+        output = pipe(prompts, **{**arguments, **options})
         return output.frames if args.clips else output.images[:, None]
 
     return draw

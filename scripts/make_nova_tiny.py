@@ -5,8 +5,8 @@
 
 Every stage is a command of this repository; it is shown, and skipped when its result is there. The
 same command continues after an interruption. NOVA learns pictures in lessons, from shapes in fixed
-places to shapes anywhere; the model of clips goes on from the weights of the first lessons. The
-work folder receives
+places to shapes anywhere; the model of clips goes on from the weights of that of pictures. The work
+folder receives
 
     nova-tiny/, nova-tiny-video/  release folders: the average of the weights (EMA), in float16
     *_scores/                     scores.json, scores.md and a sheet of pictures of each
@@ -66,18 +66,15 @@ class Lesson:
 
 
 # Words are learnt where they explain most of a picture: in thousands of steps less than from
-# pictures in which shapes, of any colour, may be anywhere, or next to others. Clips start from what
-# was learnt in the first lessons about pictures.
-FIRST_LESSONS = (
-    Lesson("centered", CATEGORIES, 16000, 3000, is_centered=True),
-    Lesson("anywhere", CATEGORIES, 40000, 8000),
-)
+# pictures in which shapes, of any colour, may be anywhere, or next to others.
 NAMED_COLORS = ("colors", "colors", "attribution", "attribution", "counting", "position")
 PICTURE_LESSONS = (
+    Lesson("centered", CATEGORIES, 16000, 3000, is_centered=True),
+    Lesson("anywhere", CATEGORIES, 40000, 8000),
     Lesson("longer", CATEGORIES, 40000, 16000),
     Lesson("named_colors", NAMED_COLORS, 16000, 4000, learning_rate=5e-4),
 )
-CLIP_LESSONS = (Lesson("clips", CLIP_CATEGORIES, 6000, 11000, is_clip=True),)
+CLIP_LESSONS = (Lesson("clips", CLIP_CATEGORIES, 8000, 14000, is_clip=True),)
 HELD_OUT_PICTURES = Lesson("held_out", CATEGORIES, 512, steps=0)
 HELD_OUT_CLIPS = Lesson("held_out_clips", CLIP_CATEGORIES, 64, steps=0, is_clip=True)
 PRODUCTS = ("nova-tiny", "nova-tiny-video")
@@ -133,39 +130,31 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def make_first_stages(args: argparse.Namespace) -> list[Stage]:
-    """Everything that models of pictures and of clips begin with."""
+def make_picture_stages(args: argparse.Namespace) -> list[Stage]:
+    """Everything up to the trained model of pictures."""
     base = args.work / "base"
-    options = ["--branch-gain", "0"]
     return [
         fit_stage(args, "autoencoder", IMAGE_AUTOENCODER_CONFIG),
         text_stage(args),
         render_stage(args, HELD_OUT_PICTURES, seed=0),
-        initialize_stage(args, base, IMAGE_MODEL_CONFIG, "autoencoder", options),
-        *lesson_stages(args, FIRST_LESSONS, base, first_seed=1),
+        initialize_stage(args, base, IMAGE_MODEL_CONFIG, "autoencoder", ["--branch-gain", "0"]),
+        *lesson_stages(args, PICTURE_LESSONS, base, first_seed=1),
     ]
 
 
-def make_picture_stages(args: argparse.Namespace) -> list[Stage]:
-    """Everything up to the trained model of pictures."""
-    first = make_first_stages(args)
-    lessons = lesson_stages(args, PICTURE_LESSONS, first[-1].result, first_seed=3)
-    return [*first, *lessons]
-
-
 def make_clip_stages(args: argparse.Namespace) -> list[Stage]:
-    """Everything up to the trained model of clips, which goes on from the first lessons.
+    """Everything up to the trained model of clips, which goes on from that of pictures.
 
     Its autoencoder has the same latents. It starts from an image autoencoder of its own widths; its
     decoder then learns moving shapes alone for a while.
     """
-    first = make_first_stages(args)
-    pictures, base = first[-1].result, args.work / "clip_base"
+    before = make_picture_stages(args)
+    pictures, base = before[-1].result, args.work / "clip_base"
     like_pictures = f"align_with={args.work / 'autoencoder' / 'vae'}"
-    video_config = OmegaConf.load(VIDEO_AUTOENCODER_CONFIG)
-    widths = ",".join(map(str, video_config.model.block_out_channels))
-    steps = scaled(video_config.training.steps, args)  # enough for a start
-    overrides = [f"model.block_out_channels=[{widths}]", f"training.steps={steps}", like_pictures]
+    widths = OmegaConf.load(VIDEO_AUTOENCODER_CONFIG).model.block_out_channels
+    steps = scaled(OmegaConf.load(IMAGE_AUTOENCODER_CONFIG).training.steps // 2, args)
+    overrides = [f"model.block_out_channels=[{','.join(map(str, widths))}]"]
+    overrides += [f"training.steps={steps}", like_pictures]
     start = fit_stage(args, "frame_autoencoder", IMAGE_AUTOENCODER_CONFIG, overrides)
     overrides = [f"init_from={start.result.parent / 'vae'}", like_pictures]
     fit = fit_stage(args, "clip_autoencoder", VIDEO_AUTOENCODER_CONFIG, overrides)
@@ -174,7 +163,7 @@ def make_clip_stages(args: argparse.Namespace) -> list[Stage]:
     refine = fit_stage(args, "clip_decoder", VIDEO_AUTOENCODER_CONFIG, overrides)
     options = ["--weights", pictures]
     return [
-        *(*first, start, fit, refine),
+        *(*before, start, fit, refine),
         render_stage(args, HELD_OUT_CLIPS, seed=100),
         initialize_stage(args, base, VIDEO_MODEL_CONFIG, "clip_decoder", options),
         *lesson_stages(args, CLIP_LESSONS, base, first_seed=101),
@@ -234,12 +223,11 @@ def initialize_stage(
 
 
 def render_stage(args: argparse.Namespace, lesson: Lesson, seed: int) -> Stage:
-    """Render and encode the pictures or clips of a lesson."""
+    """Render and encode the pictures, or every fourth frame of the clips, of a lesson."""
     output = args.work / f"{lesson.name}_records"
-    autoencoder = "clip_decoder" if lesson.is_clip else "autoencoder"
     command = [
         *(sys.executable, SCRIPTS / "make_shapes_dataset.py", "--output", output),
-        *("--vae", args.work / autoencoder / "vae", "--seed", str(1000 * args.seed + seed)),
+        *("--vae", args.work / "autoencoder" / "vae", "--seed", str(1000 * args.seed + seed)),
         *("--num", str(scaled(lesson.num_records, args)), "--categories", *lesson.categories),
         "--bf16",
         *(["--centered"] if lesson.is_centered else []),

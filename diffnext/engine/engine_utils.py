@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from diffnext.utils.device_utils import get_device as get_device  # users import it from here
+
 _COUNT_UNITS = {"M": 1e6, "B": 1e9}
 _NORM_CLASSES = (nn.BatchNorm2d, nn.GroupNorm, nn.SyncBatchNorm, nn.LayerNorm)
 
@@ -39,19 +41,6 @@ def freeze_module(module: nn.Module, trainable: bool = False) -> nn.Module:
     for parameter in module.parameters():
         parameter.requires_grad_(trainable)
     return module
-
-
-def get_device(index: int | None = None) -> torch.device:
-    """Return an accelerator if there is one: CUDA, then MPS, then the CPU.
-
-    Args:
-        index: CUDA device index; None for the current one.
-    """
-    if torch.cuda.is_available():
-        return torch.device("cuda", index)
-    if torch.backends.mps.is_available():
-        return torch.device("mps")
-    return torch.device("cpu")
 
 
 def manual_seed(

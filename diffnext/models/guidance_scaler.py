@@ -31,11 +31,14 @@ class GuidanceScaler:
             its steps; None = constant.
         guidance_interval: Least and greatest diffusion timestep of guidance, for instance
             (100, 900); None = all (arXiv:2404.07724).
+        guidance_reuse: Sets of tokens that share the image encoder's states of all passes but the
+            conditional one; 1 = every set has its own (the condition cache of LazyMAR,
+            arXiv:2503.12450).
         **unused: Other sampling arguments, ignored.
 
     Raises:
-        ValueError: If image and spatiotemporal guidance are both asked for, or the interval is
-            empty.
+        ValueError: If image and spatiotemporal guidance are both asked for, the interval is
+            empty, or states are to be reused for less than one set.
     """
 
     def __init__(
@@ -47,6 +50,7 @@ class GuidanceScaler:
         spatiotemporal_guidance_scale: float = 0,
         min_guidance_scale: float | None = None,
         guidance_interval: tuple[float, float] | None = None,
+        guidance_reuse: int = 1,
         **unused: Any,
     ) -> None:
         if guidance_interval is not None and not guidance_interval[0] <= guidance_interval[1]:
@@ -54,6 +58,8 @@ class GuidanceScaler:
                 "guidance_interval must be the least and the greatest timestep, got "
                 f"{tuple(guidance_interval)}"
             )
+        if guidance_reuse < 1:
+            raise ValueError(f"guidance_reuse must be at least 1 set, got {guidance_reuse}")
         if image_guidance_scale and spatiotemporal_guidance_scale:
             raise ValueError(
                 "image and spatiotemporal guidance cannot be combined, got scales "
@@ -63,6 +69,7 @@ class GuidanceScaler:
         self.guidance_trunc = guidance_trunc
         self.guidance_renorm = guidance_renorm
         self.guidance_interval = guidance_interval
+        self.guidance_reuse = guidance_reuse
         self.min_guidance_scale = (
             guidance_scale if min_guidance_scale is None else min_guidance_scale
         )

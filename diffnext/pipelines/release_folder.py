@@ -20,6 +20,7 @@ __all__ = [
     "BASE_FOLDER_FILE",
     "INDEX_FILE",
     "LORA_FILE",
+    "component_places",
     "find_folder",
     "import_libraries",
     "link_component",
@@ -119,6 +120,18 @@ def write_base_reference(folder: Path, base: Path, components: Mapping[str, Path
     write_json(folder / BASE_FOLDER_FILE, content)
 
 
+def component_places(folder: Path, name: str) -> list[Path]:
+    """Where a component may be, the first that exists counts: in the folder itself, then its base.
+
+    Args:
+        folder: Release folder or training checkpoint.
+        name: Of the component.
+    """
+    base, elsewhere = read_base_reference(folder)
+    places = [folder / name, elsewhere.get(name), None if base is None else base / name]
+    return [place for place in places if place is not None]
+
+
 def link_release_folder(source: Path, target: Path, index: dict[str, Any]) -> None:
     """Assemble a release folder of links to ``source`` and its base folder, with another index.
 
@@ -127,12 +140,10 @@ def link_release_folder(source: Path, target: Path, index: dict[str, Any]) -> No
         target: Folder to fill.
         index: Content of its ``model_index.json``.
     """
-    base, elsewhere = read_base_reference(source)
     for name, value in index.items():
         if not isinstance(value, (list, tuple)):
             continue
-        places = [source / name, elsewhere.get(name), None if base is None else base / name]
-        folders = [place for place in places if place is not None]
+        folders = component_places(source, name)
         component = next((folder for folder in folders if folder.is_dir()), None)
         if component is None and value[0] is not None:
             raise FileNotFoundError(

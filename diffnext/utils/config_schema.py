@@ -14,6 +14,13 @@ from collections.abc import Iterator
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from typing import Any, Literal
 
+USAGE = """usage: {program} config=FILE.yaml [key.path=value ...] [+new.key=value ...] [~key ...]
+
+  key=value   overrides the file; values are written as in YAML
+  +key=value  adds a key that is not in the list below
+  ~key        deletes a key, or a whole section, of the file
+"""
+
 
 def key(meaning: str, default: Any = MISSING) -> Any:
     """Declare one configuration key.

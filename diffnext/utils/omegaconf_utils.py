@@ -27,14 +27,8 @@ from diffnext.utils.config_check import (
     known_keys,
     one_line,
 )
+from diffnext.utils.config_schema import USAGE as USAGE  # other command lines take it from here
 from diffnext.utils.config_schema import TrainConfig, iterate_schema
-
-USAGE = """usage: {program} config=FILE.yaml [key.path=value ...] [+new.key=value ...] [~key ...]
-
-  key=value   overrides the file; values are written as in YAML
-  +key=value  adds a key that is not in the list below
-  ~key        deletes a key, or a whole section, of the file
-"""
 
 
 class OmegaConfEncoder(json.JSONEncoder):

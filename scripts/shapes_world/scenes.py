@@ -148,17 +148,17 @@ class Motion:
 MOTIONS = {
     motion.name: motion
     for motion in (
-        Motion("moving left", shift=(-0.4, 0.0)),
-        Motion("moving right", shift=(0.4, 0.0)),
-        Motion("moving up", shift=(0.0, -0.4)),
-        Motion("moving down", shift=(0.0, 0.4)),
+        Motion("moving left", shift=(-0.5, 0.0)),
+        Motion("moving right", shift=(0.5, 0.0)),
+        Motion("moving up", shift=(0.0, -0.5)),
+        Motion("moving down", shift=(0.0, 0.5)),
         Motion("turning", turn=math.pi / 2),
         Motion("growing", growth=1.5),
         Motion("shrinking", growth=1 / 1.5),
     )
 }
 ROUND = ("circle", "ring")  # nobody sees them turn
-STRENGTHS = (0.75, 1.25)  # of motions
+STRENGTHS = (0.5, 1.0)  # of motions: every latent frame is half a cell of the grid further, or one
 USUAL_FLOW = 5.0  # what pipelines take for a usual motion
 
 
@@ -388,18 +388,23 @@ def draw_clip_description(rng: np.random.Generator, category: str) -> Descriptio
     return replace(description, mentions=mentions, motion=choose(rng, names))
 
 
-def draw_clip(rng: np.random.Generator, description: Description) -> Clip:
+def draw_clip(
+    rng: np.random.Generator, description: Description, strength: float | None = None
+) -> Clip:
     """Draw a clip that fulfils a description; the first shape moves, the others stand still.
 
     Args:
         rng: Source of randomness.
         description: With a motion.
+        strength: Of the motion; one of ``STRENGTHS`` by lot when None.
     """
     motion = MOTIONS[description.motion]
+    if strength is None:
+        strength = float(rng.choice(STRENGTHS))
     while True:
         scene = draw_scene(rng, description)
         motions = (motion, *[None] * (len(scene.items) - 1))
-        clip = Clip(scene, motions, strength=float(rng.uniform(*STRENGTHS)))
+        clip = Clip(scene, motions, strength)
         if _is_legal(clip.at(0.0)) and _is_legal(clip.at(0.5)) and _is_legal(clip.at(1.0)):
             return clip
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from diffnext.models.guidance_scaler import GuidanceScaler
+from diffnext.models.transformers.transformer_3d import GenerationMonitor
 from diffnext.schedulers.scheduling_cfm import FlowMatchEulerDiscreteScheduler
 from diffnext.schedulers.scheduling_ddpm import DDPMScheduler
 from tests.tiny import generation_inputs, make_model, make_prompts
@@ -232,6 +233,44 @@ def test_a_guidance_interval_is_guidance_where_it_reaches():
     torch.testing.assert_close(nowhere, model(inputs)["x"], atol=1e-5, rtol=1e-5)
     middle = model(generation_inputs(num_diffusion_steps=5, guidance_interval=(300, 700)))["x"]
     assert not torch.allclose(middle, guided) and not torch.allclose(middle, nowhere)
+
+
+class FramesRecorder(GenerationMonitor):
+    """Keeps the frame after every set."""
+
+    def __init__(self):
+        self.frames = []
+
+    def on_step(self, frame, step, latents):
+        self.frames.append(latents)
+        return latents
+
+
+@pytest.mark.parametrize("options", [{}, {"rotary_pos_embed": True}])
+def test_reused_guidance_leaves_the_sets_that_have_their_own(options):
+    model = make_model(**options)
+    frames = {}
+    for reuse in (1, 2, 3):
+        monitor = FramesRecorder()
+        model(generation_inputs(guidance_reuse=reuse, monitor=monitor))
+        frames[reuse] = monitor.frames
+    # The first set is that of full guidance, the second depends on older states.
+    torch.testing.assert_close(frames[2][0], frames[1][0], atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(frames[2][1], frames[1][1], atol=1e-5)
+    assert not torch.allclose(frames[3][-1], frames[2][-1], atol=1e-5)
+
+
+def test_reused_guidance_runs_the_unguided_passes_less_often():
+    model = make_model()
+    rows = []
+    model.image_encoder.register_forward_hook(lambda module, args, out: rows.append(len(out)))
+    model(generation_inputs(guidance_reuse=3, num_preds=[2] * 7 + [10]))
+    assert rows == [4, 2, 2, 4, 2, 2, 4, 2]
+
+
+def test_reused_guidance_needs_a_set():
+    with pytest.raises(ValueError, match="guidance_reuse must be at least 1 set, got 0"):
+        GuidanceScaler(guidance_scale=5, guidance_reuse=0)
 
 
 def test_rows_that_are_not_predicted_cannot_leak():

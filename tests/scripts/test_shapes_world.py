@@ -9,6 +9,8 @@ import init_checkpoint
 import make_shapes_dataset
 import numpy as np
 import pytest
+import torch
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from shapes_world.captions import write_caption, write_prompt
 from shapes_world.detection import detect
 from shapes_world.evaluation import (
@@ -145,9 +147,9 @@ def test_clips_show_their_motion(category):
     rng = np.random.default_rng(2)
     for _ in range(6):
         description = draw_clip_description(rng, category)
-        clip = draw_clip(rng, description)
+        clip = draw_clip(rng, description, strength=1)
         assert judge(description, render_clip(clip)).is_right
-        assert 3 < clip.flow < 7  # models assume 5 when nobody says
+        assert clip.flow == 5  # what models assume when nobody says
 
 
 def test_what_stands_still_or_moves_otherwise_is_not_right():
@@ -180,7 +182,24 @@ def test_clips_are_written_with_their_flow(tmp_path):
     assert make_shapes_dataset.main([*arguments, "--vae", str(VAE_FOLDERS["video"])]) == 0
     batch = FeatureDataLoader(str(tmp_path / "clips"), batch_size=2).next()[0]
     assert batch["latents"].shape == (2, 8, 2, 8, 8)
-    assert all(3 < flow < 7 for flow in batch["motion_flow"])
+    assert all(flow in (2.5, 5) for flow in batch["motion_flow"])
+
+
+def test_an_image_autoencoder_encodes_every_fourth_frame_of_clips(tmp_path):
+    folder = VAE_FOLDERS["image"]
+    arguments = ["--output", str(tmp_path / "clips"), "--num", "2", "--clips", "--vae", str(folder)]
+    assert make_shapes_dataset.main(arguments) == 0
+    batch = FeatureDataLoader(str(tmp_path / "clips"), batch_size=2, shuffle=False).next()[0]
+    assert batch["latents"].shape == (2, 8, 5, 8, 8)
+    parsed = make_shapes_dataset.parse_args(arguments)
+    vae = make_shapes_dataset.load_vae(folder, "cpu")
+    frames = np.stack([make_shapes_dataset.make_example(parsed, i).frames for i in range(2)])
+    moments = torch.from_numpy(make_shapes_dataset.encode(vae, frames[:, 8:9])).float()
+    wanted = DiagonalGaussianDistribution(moments)
+    found = DiagonalGaussianDistribution(torch.from_numpy(batch["latents"][:, :, 2]).float())
+    torch.testing.assert_close(found.mean, vae.scale_(wanted.mean), atol=0.02, rtol=0.01)
+    scale = vae.config.scaling_factor
+    torch.testing.assert_close(found.std, wanted.std * scale, atol=0.001, rtol=0.02)
 
 
 def test_pictures_are_written_beside_their_captions(tmp_path):
@@ -199,7 +218,7 @@ def test_a_folder_is_never_written_over(tmp_path, capsys):
 def test_an_autoencoder_of_the_other_kind_is_refused(tmp_path, capsys):
     arguments = ["--output", str(tmp_path / "x"), "--vae", str(VAE_FOLDERS["video"])]
     assert make_shapes_dataset.main(arguments) == 1
-    assert "needed is an AutoencoderKL" in capsys.readouterr().err
+    assert "is for clips: add --clips" in capsys.readouterr().err
 
 
 def test_the_scorer_finds_rendered_pictures_right(tmp_path, capsys):

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from diffnext.models.attention import BlockCausalMask, KVCache
 from diffnext.models.diffusion_mlp import Modulation
-from diffnext.models.embeddings import gather_tokens, scatter_tokens
+from diffnext.models.embeddings import RotationTables, gather_tokens, scatter_tokens
 from diffnext.models.guidance_scaler import GuidanceScaler
 from diffnext.models.vision_transformer import set_checkpointing
 from diffnext.schedulers.denoising_run import DenoisingRun
@@ -131,6 +131,85 @@ class DenoisingStep:
     value: float
     embedding: Tensor
     update: LinearUpdate | None = None
+
+
+class SetEncoder:
+    """Runs the image encoder for the sets of tokens of one frame, one after the other.
+
+    With ``guidance.guidance_reuse`` above 1, the passes without the prompt run for the first of so
+    many sets alone, and then for the tokens of all of them: what those passes know of the frame is
+    then a few sets old (the condition cache of LazyMAR, arXiv:2503.12450).
+
+    Args:
+        image_encoder: The encoder.
+        states: The video encoder's states for this frame, (P*B, Nv, D).
+        rotation: Rotary tables of the frame, if the model has them.
+        order: Prediction order, (B, N, 1) token ids.
+        sets: Tokens of each set.
+        guidance: Guidance weights.
+    """
+
+    def __init__(
+        self,
+        image_encoder: nn.Module,
+        states: Tensor,
+        rotation: RotationTables | None,
+        order: Tensor,
+        sets: Sequence[int],
+        guidance: GuidanceScaler,
+    ) -> None:
+        self.image_encoder = image_encoder
+        self.states = states
+        self.rotation = rotation
+        self.order = order
+        self.guidance = guidance
+        self.ends = list(itertools.accumulate(sets))
+        self.kept: Tensor | None = None  # ((P-1)*B, tokens of this set and those that share, D)
+
+    def encode(self, index: int, tokens: Tensor) -> Tensor:
+        """States of the tokens of a set.
+
+        Args:
+            index: Of the set; 0, 1, ... in turn.
+            tokens: The frame as far as it is known, (B, N, D).
+
+        Returns:
+            (P*B, n, D).
+        """
+        begin = self.ends[index - 1] if index else 0
+        end = self.ends[index]
+        batch = tokens.size(0)
+        reuse = self.guidance.guidance_reuse if self.guidance.num_passes > 1 else 1
+        if index % reuse == 0:
+            last = self.ends[min(index + reuse, len(self.ends)) - 1]
+            expand = self.guidance.expand
+            z = self._run(expand, tokens, self.states, begin, last)
+            if last == end:
+                return z
+            own, self.kept = z[:batch], z[batch:]
+            own = own[:, : end - begin]
+        else:
+            own = self._run(lambda x: x, tokens, self.states[:batch], begin, end)
+        shared = self.kept[:, : end - begin]
+        self.kept = self.kept[:, end - begin :]
+        return torch.cat([own, shared])
+
+    def _run(
+        self,
+        expand: Callable[[Tensor], Tensor],
+        tokens: Tensor,
+        states: Tensor,
+        begin: int,
+        end: int,
+    ) -> Tensor:
+        """One call of the encoder: what was before ``begin`` is known, up to ``end`` is wanted."""
+        return self.image_encoder(
+            expand(tokens),
+            states,
+            prev_ids=expand(self.order[:, :begin]),
+            pos=self.rotation,
+            out_ids=expand(self.order[:, begin:end]),
+        )
 
 
 def draw_order(batch: int, num_tokens: int, generator: Generators, like: Tensor) -> Tensor:
@@ -383,17 +462,11 @@ class Transformer3DModel(nn.Module):
         tokens = hidden.expand(batch, order.size(1), -1)
         patches = states.new_zeros(batch, order.size(1), self.image_decoder.head.out_features)
         sets = [n for n in request.num_preds if n > 0]
+        encoder = SetEncoder(self.image_encoder, states, rotation, order, sets, guidance)
         done = 0
         for index, n in enumerate(progress_bar(sets, request.show_sets, request)):
-            known_ids = order[:, :done]
             ids = order[:, done : done + n]
-            z = self.image_encoder(
-                guidance.expand(tokens),
-                states,
-                prev_ids=guidance.expand(known_ids),
-                pos=rotation,
-                out_ids=guidance.expand(ids),
-            )
+            z = encoder.encode(index, tokens)
             noise = randn_tensor(
                 request.latent_shape, request.generator, device=z.device, dtype=z.dtype
             )

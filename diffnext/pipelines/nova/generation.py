@@ -17,6 +17,7 @@ from torch import Tensor
 from diffnext.image_processor import OUTPUT_TYPES, VaeImageProcessor
 from diffnext.models.autoencoders.modeling_utils import TilingMixin
 from diffnext.models.autoencoders.tiling import Tile
+from diffnext.models.quantization import quantize_blocks
 from diffnext.models.transformers.transformer_3d import GenerationMonitor
 from diffnext.pipelines.pipeline_utils import NOVAPipelineOutput, cosine_set_sizes
 from diffnext.schedulers.denoising_run import check_scheduler, predicts_flow
@@ -95,6 +96,19 @@ class GenerationPipelineMixin(CogVideoXLoraLoaderMixin):
             **options: Of ``torch.compile``, such as ``mode="reduce-overhead"`` for CUDA graphs.
         """
         self.transformer.compile_parts(**options)
+
+    def quantize(self, kind: str = "int8_dynamic") -> None:
+        """Store the model's weights in a byte each, for good; pictures change a little.
+
+        Args:
+            kind: "int8_dynamic", "int8" or "float8"; see
+                :func:`diffnext.models.quantization.quantize_blocks`.
+
+        Raises:
+            ValueError: If the kind is unknown.
+            ImportError: If torchao is not installed.
+        """
+        quantize_blocks(self.transformer, kind)
 
     @property
     def interrupt(self) -> bool:

@@ -57,6 +57,7 @@ class CallArguments:
     fps: float | None = None
     min_guidance_scale: float | None = None
     guidance_interval: tuple[float, float] | None = None
+    guidance_reuse: int = 1
     vae_batch_size: int = 1
     callback_on_step_end: StepCallback | None = None
     callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",)
@@ -132,6 +133,7 @@ class NOVAPipeline(GenerationPipelineMixin, PipelineMixin, DiffusionPipeline):
         fps: float | None = None,
         min_guidance_scale: float | None = None,
         guidance_interval: tuple[float, float] | None = None,
+        guidance_reuse: int = 1,
         vae_batch_size: int = 1,
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
@@ -178,6 +180,8 @@ class NOVAPipeline(GenerationPipelineMixin, PipelineMixin, DiffusionPipeline):
             min_guidance_scale: Where ``guidance_scale`` starts in each frame; None = constant.
             guidance_interval: Least and greatest diffusion timestep at which guidance is on, an
                 approximation that saves the second pass elsewhere; None = all.
+            guidance_reuse: Sets of tokens that share the image encoder's unguided states, an
+                approximation that saves its second pass in all but one of them; 1 = off.
             vae_batch_size: Samples decoded at once.
             callback_on_step_end: Called as ``callback(pipe, step, frame, callback_kwargs)`` after
                 each set of tokens, with the latent frame's index in place of a timestep; a
@@ -224,6 +228,7 @@ class NOVAPipeline(GenerationPipelineMixin, PipelineMixin, DiffusionPipeline):
             fps=fps,
             min_guidance_scale=min_guidance_scale,
             guidance_interval=guidance_interval,
+            guidance_reuse=guidance_reuse,
             vae_batch_size=vae_batch_size,
             callback_on_step_end=callback_on_step_end,
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
@@ -274,6 +279,7 @@ class NOVAPipeline(GenerationPipelineMixin, PipelineMixin, DiffusionPipeline):
             "guidance_scale": arguments.guidance_scale,
             "min_guidance_scale": arguments.min_guidance_scale,
             "guidance_interval": arguments.guidance_interval,
+            "guidance_reuse": arguments.guidance_reuse,
             "guidance_trunc": arguments.guidance_trunc,
             "guidance_renorm": arguments.guidance_renorm,
             "image_guidance_scale": arguments.image_guidance_scale,

@@ -12,16 +12,14 @@ import resource
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from benchmarking.works import WORKS, Work  # noqa: E402
+# Beside this file, and not by way of ``diffnext``, which may be the baseline's.
+from works import WORKS, Work
 
 CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 

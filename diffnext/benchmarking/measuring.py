@@ -1,0 +1,404 @@
+"""Two sides that take turns at a piece of work, and the report of what they took.
+
+The command line is :mod:`diffnext.cli.benchmark`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from omegaconf import OmegaConf
+
+from diffnext.benchmarking import NONE, PLAIN
+from diffnext.pipelines.pipeline_utils import cosine_set_sizes
+
+ROOT = Path(__file__).resolve().parents[2]  # holds the package, and in a checkout the configs
+WORKER = Path(__file__).resolve().parent / "worker.py"
+IMPORTS = {  # what is timed: (what is imported before, what is timed)
+    "import diffnext": ("pass", "import diffnext"),
+    "import diffnext.pipelines": (
+        "from diffusers import DiffusionPipeline",
+        "import diffnext.pipelines",
+    ),
+    "from diffusers import DiffusionPipeline": ("pass", "from diffusers import DiffusionPipeline"),
+}
+VAES = {
+    "AutoencoderKL": {"block_out_channels": [128, 256, 512, 512], "layers_per_block": 2},
+    "AutoencoderKLOpenSora": {
+        "block_out_channels": [128, 256, 512, 512],
+        "layers_per_block": 2,
+        "down_block_types": ["DownEncoderBlock2D"] * 2 + ["DownEncoderBlock3D"] * 2,
+        "up_block_types": ["UpDecoderBlock3D"] * 4,
+    },
+}
+
+
+GROWTH = {  # setting: values
+    "sets": (4, 8, 16, 32),
+    "steps": (5, 10, 20, 40),
+    "size": (128, 256, 384, 512),
+    "batch": (1, 2, 4, 8),
+    "frames": (1, 2, 4, 8),
+}
+EXPECTED = {  # exponents of large values, and why
+    "sets": "0 to 1: each set is a pass of the image encoder, and empty sets cost nothing",
+    "steps": "1: the diffusion head runs at each",
+    "size": "2 to 4: tokens grow with its square, attention with the square of tokens",
+    "batch": "0 to 1: 1 once matrix products are what takes the time",
+    "frames": "1: the cache keeps earlier frames; attention to them grows slowly",
+}
+
+
+@dataclass
+class Side:
+    """One of the two processes.
+
+    Attributes:
+        name: In the table.
+        process: Its worker.
+        runs: Reports of the measured runs.
+        counts: Operations and matrix work of a run, if they were counted.
+    """
+
+    name: str
+    process: subprocess.Popen
+    runs: list[dict[str, float]] = field(default_factory=list)
+    counts: dict[str, float] = field(default_factory=dict)
+
+    def ask(self, line: str) -> dict[str, Any]:
+        """Send a line; returns the answer.
+
+        Raises:
+            RuntimeError: If the process ended; its messages went to standard error.
+        """
+        self.process.stdin.write(line + "\n")
+        self.process.stdin.flush()
+        return self.read()
+
+    def read(self) -> dict[str, Any]:
+        """The next answer."""
+        for text in self.process.stdout:
+            if text.startswith("{"):
+                return json.loads(text)
+        raise RuntimeError(f"the process of {self.name} ended with {self.process.wait()}")
+
+    def median(self, name: str) -> float:
+        """Of the measured runs."""
+        return statistics.median(run[name] for run in self.runs)
+
+
+# --- what is measured ---------------------------------------------------------------------------
+
+
+def make_specs(args: argparse.Namespace, scratch: Path) -> list[tuple[str, str, dict[str, Any]]]:
+    """Name, kind of work and settings of everything a command measures."""
+    match args.command:
+        case "import":
+            return [
+                (name, "import", {"first": first, "statement": statement})
+                for name, (first, statement) in IMPORTS.items()
+            ]
+        case "data":
+            spec = {
+                "dataset": str(scratch / "records"),
+                "records": args.records,
+                "shape": args.shape,
+                "batch": args.batch,
+                "batches": args.batches,
+                "workers": args.workers,
+                "shuffle": not args.in_order,
+            }
+            return [("reading", "data", spec), ("first batch", "first-batch", spec)]
+        case "vae":
+            return [(f"{args.vae_class} {args.direction}", "vae", make_vae_spec(args))]
+        case "growth":
+            return make_growth_specs(args, scratch)
+    return [(args.command, args.command, make_model_spec(args, scratch / "weights.pt"))]
+
+
+def make_growth_specs(
+    args: argparse.Namespace, scratch: Path
+) -> list[tuple[str, str, dict[str, Any]]]:
+    """Sampling with one setting growing at a time; other sizes need other weights."""
+    specs = []
+    for axis, values in GROWTH.items():
+        for value in values:
+            changed = argparse.Namespace(**vars(args))
+            setattr(changed, axis, [value] if axis == "size" else value)
+            spec = make_model_spec(changed, scratch / f"{axis}{value}.pt")
+            specs.append((f"{axis}={value}", "generate", spec))
+    return specs
+
+
+def make_model_spec(args: argparse.Namespace, weights: Path) -> dict[str, Any]:
+    """Settings of work with a model."""
+    spec = {
+        "transformer": make_model_arguments(args),
+        "scheduler": args.scheduler,
+        "batch": args.batch,
+        "device": args.device,
+        "dtype": args.dtype,
+        "compile": args.compile,
+        "weights": str(weights),
+    }
+    is_video = spec["transformer"]["video_base_size"][0] > 1
+    spec["frames"] = args.frames or (9 if is_video else 1)
+    if args.command in ("generate", "growth"):
+        tokens = math.prod(spec["transformer"]["image_base_size"])
+        num_preds = cosine_set_sizes(args.sets, tokens).tolist()
+        spec |= {"num_preds": num_preds, "steps": args.steps, "guidance": args.guidance}
+    return spec
+
+
+def make_model_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """Arguments of the model, with the sizes that the command line changes.
+
+    Raises:
+        ValueError: If the size does not fit the model's strides.
+    """
+    if args.model:
+        config = json.loads((args.model / "transformer" / "config.json").read_text())
+        config = {name: value for name, value in config.items() if not name.startswith("_")}
+    else:
+        name = "nova_shapes_t2v" if args.command == "growth" else "nova_d48w768_sdxl1024"
+        path = args.config or ROOT / "configs" / f"{name}.yaml"
+        if not path.is_file():
+            raise ValueError(f"there is no config {path}: give --config or --model")
+        config = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+        config = config["pipeline"]["paths"]["module_config"]["transformer"]
+    if args.arch:
+        config["arch"] = args.arch
+    size = config["image_size"]
+    size = [size, size] if isinstance(size, int) else list(size)
+    if args.size:
+        size = [args.size[0], args.size[-1]]
+        patch = 15 // config["image_stride"] + 1
+        stride = config["image_stride"] * patch
+        if any(side % (2 * stride) for side in size):
+            raise ValueError(f"--size must be multiples of {2 * stride}, got {size}")
+        config["image_base_size"] = [side // stride for side in size]
+        frames = config["video_base_size"][0]
+        config["video_base_size"] = [frames, *(side // stride // 2 for side in size)]
+    return {**config, "image_size": size}
+
+
+def make_vae_spec(args: argparse.Namespace) -> dict[str, Any]:
+    """Settings of an autoencoder of the released sizes."""
+    is_video = args.vae_class == "AutoencoderKLOpenSora"
+    channels, side, frames = 3, args.size, args.num_frames
+    if args.direction == "decode":
+        channels, side, frames = 4, args.size // 8, (args.num_frames - 1) // 4 + 1
+    shape = [args.batch, channels, *([frames] if is_video else []), side, side]
+    return {
+        "vae_class": args.vae_class,
+        "vae": {**VAES[args.vae_class], "latent_channels": 4, **kl_blocks(is_video)},
+        "direction": args.direction,
+        "shape": shape,
+        "batch": args.batch,
+        "device": args.device,
+        "dtype": args.dtype,
+    }
+
+
+def kl_blocks(is_video: bool) -> dict[str, Any]:
+    """Block types of the image autoencoder; those of videos are in ``VAES``."""
+    if is_video:
+        return {}
+    return {
+        "down_block_types": ["DownEncoderBlock2D"] * 4,
+        "up_block_types": ["UpDecoderBlock2D"] * 4,
+    }
+
+
+def measure(
+    args: argparse.Namespace, work: str, name: str, spec: dict[str, Any], scratch: Path
+) -> dict[str, Any]:
+    """Run both sides in turns."""
+    sides = [start_side(args, "ours", work, spec)]
+    if args.baseline != NONE:
+        sides.append(start_side(args, args.baseline, work, {**spec, "compile": False}))
+    try:
+        for _ in range(args.warmup):
+            for side in sides:
+                side.ask("run")
+        for _ in range(args.runs):
+            for side in sides:
+                side.runs.append(side.ask("run"))
+        error = compare(sides, scratch) if len(sides) == 2 else None
+        if work in ("generate", "train"):
+            for side in sides:
+                side.counts = side.ask("count")
+    finally:
+        for side in sides:
+            side.process.stdin.close()
+            side.process.wait()
+    return {
+        "name": name,
+        "spec": spec,
+        "relative_error": error,
+        "sides": [
+            {"name": side.name, "runs": side.runs, **side.counts, **medians(side)} for side in sides
+        ],
+    }
+
+
+def start_side(args: argparse.Namespace, name: str, work: str, spec: dict[str, Any]) -> Side:
+    """Start a worker and wait until it is ready."""
+    package = ROOT if name in ("ours", PLAIN) else Path(name).resolve()
+    settings = {"work": work, "spec": spec, "is_plain": name == PLAIN, "threads": args.threads}
+    process = subprocess.Popen(
+        [sys.executable, str(WORKER), json.dumps(settings)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(package), "OMP_NUM_THREADS": str(args.threads)},
+    )
+    side = Side(name, process)
+    side.read()
+    return side
+
+
+def compare(sides: list[Side], scratch: Path) -> float | None:
+    """Largest difference of what the sides computed, over the largest value of the baseline."""
+    results = []
+    for index, side in enumerate(sides):
+        path = scratch / f"result{index}.pt"
+        if not side.ask(f"save {path}")["saved"]:
+            return None
+        results.append(torch.load(path, weights_only=True).double())
+    ours, theirs = results
+    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
+
+
+def medians(side: Side) -> dict[str, float]:
+    """What the table shows of a side."""
+    seconds = [run["seconds"] for run in side.runs]
+    return {
+        "seconds": side.median("seconds"),
+        "fastest": min(seconds),
+        "slowest": max(seconds),
+        "rate": side.median("rate"),
+        "peak_mb": max(run["peak_mb"] for run in side.runs),
+    }
+
+
+# --- reports ------------------------------------------------------------------------------------
+
+
+def describe_machine(args: argparse.Namespace) -> dict[str, Any]:
+    """What the numbers depend on."""
+    device = getattr(args, "device", "cpu")
+    dtype = getattr(torch, getattr(args, "dtype", "float32"))
+    name = torch.cuda.get_device_name() if device.startswith("cuda") else processor_name()
+    torch.set_num_threads(args.threads)
+    return {
+        "device": name,
+        "threads": args.threads,
+        "torch": torch.__version__,
+        "matrix_gflops": measure_matrix_rate(device, dtype) / 1e9,
+    }
+
+
+def processor_name() -> str:
+    """Model of the processor, as far as the system tells."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else "CPU"
+
+
+def measure_matrix_rate(device: str, dtype: torch.dtype, size: int = 2048, runs: int = 5) -> float:
+    """Floating-point operations a second of a large square product, the best of some runs."""
+    a, b = torch.randn(2, size, size, device=device).to(dtype).unbind(0)
+    best = float("inf")
+    for _ in range(runs + 1):
+        begin = time.perf_counter()
+        a @ b
+        if device.startswith("cuda"):
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - begin)
+    return 2 * size**3 / best
+
+
+def find_exponents(results: list[dict[str, Any]]) -> dict[str, float]:
+    """Slope of the logarithm of time over that of each setting, by least squares."""
+    exponents = {}
+    for axis, values in GROWTH.items():
+        seconds = [seconds_of(results, axis, value) for value in values]
+        exponents[axis] = float(np.polyfit(np.log(values), np.log(seconds), 1)[0])
+    return exponents
+
+
+def seconds_of(results: list[dict[str, Any]], axis: str, value: int) -> float:
+    """Median of our side with that setting."""
+    name = f"{axis}={value}"
+    return next(r["sides"][0]["seconds"] for r in results if r["name"] == name)
+
+
+def format_exponents(exponents: dict[str, float]) -> str:
+    """A Markdown table."""
+    lines = ["", "| setting | exponent found | expected |", "|---|---|---|"]
+    lines += [f"| {name} | {value:.2f} | {EXPECTED[name]} |" for name, value in exponents.items()]
+    return "\n".join(lines)
+
+
+def plot_growth(results: list[dict[str, Any]], exponents: dict[str, float], path: Path) -> None:
+    """Draw time over each setting, on logarithmic axes."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3 * len(GROWTH), 3), layout="constrained")
+    for axes, (name, values) in zip(figure.subplots(1, len(GROWTH)), GROWTH.items(), strict=True):
+        axes.loglog(values, [seconds_of(results, name, value) for value in values], "o-")
+        axes.set(title=f"{name}: exponent {exponents[name]:.2f}", xlabel=name, ylabel="s")
+        axes.set_xticks(values, [str(value) for value in values])
+        axes.minorticks_off()
+    figure.savefig(path, dpi=100)
+
+
+def format_report(report: dict[str, Any]) -> str:
+    """A Markdown table with a line for each side."""
+    machine = report["machine"]
+    lines = [
+        f"{machine['device']}, {machine['threads']} threads, torch {machine['torch']}, "
+        f"products at {machine['matrix_gflops']:.0f} GFLOP/s",
+        "",
+        "| work | side | median s | span | per s | ratio | peak MB | operations | GFLOP | share |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for result in report["results"]:
+        baseline = result["sides"][-1]["seconds"]
+        for side in result["sides"]:
+            flops = side.get("flops")
+            share = "-"
+            if flops:
+                share = f"{flops / side['seconds'] / machine['matrix_gflops'] / 1e7:.0f} %"
+            cells = [
+                result["name"],
+                side["name"],
+                f"{side['seconds']:.4g}",
+                f"{side['fastest']:.4g} to {side['slowest']:.4g}",
+                f"{side['rate']:.4g}",
+                f"{baseline / side['seconds']:.2f}x" if len(result["sides"]) == 2 else "-",
+                f"{side['peak_mb']:.0f}",
+                str(side.get("operations", "-")),
+                f"{flops / 1e9:.1f}" if flops else "-",
+                share,
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+        if result["relative_error"] is not None:
+            lines.append(
+                f"\nResults differ by {result['relative_error']:.1e} of the largest value."
+            )
+    return "\n".join(lines)

@@ -1,0 +1,399 @@
+"""Drawing the samples of a benchmark: in groups, over several processes, and on after a stop.
+
+Prompts are drawn in groups of consecutive ones, always the same, whichever process draws them and
+whatever is there already: a group with a missing sample is drawn in whole again. Each sample has a
+generator of its own, seeded by its prompt and number. Together, this makes results independent of
+the number of processes and of stops, bit for bit; of the size of groups they depend as far as
+matrix products of another size round differently.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy import ndarray
+from torch import Tensor
+from tqdm import tqdm
+
+from diffnext.evaluation.layouts import Layout, write_whole
+from diffnext.evaluation.prompts import PromptSet, check_model, encode_prompts
+from diffnext.pipelines.nova.pipeline_nova import NOVAPipeline
+from diffnext.pipelines.release_folder import read_json, write_json
+from diffnext.utils.device_utils import AUTO, PRECISIONS, parse_device, parse_precision
+
+__all__ = [
+    "SEED",
+    "SamplingOptions",
+    "Shard",
+    "add_sampling_arguments",
+    "draw_benchmark",
+    "options_from",
+    "sample_seed",
+]
+
+SEED = 1337
+SETTINGS_FILE = ".sampling.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingOptions:
+    """How samples are drawn.
+
+    Attributes:
+        ckpt: Release folder, checkpoint or Hub id.
+        num_pred_steps: Autoregressive steps (sets of tokens) a frame.
+        num_diff_steps: Denoising steps of each set.
+        guidance_scale: Weight of the prompt.
+        prompt_size: Prompts of a group.
+        sample_size: Samples of each prompt.
+        vae_batch_size: Samples decoded at once.
+        max_latent_length: Latent frames; 1 is a picture.
+        flow: Motion strength of videos.
+        seed: From which those of all samples are derived.
+        compat: Whether to draw everything from one generator, one group after the other, as the
+            first release of NOVA did. Nothing is skipped, and there can be one process only.
+        device: Such as "cuda:1"; "auto" takes the best there is.
+        precision: Of the model; "auto" is float16, on a CPU float32.
+    """
+
+    ckpt: str
+    num_pred_steps: int = 128
+    num_diff_steps: int = 25
+    guidance_scale: float = 7.0
+    prompt_size: int = 16
+    sample_size: int = 4
+    vae_batch_size: int = 16
+    max_latent_length: int = 1
+    flow: float = 5.0
+    seed: int = SEED
+    compat: bool = False
+    device: str = AUTO
+    precision: str = AUTO
+
+    def __post_init__(self) -> None:
+        names = ("num_pred_steps", "num_diff_steps", "prompt_size", "sample_size")
+        for name in (*names, "vae_batch_size", "max_latent_length"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.seed < 0:
+            raise ValueError(f"seed must be at least 0, got {self.seed}")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Which of several processes this is.
+
+    Attributes:
+        rank: Its number.
+        count: Number of processes.
+        local_rank: Its number on this machine, which picks the GPU; None for the current GPU.
+    """
+
+    rank: int = 0
+    count: int = 1
+    local_rank: int | None = None
+
+    @classmethod
+    def from_environment(cls) -> Shard:
+        """As ``torchrun`` and ``accelerate launch`` say; alone without them.
+
+        Raises:
+            ValueError: If the numbers contradict each other.
+        """
+        rank = int(os.environ.get("RANK", 0))
+        count = int(os.environ.get("WORLD_SIZE", 1))
+        if not 0 <= rank < count:
+            raise ValueError(f"RANK must be below WORLD_SIZE, got {rank} of {count}")
+        local_rank = os.environ.get("LOCAL_RANK")
+        return cls(rank, count, None if local_rank is None else int(local_rank))
+
+
+# --- the command line that the scripts share ----------------------------------------------------
+
+
+def add_sampling_arguments(
+    parser: argparse.ArgumentParser, prompt_size: int, sample_size: int, vae_batch_size: int
+) -> None:
+    """Add the options that every benchmark has.
+
+    Args:
+        parser: Changed in place.
+        prompt_size: Default of that option.
+        sample_size: Default of that option.
+        vae_batch_size: Default of that option.
+    """
+    add = parser.add_argument
+    add(
+        "--ckpt", type=nonempty, required=True, help="release folder, training checkpoint or Hub id"
+    )
+    add("--outdir", type=nonempty, required=True, help="folder; what is there is not drawn again")
+    add("--prompt_key", default="prompt", help="text to draw: prompt or dense_prompt (prompt)")
+    add("--num_pred_steps", type=int, default=128, help="autoregressive steps a frame (128)")
+    add("--num_diff_steps", type=int, default=25, help="diffusion steps of each (25)")
+    add("--guidance_scale", type=float, default=7.0, help="weight of the prompt (7)")
+    add("--prompt_size", type=int, default=prompt_size, help=f"prompts at once ({prompt_size})")
+    add("--sample_size", type=int, default=sample_size, help=f"samples each ({sample_size})")
+    add("--vae_batch_size", type=int, default=vae_batch_size, help=f"at once ({vae_batch_size})")
+    add("--seed", type=int, default=SEED, help=f"of all samples ({SEED})")
+    add("--compat", action="store_true", help="one generator for the whole run, as NOVA's first")
+    add("--device", default=AUTO, help="cpu, cuda, cuda:1, ... (the best there is)")
+    precisions = (AUTO, *PRECISIONS)
+    add("--precision", default=AUTO, choices=precisions, help="(float16; on a CPU float32)")
+
+
+def nonempty(text: str) -> str:
+    """A value that says something: an empty path would mean the current folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("must not be empty")
+    return text
+
+
+def options_from(args: argparse.Namespace, **others: Any) -> SamplingOptions:
+    """Options of a command line.
+
+    Args:
+        args: Parsed with :func:`add_sampling_arguments`.
+        **others: Options that only this benchmark has.
+
+    Raises:
+        ValueError: If a value cannot be.
+    """
+    ckpt = Path(args.ckpt).expanduser()
+    return SamplingOptions(
+        ckpt=str(ckpt.absolute()) if ckpt.exists() else args.ckpt,
+        num_pred_steps=args.num_pred_steps,
+        num_diff_steps=args.num_diff_steps,
+        guidance_scale=args.guidance_scale,
+        prompt_size=args.prompt_size,
+        sample_size=args.sample_size,
+        vae_batch_size=args.vae_batch_size,
+        seed=args.seed,
+        compat=args.compat,
+        device=args.device,
+        precision=args.precision,
+        **others,
+    )
+
+
+# --- drawing ------------------------------------------------------------------------------------
+
+
+def draw_benchmark(
+    prompts: PromptSet, layout: Layout, options: SamplingOptions, shard: Shard
+) -> int:
+    """Draw this process's share of what is missing.
+
+    Args:
+        prompts: Of the benchmark; texts are encoded first.
+        layout: Where samples go.
+        options: How they are drawn.
+        shard: Which share.
+
+    Returns:
+        The number of samples that were written.
+
+    Raises:
+        FileNotFoundError: If the model is missing.
+        ValueError: If the folder holds samples of other settings, or something does not fit.
+    """
+    if options.compat and shard.count > 1:
+        raise ValueError(f"--compat draws in one process, but there are {shard.count}")
+    check_model(options.ckpt)
+    device = parse_device(options.device, shard.local_rank)
+    dtype = parse_precision(options.precision, device)
+    settings = describe_settings(prompts, options, dtype)
+    check_settings(layout.outdir, settings)
+    groups = plan_groups(len(prompts), layout, options, shard)
+    groups = [group for group in groups if missing_samples(group, layout, options)]
+    if not groups:
+        return 0
+    states = load_states(prompts, groups, options, device, dtype, is_silent=shard.rank > 0)
+    pipe = NOVAPipeline.from_pretrained(
+        options.ckpt, dtype=dtype, text_encoder=None, tokenizer=None
+    ).to(device)
+    check_states(pipe, states)
+    written = 0
+    for group, clips in draw_groups(pipe, groups, states, options, is_silent=shard.rank > 0):
+        note_settings(layout.outdir, settings)
+        written += write_group(group, clips, layout, options)
+    return written
+
+
+def plan_groups(
+    num_prompts: int, layout: Layout, options: SamplingOptions, shard: Shard
+) -> list[list[int]]:
+    """The groups of prompts that are this process's."""
+    prompts = [p for p in range(num_prompts) if options.compat or not layout.repeats(p)]
+    size = options.prompt_size
+    groups = [prompts[start : start + size] for start in range(0, len(prompts), size)]
+    return groups[shard.rank :: shard.count]
+
+
+def missing_samples(
+    group: Sequence[int], layout: Layout, options: SamplingOptions
+) -> list[tuple[int, int]]:
+    """Prompt and number of every sample of a group that is to be written."""
+    size = options.sample_size
+    if options.compat:
+        return [(prompt, sample) for prompt in group for sample in range(size)]
+    return [(prompt, sample) for prompt in group for sample in layout.missing(prompt, size)]
+
+
+def load_states(
+    prompts: PromptSet,
+    groups: Sequence[Sequence[int]],
+    options: SamplingOptions,
+    device: torch.device,
+    dtype: torch.dtype,
+    is_silent: bool,
+) -> dict[int, Tensor]:
+    """Text states of the prompts of some groups; texts are encoded."""
+    wanted = [prompt for group in groups for prompt in group]
+    if prompts.is_encoded:
+        return {prompt: prompts.prompts[prompt] for prompt in wanted}
+    texts = [prompts.prompts[prompt] for prompt in wanted]
+    states = encode_prompts(options.ckpt, texts, device, dtype)
+    progress = tqdm(states, total=len(texts), unit="prompt", desc="encoding", disable=is_silent)
+    return dict(zip(wanted, progress, strict=True))
+
+
+def check_states(pipe: NOVAPipeline, states: dict[int, Tensor]) -> None:
+    """Check text states before hours of drawing.
+
+    Raises:
+        ValueError: If they do not fit the model.
+    """
+    embed = pipe.transformer.text_embed
+    for prompt, state in states.items():
+        if state.size(1) != embed.token_dim or len(state) > embed.num_tokens:
+            raise ValueError(
+                f"the model reads text states (k, {embed.token_dim}) with k <= "
+                f"{embed.num_tokens}, got {tuple(state.shape)} for prompt {prompt}"
+            )
+
+
+def draw_groups(
+    pipe: NOVAPipeline,
+    groups: Sequence[Sequence[int]],
+    states: dict[int, Tensor],
+    options: SamplingOptions,
+    is_silent: bool,
+) -> Iterator[tuple[Sequence[int], ndarray]]:
+    """Draw groups, one after the other; yields each with its samples, (B, F, H, W, 3)."""
+    shared = make_shared_generator(pipe, options)
+    total = sum(map(len, groups)) * options.sample_size
+    with tqdm(total=total, unit="sample", disable=is_silent) as progress:
+        for group in groups:
+            generator = shared or make_generators(pipe, group, options)
+            clips = draw_group(pipe, [states[prompt] for prompt in group], generator, options)
+            yield group, clips
+            progress.update(len(clips))
+
+
+def write_group(
+    group: Sequence[int], clips: ndarray, layout: Layout, options: SamplingOptions
+) -> int:
+    """Write what is missing of a group; returns the number of samples written."""
+    for prompt in group:
+        layout.prepare(prompt)
+    missing = missing_samples(group, layout, options)
+    for prompt, sample in missing:
+        clip = clips[group.index(prompt) * options.sample_size + sample]
+        layout.write(prompt, sample, clip)
+    return len(missing)
+
+
+def draw_group(
+    pipe: NOVAPipeline, states: Sequence[Tensor], generator: Any, options: SamplingOptions
+) -> ndarray:
+    """Draw the samples of some prompts; returns (B, F, H, W, 3) of uint8."""
+    output = pipe(
+        prompt_embeds=[state for state in states for _ in range(options.sample_size)],
+        num_inference_steps=options.num_pred_steps,
+        num_diffusion_steps=options.num_diff_steps,
+        guidance_scale=options.guidance_scale,
+        max_latent_length=options.max_latent_length,
+        motion_flow=options.flow,
+        generator=generator,
+        vae_batch_size=options.vae_batch_size,
+        output_type="np",
+        disable_progress_bar=True,
+    )
+    return output.images[:, None] if "images" in output else output.frames
+
+
+def sample_seed(seed: int, prompt: int, sample: int) -> int:
+    """Seed of one sample: a hash of the run's seed, the prompt's index and the sample's number."""
+    state = np.random.SeedSequence([seed, prompt, sample]).generate_state(1, np.uint64)
+    return int(state[0] >> np.uint64(1))  # generators take 63 bits
+
+
+def make_generators(
+    pipe: NOVAPipeline, group: Sequence[int], options: SamplingOptions
+) -> list[torch.Generator]:
+    """A generator for each sample of a group."""
+    return [
+        torch.Generator(pipe.device).manual_seed(sample_seed(options.seed, prompt, sample))
+        for prompt in group
+        for sample in range(options.sample_size)
+    ]
+
+
+def make_shared_generator(pipe: NOVAPipeline, options: SamplingOptions) -> torch.Generator | None:
+    """The one generator of a whole run, as the first release had it; None for one a sample."""
+    if not options.compat:
+        return None
+    torch.manual_seed(options.seed)
+    return torch.Generator(pipe.device).manual_seed(options.seed)
+
+
+# --- what a folder was drawn with ---------------------------------------------------------------
+
+
+def describe_settings(
+    prompts: PromptSet, options: SamplingOptions, dtype: torch.dtype
+) -> dict[str, Any]:
+    """All that samples depend on, but for how many are drawn."""
+    settings = asdict(options)
+    for name in ("prompt_size", "sample_size", "vae_batch_size", "device"):
+        del settings[name]
+    return {**settings, "precision": str(dtype).removeprefix("torch."), "prompts": digest(prompts)}
+
+
+def digest(prompts: PromptSet) -> str:
+    """A hash of what is drawn."""
+    sha = hashlib.sha256()
+    for prompt in prompts.prompts:
+        is_text = isinstance(prompt, str)
+        data = prompt.encode() if is_text else prompt.float().contiguous().numpy().tobytes()
+        sha.update(len(data).to_bytes(8, "big") + data)
+    return sha.hexdigest()[:16]
+
+
+def check_settings(outdir: Path, settings: dict[str, Any]) -> None:
+    """Check that a folder holds no samples that were drawn with something else.
+
+    Raises:
+        ValueError: If it does.
+    """
+    path = outdir / SETTINGS_FILE
+    found = read_json(path) if path.is_file() else settings
+    for name, value in settings.items():
+        if found.get(name) != value:
+            raise ValueError(
+                f"{outdir} holds samples of {name} {found.get(name)!r}, not {value!r}: name "
+                "another --outdir, or remove it"
+            )
+
+
+def note_settings(outdir: Path, settings: dict[str, Any]) -> None:
+    """Write down what a folder's samples are drawn with."""
+    write_whole(outdir / SETTINGS_FILE, lambda partial: write_json(partial, settings))

@@ -1,0 +1,43 @@
+"""Fewer bits for the weights of a trained model, an approximation. Needs torchao."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+__all__ = ["QUANTIZATIONS", "quantize_blocks"]
+
+QUANTIZATIONS = {
+    "int8": "Int8WeightOnlyConfig",
+    "int8_dynamic": "Int8DynamicActivationInt8WeightConfig",
+    "float8": "Float8WeightOnlyConfig",
+}
+
+
+def quantize_blocks(model: nn.Module, kind: str) -> None:
+    """Quantise the linear layers inside the blocks of a model, in place.
+
+    Embeddings, norms and heads keep their type: they are small, and errors there show.
+
+    Args:
+        model: Encoders and diffusion head, each with ``blocks``.
+        kind: "int8" and "float8" store weights in a byte each and compute as before; for
+            "int8_dynamic" activations are rounded too, so that products are those of integers.
+
+    Raises:
+        ValueError: If the kind is unknown.
+        ImportError: If torchao is not installed.
+    """
+    if kind not in QUANTIZATIONS:
+        raise ValueError(f"kind must be one of {sorted(QUANTIZATIONS)}, got {kind!r}")
+    try:
+        from torchao import quantization
+    except ImportError as error:
+        raise ImportError("quantisation needs torchao: pip install torchao") from error
+    config: Any = getattr(quantization, QUANTIZATIONS[kind])()
+    quantization.quantize_(model, config, filter_fn=_is_inside_block)
+
+
+def _is_inside_block(module: nn.Module, name: str) -> bool:
+    return isinstance(module, nn.Linear) and ".blocks." in f".{name}"

@@ -1,0 +1,62 @@
+"""Which device to use, and which precision on it."""
+
+from __future__ import annotations
+
+import torch
+
+AUTO = "auto"
+PRECISIONS = ("float16", "bfloat16", "float32", "float64")
+
+
+def get_device(index: int | None = None) -> torch.device:
+    """Return an accelerator if there is one: CUDA, then MPS, then the CPU.
+
+    Args:
+        index: CUDA device index; None for the current one.
+    """
+    if torch.cuda.is_available():
+        return torch.device("cuda", index)
+    if torch.backends.mps.is_available():
+        return torch.device("mps")
+    return torch.device("cpu")
+
+
+def parse_device(name: str = AUTO, index: int | None = None) -> torch.device:
+    """The device that a command line names.
+
+    Args:
+        name: Such as "cpu", "cuda" or "cuda:1", or "auto" for the best there is.
+        index: CUDA device where the name leaves it open; None for the current one.
+
+    Raises:
+        ValueError: If there is no such device.
+    """
+    if name == AUTO:
+        return get_device(index)
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"device {name!r} cannot be used: {reason}") from None
+    if device.type == "cuda" and device.index is None and index is not None:
+        return torch.device("cuda", index)
+    return device
+
+
+def parse_precision(name: str, device: torch.device) -> torch.dtype:
+    """The dtype that a command line names.
+
+    Args:
+        name: One of ``PRECISIONS``, or "auto" for what released models are run in: float16, and
+            float32 on a CPU, which is slow at half precision.
+        device: Where it will be used.
+
+    Raises:
+        ValueError: If the name is unknown.
+    """
+    if name == AUTO:
+        return torch.float32 if device.type == "cpu" else torch.float16
+    if name not in PRECISIONS:
+        raise ValueError(f"precision must be one of {PRECISIONS}, got {name!r}")
+    return getattr(torch, name)

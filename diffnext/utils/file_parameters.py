@@ -1,0 +1,101 @@
+"""The parameters of a result, kept in the file itself.
+
+Pictures (PNG, WebP, JPEG, TIFF) carry them in the EXIF field ImageDescription, videos (MP4) in the
+metadata comment: as one JSON object of ASCII characters, so that no reader mangles it.
+
+    exiftool -ImageDescription picture.webp
+    ffprobe -show_entries format_tags=comment clip.mp4
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from PIL import ExifTags, Image, UnidentifiedImageError
+
+__all__ = ["image_exif", "read_parameters", "video_comment"]
+
+MAX_BYTES = 60_000  # JPEG takes 64 KiB of EXIF
+
+
+def image_exif(parameters: Mapping[str, Any]) -> Image.Exif:
+    """EXIF data for ``PIL.Image.Image.save``.
+
+    Args:
+        parameters: Values that JSON knows, by name.
+
+    Raises:
+        ValueError: If JSON does not know a value, or the text is too long.
+    """
+    exif = Image.Exif()
+    exif[ExifTags.Base.ImageDescription] = _to_json(parameters)
+    return exif
+
+
+def video_comment(parameters: Mapping[str, Any]) -> list[str]:
+    """Options that make ffmpeg write the parameters.
+
+    Args:
+        parameters: As for :func:`image_exif`.
+
+    Raises:
+        ValueError: As for :func:`image_exif`.
+    """
+    return ["-metadata", f"comment={_to_json(parameters)}"]
+
+
+def read_parameters(path: str | os.PathLike) -> dict[str, Any]:
+    """The parameters that a picture or video carries.
+
+    Args:
+        path: A file written by :func:`diffnext.utils.export_to_image` or ``export_to_video``.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is no picture or video, or carries none.
+    """
+    try:
+        with Image.open(path) as image:
+            text = image.getexif().get(ExifTags.Base.ImageDescription)
+    except UnidentifiedImageError:
+        text = _read_comment(Path(path))
+    try:
+        parameters = json.loads(text or "")
+    except (TypeError, ValueError):
+        parameters = None
+    if not isinstance(parameters, dict):
+        raise ValueError(f"{path} carries no parameters")
+    return parameters
+
+
+def _to_json(parameters: Mapping[str, Any]) -> str:
+    try:
+        text = json.dumps(dict(parameters), allow_nan=False)
+    except TypeError as error:
+        raise ValueError(f"parameters must be values that JSON knows: {error}") from None
+    if len(text) > MAX_BYTES:
+        raise ValueError(f"a file takes {MAX_BYTES} bytes of parameters, got {len(text)}")
+    return text
+
+
+def _read_comment(path: Path) -> str | None:
+    import imageio_ffmpeg
+
+    # An absolute path is never taken for an option or for the address of a stream.
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-i", str(path.absolute())]
+    result = subprocess.run(
+        [*command, "-f", "ffmetadata", "-"], capture_output=True, stdin=subprocess.DEVNULL
+    )
+    if result.returncode != 0:
+        raise ValueError(f"{path} is no picture or video")
+    for line in result.stdout.decode(errors="replace").splitlines():
+        name, _, value = line.partition("=")
+        if name == "comment":
+            return re.sub(r"\\(.)", r"\1", value)  # ffmetadata escapes = ; # and \
+    return None

@@ -1,1 +1,0 @@
-"""What scripts/benchmark.py measures, and the processes that measure it."""

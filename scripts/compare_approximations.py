@@ -1,0 +1,265 @@
+"""What approximations of sampling gain in time, and what they cost in right pictures.
+
+    python scripts/compare_approximations.py --model assets/nova-tiny
+    python scripts/compare_approximations.py --model assets/nova-tiny --only guidance steps
+    python scripts/compare_approximations.py --config configs/nova_d48w768_sdxl1024.yaml --size 256
+
+Every approximation is one that the pipeline offers, off by default. All draw the same prompts, turn
+by turn; the table has the median time against that of exact sampling, and the score of
+scripts/evaluate_shapes.py with the same prompts and seeds. With `--config` weights are random, and
+there are times alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DPMSolverMultistepScheduler, FlowMatchHeunDiscreteScheduler
+from evaluate_shapes import SPLITS, draw_all, pipeline_drawer, score
+from omegaconf import OmegaConf
+from shapes_world.captions import write_prompt
+from shapes_world.evaluation import select_descriptions
+from shapes_world.scenes import CATEGORIES
+from torch import Tensor
+
+from diffnext.models.transformers.transformer_nova import NOVATransformer3DModel
+from diffnext.pipelines import NOVAPipeline
+from diffnext.schedulers.scheduling_cfm import FlowMatchEulerDiscreteScheduler
+
+
+@dataclass(frozen=True)
+class Approximation:
+    """A way of sampling faster.
+
+    Attributes:
+        name: In the table.
+        group: Of similar ones, to choose by.
+        arguments: Of the pipeline's call, in place of the usual ones.
+        scheduler: Key of ``SCHEDULERS``; the model's own when None.
+        dtype: Of the weights.
+        quantization: Argument of ``pipe.quantize``, if any.
+    """
+
+    name: str
+    group: str
+    arguments: dict[str, Any] = field(default_factory=dict)
+    scheduler: str | None = None
+    dtype: str = "float32"
+    quantization: str | None = None
+
+
+EXACT = Approximation("exact", "exact")
+APPROXIMATIONS = (
+    Approximation("guidance_interval=(100, 900)", "guidance", {"guidance_interval": (100, 900)}),
+    Approximation("guidance_trunc=300", "guidance", {"guidance_trunc": 300}),
+    Approximation("guidance_reuse=2", "reuse", {"guidance_reuse": 2}),
+    Approximation("guidance_reuse=4", "reuse", {"guidance_reuse": 4}),
+    Approximation("half the sets", "sets", {"set_share": 0.5}),
+    Approximation("10 steps, Euler", "steps", {"num_diffusion_steps": 10}),
+    Approximation("5 steps, Euler", "steps", {"num_diffusion_steps": 5}),
+    Approximation("10 steps, DPM-Solver++ 2M", "steps", {"num_diffusion_steps": 10}, "dpm"),
+    Approximation("5 steps, DPM-Solver++ 2M", "steps", {"num_diffusion_steps": 5}, "dpm"),
+    Approximation("5 steps, Heun (9 evaluations)", "steps", {"num_diffusion_steps": 5}, "heun"),
+    Approximation("bfloat16", "types", dtype="bfloat16"),
+    Approximation("int8 weights", "types", quantization="int8"),
+    Approximation("int8 weights and activations", "types", quantization="int8_dynamic"),
+)
+SCHEDULERS: dict[str, Callable[[float], Any]] = {  # by the flow shift of the model's own
+    "dpm": lambda shift: DPMSolverMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift
+    ),
+    "heun": lambda shift: FlowMatchHeunDiscreteScheduler(shift=shift),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    args = parse_args(argv)
+    torch.set_num_threads(args.threads)
+    chosen = [EXACT, *(one for one in APPROXIMATIONS if one.group in args.only)]
+    prompts = draw_prompts(args)
+    try:
+        samplers = {one.name: make_sampler(args, one, prompts) for one in chosen}
+        times = time_in_turns(samplers, args.runs)
+        scores = {} if args.config else {one.name: score_one(args, one) for one in chosen}
+    except (OSError, ValueError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(format_table(args, times, scores))
+    if args.output:
+        report = {
+            "settings": {name: str(value) for name, value in vars(args).items()},
+            "approximations": [asdict(one) for one in chosen],
+            "seconds": times,
+            "scores": scores,
+        }
+        args.output.write_text(json.dumps(report, indent=2) + "\n")
+    return 0
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--model", type=Path, help="folder of a model of shapes: times and scores")
+    source.add_argument("--config", type=Path, help="training config: times with random weights")
+    groups = list(dict.fromkeys(one.group for one in APPROXIMATIONS))
+    parser.add_argument("--only", nargs="+", choices=groups, default=groups, help="(all)")
+    parser.add_argument("--size", type=int, help="pixels, in place of the config's")
+    parser.add_argument("--guidance-scale", type=float, default=2.5, help="(2.5)")
+    parser.add_argument("--num-inference-steps", type=int, default=16, help="sets a frame (16)")
+    parser.add_argument("--num-diffusion-steps", type=int, default=25, help="a set (25)")
+    parser.add_argument("--num", type=int, default=48, help="scored a category and split (48)")
+    parser.add_argument("--seed", type=int, default=0, help="of prompts and pictures (0)")
+    parser.add_argument("--batch", type=int, default=1, help="pictures at once when timed (1)")
+    parser.add_argument("--runs", type=int, default=5, help="timed of each (5)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="(all cores)")
+    parser.add_argument("--output", type=Path, help="JSON file with everything measured")
+    args = parser.parse_args(argv)
+    args.device, args.categories, args.clips, args.given_frames = "cpu", CATEGORIES, False, 0
+    args.batch_size = 24
+    return args
+
+
+# --- the two sides ------------------------------------------------------------------------------
+
+
+def draw_prompts(args: argparse.Namespace) -> list[str]:
+    """Prompts to be timed with."""
+    wanted = select_descriptions("colors", False, args.batch, args.seed)
+    return [write_prompt(description) for description in wanted]
+
+
+@functools.lru_cache
+def load_pipeline(
+    model: Path | None, config: Path | None, size: int | None, dtype: str, quantization: str | None
+) -> NOVAPipeline:
+    """A pipeline with these weights; those of a config are random, and it has no autoencoder."""
+    if model:
+        pipe = NOVAPipeline.from_pretrained(model, dtype=getattr(torch, dtype))
+    else:
+        torch.manual_seed(0)
+        transformer = NOVATransformer3DModel(**read_sizes(config, size))
+        transformer = transformer.eval().to(getattr(torch, dtype))
+        pipe = NOVAPipeline(transformer, FlowMatchEulerDiscreteScheduler())
+    if quantization:
+        pipe.quantize(quantization)
+    return pipe
+
+
+def read_sizes(config: Path, size: int | None) -> dict[str, Any]:
+    """Arguments of the model of a config, for another size in pixels if that is given."""
+    loaded = OmegaConf.load(config)
+    sizes = OmegaConf.to_container(loaded.pipeline.paths.module_config.transformer)
+    if size is None:
+        return sizes
+    stride = sizes["image_stride"]
+    patch = 15 // stride + 1
+    side = size // stride // patch
+    frames = sizes["video_base_size"][0]
+    return {
+        **sizes,
+        "image_size": [size, size],
+        "image_base_size": [side, side],
+        "video_base_size": [frames, side // 2, side // 2],
+    }
+
+
+def configure(args: argparse.Namespace, one: Approximation) -> tuple[NOVAPipeline, dict[str, Any]]:
+    """The pipeline of an approximation, and the arguments of its call."""
+    pipe = load_pipeline(args.model, args.config, args.size, one.dtype, one.quantization)
+    first = pipe._first_scheduler
+    pipe.scheduler = first
+    if one.scheduler:
+        pipe.scheduler = SCHEDULERS[one.scheduler](first.config.shift)
+    share = one.arguments.get("set_share", 1)
+    arguments = {
+        "num_inference_steps": round(share * args.num_inference_steps),
+        "num_diffusion_steps": args.num_diffusion_steps,
+        "guidance_scale": args.guidance_scale,
+        **{name: value for name, value in one.arguments.items() if name != "set_share"},
+    }
+    return pipe, arguments
+
+
+def make_sampler(
+    args: argparse.Namespace, one: Approximation, prompts: Sequence[str]
+) -> Callable[[], Tensor]:
+    """Something that draws the timed prompts once, without decoding them."""
+
+    def sample() -> Tensor:
+        pipe, arguments = configure(args, one)
+        return pipe(
+            **(random_states(pipe, len(prompts)) if args.config else {"prompt": list(prompts)}),
+            generator=torch.Generator().manual_seed(args.seed),
+            output_type="latent",
+            disable_progress_bar=True,
+            **arguments,
+        ).frames
+
+    return sample
+
+
+def random_states(pipe: NOVAPipeline, count: int) -> dict[str, list[Tensor]]:
+    """Text states in place of prompts, for a pipeline without a text encoder."""
+    generator = torch.Generator().manual_seed(1)
+    config = pipe.transformer.config
+    length = min(30, config.text_token_len)
+    states = torch.randn(count, length, config.text_token_dim, generator=generator)
+    states = states.to(pipe.transformer.dtype)
+    return {"prompt_embeds": list(states), "negative_prompt_embeds": [s[:0] for s in states]}
+
+
+def time_in_turns(
+    samplers: dict[str, Callable[[], Tensor]], runs: int
+) -> dict[str, dict[str, float]]:
+    """Median, least and greatest seconds of each; one run of each before is not measured."""
+    seconds: dict[str, list[float]] = {name: [] for name in samplers}
+    for run in range(runs + 1):
+        for name, sample in samplers.items():
+            begin = time.perf_counter()
+            sample()
+            if run:
+                seconds[name].append(time.perf_counter() - begin)
+    return {
+        name: {"median": statistics.median(values), "least": min(values), "greatest": max(values)}
+        for name, values in seconds.items()
+    }
+
+
+def score_one(args: argparse.Namespace, one: Approximation) -> dict[str, float]:
+    """Mean share of right pictures over the categories, of each split."""
+    pipe, arguments = configure(args, one)
+    drawn = draw_all(args, pipeline_drawer(pipe, args, **arguments))
+    return {split: rows["overall"]["right"] for split, rows in score(drawn).items()}
+
+
+def format_table(
+    args: argparse.Namespace, times: dict[str, dict[str, float]], scores: dict[str, dict]
+) -> str:
+    """A Markdown table."""
+    names = list(SPLITS) if scores else []
+    header = ["", "s", "times as fast", *(f"{name}: right" for name in names)]
+    lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
+    for name, seconds in times.items():
+        ratio = times[EXACT.name]["median"] / seconds["median"]
+        span = f"{seconds['median']:.3f} ({seconds['least']:.3f}-{seconds['greatest']:.3f})"
+        cells = [name, span, f"{ratio:.2f}", *(f"{scores[name][s]:.2f}" for s in names)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

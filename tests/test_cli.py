@@ -1,0 +1,269 @@
+"""The ``diffnext`` command: it finds its sub-commands, teaches them, and says how they ended."""
+
+import os
+import re
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from diffnext.cli import generate
+from diffnext.cli.main import COMMANDS, main
+from diffnext.pipelines import NOVAPipeline
+from diffnext.utils import read_parameters
+from diffnext.version import __version__
+from tests.pipelines.conftest import make_class_pipeline, make_video_pipeline
+
+ROOT = Path(__file__).parents[1]
+NOVA_TINY = str(ROOT / "assets" / "nova-tiny")
+QUICK = ["--num-inference-steps", "3", "--num-diffusion-steps", "2", "--device", "cpu"]
+OWN_COMMANDS = ("generate", "train", "benchmark")
+
+
+@pytest.fixture(scope="module")
+def video_model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model") / "nova-video"
+    make_video_pipeline().save_pretrained(folder)
+    return str(folder)
+
+
+def run_generate(*words):
+    return main(["generate", *map(str, words), *QUICK])
+
+
+def refuse_generate(capsys, *words):
+    assert run_generate(*words) == 1
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message.startswith("error: ")
+    return message
+
+
+# --- the command itself -------------------------------------------------------------------------
+
+
+def test_help_names_every_command(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["--help"])
+    assert stopped.value.code == 0
+    text = capsys.readouterr().out
+    assert all(f"  {name} " in text and f"diffnext {name} " in text for name in COMMANDS)
+    assert main([]) == 2
+    assert capsys.readouterr().err == text
+
+
+def test_version_is_the_package_s(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["--version"])
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out == f"diffnext {__version__}\n"
+
+
+@pytest.mark.parametrize("words", [["dance"], ["--dance"], ["generate"], ["generate", "--dance"]])
+def test_wrong_command_lines_end_with_2(words, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(words)
+    assert stopped.value.code == 2
+    assert "error: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_gets_the_rest_and_gives_the_exit_code(name, monkeypatch):
+    calls = []
+    fake = ModuleType(COMMANDS[name][0])
+    fake.main = lambda argv: calls.append(argv) or 7
+    monkeypatch.setitem(sys.modules, COMMANDS[name][0], fake)
+    assert main([name, "--some", "option", "--help"]) == 7
+    assert calls == [["--some", "option", "--help"]]
+
+
+def test_an_interruption_ends_with_130(monkeypatch, capsys):
+    def interrupted(argv):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(generate, "main", interrupted)
+    assert main(["generate"]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+@pytest.mark.parametrize("name", OWN_COMMANDS)
+def test_help_teaches_without_loading_torch(name):
+    code = (
+        "import sys, diffnext.cli.main as cli\n"
+        "try:\n    cli.main([sys.argv[1], '--help'])\n"
+        "finally:\n    assert not {'torch', 'diffusers', 'transformers'} & set(sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", code, name], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith(f"usage: diffnext {name}")
+    assert result.stdout.count(f"diffnext {name} ") >= 3  # usage and examples
+
+
+def test_the_module_is_the_command():
+    command = [sys.executable, "-m", "diffnext", "--version"]
+    result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+    assert result.stdout == f"diffnext {__version__}\n"
+
+
+def test_the_installed_command_exists():
+    (target,) = re.findall(r'^diffnext = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.M)
+    module, _, function = target.partition(":")
+    assert getattr(import_module(module), function) is main
+
+
+# --- generate -----------------------------------------------------------------------------------
+
+
+def test_pictures_are_those_of_the_pipeline_and_say_how_they_were_made(tmp_path, capsys):
+    path = tmp_path / "new" / "star.png"
+    words = ["--model", NOVA_TINY, "a red star", "--num-images", "2", "--seed", "4"]
+    assert run_generate(*words, "--guidance-scale", "2.5", "--output", path) == 0
+    paths = [path.with_stem(f"star-{index}") for index in range(2)]
+    assert capsys.readouterr().out.splitlines()[-2:] == [str(path) for path in paths]
+    images = NOVAPipeline.from_pretrained(NOVA_TINY, dtype=torch.float32)(
+        ["a red star"] * 2,
+        num_inference_steps=3,
+        num_diffusion_steps=2,
+        guidance_scale=2.5,
+        generator=[torch.Generator().manual_seed(seed) for seed in (4, 5)],
+        output_type="np",
+    ).images
+    for file, image in zip(paths, images, strict=True):
+        with Image.open(file) as picture:
+            assert np.array_equal(np.asarray(picture), image)
+    assert read_parameters(paths[1]) == {
+        "model": NOVA_TINY,
+        "prompt": "a red star",
+        "seed": 5,
+        "guidance_scale": 2.5,
+        "num_inference_steps": 3,
+        "num_diffusion_steps": 2,
+        "num_frames": 1,
+    }
+
+
+def test_a_negative_prompt_changes_the_picture(tmp_path):
+    words = ["--model", NOVA_TINY, "a red star", "--output"]
+    assert run_generate(*words, tmp_path / "a.png") == 0
+    assert run_generate(*words, tmp_path / "b.png", "--negative-prompt", "a blue ring") == 0
+    first, second = (np.asarray(Image.open(tmp_path / name)) for name in ("a.png", "b.png"))
+    assert not np.array_equal(first, second)
+    assert read_parameters(tmp_path / "b.png")["negative_prompt"] == "a blue ring"
+
+
+def test_a_video_begins_with_the_picture(video_model, tmp_path):
+    from imageio import mimread
+
+    picture = ROOT / "assets" / "sample_image.jpg"
+    words = ["--model", video_model, "a cat", "--num-frames", "5", "--output"]
+    assert run_generate(*words, tmp_path / "a.mp4") == 0
+    assert run_generate(*words, tmp_path / "b.mp4", "--image", picture) == 0
+    first, second = (np.stack(mimread(tmp_path / name)) for name in ("a.mp4", "b.mp4"))
+    assert first.shape == second.shape == (5, 64, 96, 3)
+    assert not np.array_equal(first, second)
+    assert read_parameters(tmp_path / "b.mp4")["image"] == str(picture)
+
+
+def test_a_video_model_draws_a_picture(video_model, tmp_path):
+    assert run_generate("--model", video_model, "a cat", "--output", tmp_path / "a.webp") == 0
+    with Image.open(tmp_path / "a.webp") as picture:
+        assert picture.size == (96, 64)
+
+
+def test_new_files_replace_none(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("generated.png").touch()
+    Path("generated-2.png").touch()
+    paths = generate.choose_outputs(None, 2, ".png")
+    assert [str(path) for path in paths] == ["generated-1.png", "generated-3.png"]
+
+
+def test_every_sample_may_have_its_name(tmp_path):
+    names = [tmp_path / "a.png", tmp_path / "b.jpg"]
+    words = ["--model", NOVA_TINY, "a red star", "--num-images", "2", "--output", *names]
+    assert run_generate(*words) == 0
+    assert [Image.open(name).format for name in names] == ["PNG", "JPEG"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--num-images", "0"], "--num-images must be at least 1, got 0"),
+        (["--num-frames", "0"], "--num-frames must be at least 1, got 0"),
+        (["--seed", "-1"], "--seed must be at least 0, got -1"),
+        (["--output", "a.mp4"], "--output a.mp4 is the name of no picture: use .png"),
+        (["--output", "a.png", "--num-frames", "5"], "--output a.png is the name of no video"),
+        (["--output", "a.png", "b.png", "--num-images", "3"], "names 2 files for 3 samples"),
+        (["--guidance-scale", "much"], "invalid float value: 'much'"),
+    ],
+)
+def test_wrong_options_are_refused_before_anything_is_loaded(words, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run_generate("--model", "no-model", "a cat", *words)
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_errors_are_one_line(video_model, tmp_path, capsys):
+    output = ["--output", tmp_path / "a.png"]
+    message = refuse_generate(capsys, "--model", tmp_path / "none", "a cat", *output)
+    assert "is neither a folder nor a Hub id" in message
+    make_class_pipeline().save_pretrained(tmp_path / "classes")
+    message = refuse_generate(capsys, "--model", tmp_path / "classes", "a cat", *output)
+    assert "draws classes and reads no prompts" in message
+    (tmp_path / "broken.jpg").write_bytes(b"no picture")
+    video = ["--model", video_model, "a cat", "--num-frames", "5", "--output", tmp_path / "a.mp4"]
+    message = refuse_generate(capsys, *video, "--image", tmp_path / "broken.jpg")
+    assert "broken.jpg is no picture" in message
+    message = refuse_generate(capsys, *video, "--image", tmp_path / "none.jpg")
+    assert "none.jpg" in message
+    video[video.index("5")] = "6"
+    assert "cannot take 6 frames" in refuse_generate(capsys, *video)
+    message = refuse_generate(capsys, "--model", NOVA_TINY, "a cat", *output, "--precision", "int8")
+    assert "precision must be one of" in message
+    assert not list(tmp_path.glob("a.*"))
+
+
+# --- train and benchmark ------------------------------------------------------------------------
+
+
+def test_train_is_the_trainer(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["train", "training.seed=1"])
+    assert str(stopped.value.code).startswith("error: config is required")
+    assert main(["train", "--help"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("usage: diffnext train config=FILE.yaml")
+    assert "-m diffnext train" in text and "\ntraining:" in text
+
+
+def test_benchmark_is_the_benchmark(capsys):
+    size = ["--size", "100", "--runs", "1", "--threads", "1"]
+    assert main(["benchmark", "generate", *size]) == 1
+    assert "--size must be multiples of 32" in capsys.readouterr().err
+
+
+def test_without_a_checkout_there_is_no_plain_baseline(monkeypatch, tmp_path, capsys):
+    from diffnext.cli import benchmark
+
+    monkeypatch.setattr(benchmark, "REFERENCE", tmp_path / "reference_nova.py")
+    assert benchmark.parse_args(["generate"]).baseline == "none"
+    with pytest.raises(SystemExit):
+        benchmark.parse_args(["generate", "--baseline", "plain"])
+    assert "which only a checkout has" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_launcher_starts_the_command(tmp_path):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    command = [*launcher, "-m", "diffnext", "train", "training.seed=1"]
+    result = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    assert result.returncode == 1
+    assert result.stderr.count("error: config is required") >= 1
