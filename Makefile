@@ -3,6 +3,7 @@
 # make nova-tiny  make assets/nova-tiny and -video anew, in nova_tiny/; takes hours, continues when stopped
 # make test       set up, lint, run the tests
 # make test-slow  the slow tests as well
+# make docs       the documentation as a site: site/index.html
 #
 # TORCH picks another build of PyTorch, for example one without CUDA libraries:
 #   make demo TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
@@ -13,7 +14,7 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: demo demo-video nova-tiny test test-slow lint format setup setup-test clean-demo
+.PHONY: demo demo-video nova-tiny test test-slow docs lint format setup setup-test clean-demo
 
 demo: setup
 	$(BIN)/python scripts/draw_shapes.py --output demo
@@ -30,6 +31,9 @@ test: setup-test lint
 
 test-slow: setup-test
 	$(PYTEST) -m "slow and not gpu"
+
+docs: setup-test
+	$(BIN)/mkdocs build --strict
 
 lint: setup-test
 	$(BIN)/ruff check .
@@ -52,7 +56,7 @@ $(VENV)/.core: $(VENV)/.torch pyproject.toml
 	touch $@
 
 $(VENV)/.test: $(VENV)/.core pyproject.toml
-	$(BIN)/python -m pip install --quiet -e ".[cache,demo,train,test]"
+	$(BIN)/python -m pip install --quiet -e ".[cache,demo,train,test,docs]"
 	touch $@
 
 clean-demo:

@@ -1,0 +1,386 @@
+"""Run the code blocks of the documentation, page by page.
+
+    python scripts/check_docs.py                      # every page that is not slow
+    python scripts/check_docs.py --all                # the slow ones, too
+    python scripts/check_docs.py docs/inference.md
+    python scripts/check_docs.py --list               # what would run; runs nothing
+
+The pages are README.md, TRAINING.md, CONTRIBUTING.md and docs/**/*.md. Blocks marked python, bash
+and yaml are run in order, in one folder that looks like the repository; the Python blocks of a page
+share their names. YAML is parsed and, where it sets keys of a training, checked against them. HTML
+comments, which no reader sees, say what else is needed:
+
+    <!-- skip: needs a GPU -->              the next block is not run; or "needs a download"
+    <!-- replace: old => new -->            old, which must occur in the next block, is run as new
+    <!-- setup: python                      code of its own, run at this place (or "setup: bash")
+    ...
+    -->
+    <!-- slow page -->                      only --all and its own name run the page
+
+Everywhere, tiny models stand for the released ones and for "/path/to/..." (STAND_INS), the CPU for
+CUDA, and float32 for half precision. The last line counts blocks that ran and blocks skipped, by
+reason.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import functools
+import io
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from diffnext.utils.config_schema import TrainConfig, iterate_schema
+
+ROOT = Path(__file__).resolve().parent.parent
+SKIP_REASONS = ("needs a GPU", "needs a download")
+RUNNABLE = ("python", "bash", "yaml")
+NOT_CODE = ("", "text", "bibtex", "json", "jsonl", "csv")
+
+# Folders that pages speak of -> the config of the tiny model that stands for it in a test.
+STAND_INS = {
+    "BAAI/nova-d48w1024-osp480": "configs/nova_shapes_t2v.yaml",
+    "/path/to/nova-d48w1024-sdxl1024": "configs/nova_tiny_t2i.yaml",
+    "/path/to/nova-d48w1024-osp480": "configs/nova_tiny_t2v.yaml",
+    "/path/to/your-class-model": "configs/nova_shapes_c2i.yaml",
+}
+REPLACED = {
+    "BAAI/nova-d48w1024-sdxl1024": "assets/nova-tiny",
+    '"cuda"': '"cpu"',
+    "torch.float16": "torch.float32",
+}
+
+_TOKENS = re.compile(
+    r"^<!--(?P<comment>.*?)-->[ \t]*$"
+    r"|^(?P<fence>```+)(?P<language>[^\n`]*)\n(?P<code>.*?)^(?P=fence)[ \t]*$",
+    re.DOTALL | re.MULTILINE,
+)
+_DIRECTIVE = re.compile(r"\s*(?P<name>skip|replace|setup|slow page)\b:?(?P<rest>.*)", re.DOTALL)
+
+
+class DocsError(Exception):
+    """A page that cannot be checked, or a block that failed; the message says where and why."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """A block of code.
+
+    Attributes:
+        line: Line of the page on which the code starts.
+        language: What runs it.
+        code: As the page shows it.
+        replacements: (old, new) pairs to be applied before it is run.
+        skip: Why it is not run; None if it is.
+        is_hidden: Whether it stands in a comment.
+    """
+
+    line: int
+    language: str
+    code: str
+    replacements: tuple[tuple[str, str], ...] = ()
+    skip: str | None = None
+    is_hidden: bool = False
+
+
+@dataclass(frozen=True)
+class Page:
+    """A page and its blocks, in order."""
+
+    path: Path
+    is_slow: bool
+    blocks: tuple[Block, ...]
+
+    @property
+    def name(self) -> str:
+        """Path within the repository."""
+        return self.path.relative_to(ROOT).as_posix() if self.path.is_relative_to(ROOT) else "page"
+
+    def counts(self) -> Counter[str]:
+        """Visible blocks that run, and those skipped by reason."""
+        return Counter(block.skip or "run" for block in self.blocks if not block.is_hidden)
+
+
+@dataclass
+class _Pending:
+    """What comments said about the next block."""
+
+    skip: str | None = None
+    replacements: list[tuple[str, str]] = field(default_factory=list)
+
+
+def page_paths() -> list[Path]:
+    """All pages of the documentation, sorted."""
+    return [
+        *(ROOT / name for name in ("README.md", "TRAINING.md", "CONTRIBUTING.md")),
+        *sorted((ROOT / "docs").rglob("*.md")),
+    ]
+
+
+def read_page(path: Path) -> Page:
+    """Collect the blocks of a page.
+
+    Raises:
+        DocsError: If a comment cannot be understood, or belongs to no block.
+    """
+    text = path.read_text(encoding="utf-8")
+    blocks: list[Block] = []
+    pending = _Pending()
+    is_slow = False
+    for match in _TOKENS.finditer(text):
+        line = text.count("\n", 0, match.start()) + 1
+        where = f"{path.name}:{line}"
+        if match["comment"] is not None:
+            directive = _DIRECTIVE.fullmatch(match["comment"])
+            if directive is None:
+                continue
+            name, rest = directive["name"], directive["rest"]
+            if name == "slow page":
+                is_slow = True
+            elif name == "skip":
+                pending.skip = _skip_reason(rest.strip(), where)
+            elif name == "replace":
+                pending.replacements += _replacements(rest, where)
+            else:
+                blocks.append(_hidden_block(rest, line, where))
+            continue
+        language = match["language"].strip()
+        if language not in RUNNABLE + NOT_CODE:
+            raise DocsError(f"{where}: a block of {language!r} is neither code nor text")
+        if language in RUNNABLE:
+            blocks.append(_visible_block(match["code"], language, line + 1, pending, where))
+            pending = _Pending()
+        elif pending != _Pending():
+            raise DocsError(f"{where}: a comment speaks of a block that is not run")
+    if pending != _Pending():
+        raise DocsError(f"{path.name}: a comment at the end belongs to no block")
+    return Page(path, is_slow, tuple(blocks))
+
+
+def _skip_reason(reason: str, where: str) -> str:
+    if reason not in SKIP_REASONS:
+        raise DocsError(f"{where}: skipping because it {reason!r} is none of {SKIP_REASONS}")
+    return reason
+
+
+def _replacements(text: str, where: str) -> list[tuple[str, str]]:
+    pairs = [line.split("=>") for line in text.strip().splitlines()]
+    if not pairs or any(len(pair) != 2 for pair in pairs):
+        raise DocsError(f"{where}: each line of a replacement must be 'old => new'")
+    return [(old.strip(), new.strip()) for old, new in pairs]
+
+
+def _hidden_block(text: str, line: int, where: str) -> Block:
+    language, _, code = text.lstrip(" ").partition("\n")
+    if language not in RUNNABLE:
+        raise DocsError(f"{where}: setup must name one of {RUNNABLE}, got {language!r}")
+    return Block(line + 1, language, code, is_hidden=True)
+
+
+def _visible_block(code: str, language: str, line: int, pending: _Pending, where: str) -> Block:
+    for old, _ in pending.replacements:
+        if old not in code:
+            raise DocsError(f"{where}: {old!r}, which is to be replaced, is not in the block")
+    return Block(line, language, code, tuple(pending.replacements), pending.skip)
+
+
+class StandIns:
+    """Tiny models in the place of released ones, made when a page first speaks of them.
+
+    Args:
+        folder: Where they are kept.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def apply(self, block: Block) -> str:
+        """The code of a block as it is run."""
+        code = block.code
+        for old, new in block.replacements:
+            code = code.replace(old, new)
+        for name, config in STAND_INS.items():
+            if name in code:
+                code = code.replace(name, str(self._make(name, config)))
+        for old, new in REPLACED.items():
+            code = code.replace(old, new)
+        return code
+
+    def _make(self, name: str, config: str) -> Path:
+        place = self.folder / name.strip("/").replace("/", "-")
+        if not place.exists():
+            import init_checkpoint  # imports torch, which reading pages does not need
+
+            options = ["--config", str(ROOT / config), "--output", str(place), "--tiny"]
+            with contextlib.redirect_stdout(io.StringIO()):
+                if init_checkpoint.main(options):
+                    raise DocsError(f"{config} makes no model to stand for {name}")
+        return place
+
+
+def environment() -> dict[str, str]:
+    """Of the processes that run blocks: this package and this interpreter, nothing from outside."""
+    binaries = Path(sys.executable).parent
+    return {
+        **os.environ,
+        "PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+        "HF_HUB_OFFLINE": "1",
+        "WANDB_MODE": "disabled",
+        "MPLBACKEND": "agg",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+
+
+def run_page(page: Page, folder: Path, stand_ins: StandIns) -> None:
+    """Run the blocks of a page that are not skipped, in an own process.
+
+    Args:
+        page: What to run.
+        folder: An empty folder to run in.
+        stand_ins: Models in the place of released ones.
+
+    Raises:
+        DocsError: With page, line and output of the block that failed.
+    """
+    for entry in ROOT.iterdir():
+        if entry.name not in {".git", ".venv"} and not (folder / entry.name).exists():
+            (folder / entry.name).symlink_to(entry)
+    jobs = [
+        {**dataclasses.asdict(block), "code": stand_ins.apply(block)}
+        for block in page.blocks
+        if block.skip is None
+    ]
+    if not jobs:
+        return
+    log = folder / "output.log"
+    process = _forking().Process(target=_run_in_folder, args=(page.name, jobs, folder, log))
+    process.start()
+    process.join()
+    if process.exitcode:
+        raise DocsError(log.read_text(errors="replace")[-6000:])
+
+
+@functools.cache
+def _forking() -> Any:
+    """Processes that start with the large libraries imported, which is most of a page's time."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        ["torch", "transformers.modeling_utils", "diffusers.pipelines.pipeline_utils"]
+    )
+    return context
+
+
+def _run_in_folder(page_name: str, jobs: list[dict[str, Any]], folder: Path, log: Path) -> None:
+    with log.open("w") as stream:
+        for descriptor in (1, 2):
+            os.dup2(stream.fileno(), descriptor)
+    os.environ.update(environment())
+    os.chdir(folder)
+    sys.exit(run_jobs(page_name, jobs))
+
+
+def run_jobs(page_name: str, jobs: list[dict[str, Any]]) -> int:
+    """Run blocks in the present folder and process; returns the exit code."""
+    names: dict[str, Any] = {"__name__": "__main__"}
+    sys.path.insert(0, "")
+    for job in jobs:
+        where = f"{page_name}:{job['line']}"
+        try:
+            _run_code(job["language"], job["code"], job["line"], page_name, names)
+        except (Exception, SystemExit):
+            print(
+                f"{where}: this {job['language']} block failed\n{traceback.format_exc()}",
+                flush=True,
+            )
+            return 1
+    return 0
+
+
+def _run_code(language: str, code: str, line: int, page_name: str, names: dict[str, Any]) -> None:
+    if language == "python":  # empty lines in front, so that a traceback names the page's line
+        exec(compile("\n" * (line - 1) + code, page_name, "exec"), names)
+    elif language == "bash":
+        subprocess.run(["bash", "-euo", "pipefail", "-c", code], check=True)
+    else:
+        check_yaml(code)
+
+
+def check_yaml(text: str) -> None:
+    """Parse YAML; sections of a training configuration must have known keys.
+
+    Raises:
+        DocsError: Naming a key that no training has.
+    """
+    config = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
+    schema = {item.path: item for item in iterate_schema(TrainConfig)}
+    if isinstance(config, dict) and set(config) <= {path for path in schema if "." not in path}:
+        _check_section(config, "", schema)
+
+
+def _check_section(section: dict[str, Any], prefix: str, schema: dict[str, Any]) -> None:
+    for name, value in section.items():
+        path = prefix + name
+        if path not in schema:
+            raise DocsError(f"unknown key {path!r}")
+        if isinstance(value, dict) and not schema[path].open:
+            _check_section(value, f"{path}.", schema)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("pages", nargs="*", type=Path, help="pages to run (all but the slow ones)")
+    parser.add_argument("--all", action="store_true", help="run the slow ones, too")
+    parser.add_argument("--list", action="store_true", help="run nothing, count only")
+    args = parser.parse_args(argv)
+    total: Counter[str] = Counter()
+    failures = 0
+    with tempfile.TemporaryDirectory() as scratch:
+        stand_ins = StandIns(Path(scratch) / "models")
+        for path in [path.resolve() for path in args.pages] or page_paths():
+            page = read_page(path)
+            is_run = not args.list and (bool(args.pages) or args.all or not page.is_slow)
+            outcome = "listed"
+            if is_run:
+                outcome, failed = _outcome(page, Path(scratch) / "pages", stand_ins)
+                failures += failed
+            total += page.counts()
+            print(f"{page.name}: {_words(page.counts())}; {outcome}", flush=True)
+    print(f"total: {_words(total)}; {failures} pages failed")
+    return 1 if failures else 0
+
+
+def _outcome(page: Page, scratch: Path, stand_ins: StandIns) -> tuple[str, bool]:
+    folder = scratch / page.name.replace("/", "-")
+    folder.mkdir(parents=True)
+    try:
+        run_page(page, folder, stand_ins)
+    except DocsError as error:
+        return f"FAILED\n{error}", True
+    return "passed", False
+
+
+def _words(counts: Counter[str]) -> str:
+    skipped = [f"{counts[reason]} skipped ({reason})" for reason in SKIP_REASONS if counts[reason]]
+    return ", ".join([f"{counts['run']} to run", *skipped])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,156 @@
+"""Write docs/configuration.md: every key of a training configuration, from the code.
+
+    python scripts/make_config_reference.py          # writes the page
+    python scripts/make_config_reference.py --check  # exit code 1 if the page is out of date
+
+Keys, types, defaults and meanings are those of diffnext/utils/config_schema.py; the last columns
+are what two files in configs/ set.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from diffnext.utils.config_schema import SchemaKey, TrainConfig, iterate_schema
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs" / "configuration.md"
+SHIPPED = ("nova_d48w1024_sdxl1024", "nova_d48w1024_osp480")
+
+HEAD = """\
+# Configuration
+
+<!-- Written by scripts/make_config_reference.py: do not edit. -->
+<!-- slow page -->
+
+A training reads one YAML file and then the command line, whose `key=value` win:
+
+<!-- setup: bash
+python scripts/make_shapes_dataset.py --output my_dataset --vae assets/nova-tiny/vae --num 8
+-->
+<!-- replace: optimizer.params.lr=5e-5 => optimizer.params.lr=5e-5 training.dry_run=true -->
+```bash
+python scripts/train.py config=configs/nova_shapes_t2i.yaml \\
+  pipeline.paths.pretrained_path=assets/nova-tiny train_dataloader.params.dataset=my_dataset \\
+  experiment.output_dir=experiments/mine optimizer.params.lr=5e-5 '~wandb' +note=first
+```
+
+| Written | Means |
+|---|---|
+| `key=value` | the value is YAML: `1e-4`, `true`, `null`, `[1,2]`, `{t2i: 1, i2v: 2}` |
+| `+key=value` | add a key that does not exist; nothing reads it but your own code |
+| `~key` | delete a key of the file, such as a whole section |
+| `${other.key}` | the value of another key |
+| `${eval:'1e-4*8'}` | arithmetic; `+ - * / // % **`, comparisons, `min max round int float` |
+
+Everything is checked before anything is loaded: an unknown key, a value of another type, and values
+that contradict each other, the base folder or the records are one line that names the key. A
+`target:` names any class to import, so use only configurations that you trust.
+`python scripts/train.py --help` prints the keys below.
+
+`?` in a type marks keys that may be null. T2I and T2V are what `nova_d48w1024_sdxl1024.yaml` and
+`nova_d48w1024_osp480.yaml` in `configs/` set.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true", help="compare only, write nothing")
+    args = parser.parse_args(argv)
+    text = render()
+    if not args.check:
+        PAGE.write_text(text, encoding="utf-8")
+        return 0
+    is_current = PAGE.exists() and PAGE.read_text(encoding="utf-8") == text
+    if not is_current:
+        print(f"{PAGE} is out of date: python {Path(__file__).name}", file=sys.stderr)
+    return 0 if is_current else 1
+
+
+def render() -> str:
+    """The whole page."""
+    configs = [OmegaConf.load(ROOT / "configs" / f"{name}.yaml") for name in SHIPPED]
+    parts = [HEAD]
+    keys = list(iterate_schema(TrainConfig))
+    plain = [item for item in keys if "." not in item.path]
+    parts.append(_table("The run", "", [item for item in plain if item.section is None], configs))
+    for section in keys:
+        if section.section is None:
+            continue
+        members = [item for item in keys if _parent(item.path) == section.path]
+        leaves = [item for item in members if item.section is None]
+        if leaves:
+            summary = inspect.cleandoc(section.section.__doc__ or "").splitlines()[0]
+            parts.append(_table(f"`{section.path}`", summary, leaves, configs))
+    return "\n".join(parts)
+
+
+def _parent(path: str) -> str:
+    return path.rpartition(".")[0]
+
+
+def _table(title: str, summary: str, keys: Sequence[SchemaKey], configs: list[DictConfig]) -> str:
+    lines = [f"## {title}", ""]
+    lines += [summary, ""] if summary else []
+    lines += ["| Key | Type | Default | Meaning | T2I | T2V |", "|---|---|---|---|---|---|"]
+    for item in keys:
+        default = "required" if item.required else _code(item.default)
+        shipped = [_shipped(config, item.path) for config in configs]
+        cells = [f"`{item.path.rpartition('.')[2]}`", _type(item.type_name), default, item.meaning]
+        lines.append("| " + " | ".join(_escape(cell) for cell in [*cells, *shipped]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _type(name: str) -> str:
+    """A type as YAML writers think of it: ``str | None`` is ``str?``."""
+    if name.startswith("Literal["):
+        return " or ".join(name[len("Literal[") : -1].replace("'", "").split(", "))
+    words = [word.strip() for word in name.split("|")]
+    kinds = [word for word in words if word != "None"]
+    return " or ".join(kinds) + ("?" if "None" in words else "")
+
+
+def _shipped(config: DictConfig, path: str) -> str:
+    """What a file sets; the text itself where it refers to other keys."""
+    node: Any = OmegaConf.to_container(config, resolve=False)
+    for name in path.split("."):
+        if not isinstance(node, dict) or name not in node:
+            return ""
+        node = node[name]
+    return _code(node)
+
+
+def _code(value: Any) -> str:
+    if isinstance(value, dict):
+        inner = ", ".join(f"{name}: {_plain(item)}" for name, item in value.items())
+        return f"`{{{inner}}}`"
+    return f"`{_plain(value)}`"
+
+
+def _plain(value: Any) -> str:
+    """A value as one would type it in YAML."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list):
+        return f"[{', '.join(map(_plain, value))}]"
+    return '""' if value == "" else str(value)
+
+
+def _escape(cell: str) -> str:
+    return cell.replace("|", "\\|")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
