@@ -262,7 +262,8 @@ def train_stage(args: argparse.Namespace, lesson: Lesson, pretrained: Path) -> S
 def score_release(args: argparse.Namespace, output: Path, is_video: bool) -> None:
     """Score a product; the scores are also put into its folder.
 
-    Clips are also scored when they go on from a picture, and from the first five frames of a clip.
+    Clips are also scored when they go on from a picture, and from the first five frames of a clip,
+    without guidance: what is given says more than the prompt.
     """
     for given_frames in (0, 1, 5) if is_video else (0,):
         suffix = f"_given_{given_frames}" if given_frames else ""
@@ -271,6 +272,7 @@ def score_release(args: argparse.Namespace, output: Path, is_video: bool) -> Non
             *(sys.executable, SCRIPTS / "evaluate_shapes.py", "--model", output),
             *("--output", scores, "--num", str(args.num_prompts)),
             *(["--clips", "--given-frames", str(given_frames)] if is_video else []),
+            *(["--guidance-scale", "1"] if given_frames else []),
         ]
         run_stage(Stage(scores.name, scores, command), args.work)
         shutil.copy(scores / "scores.json", output / f"scores{suffix}.json")

@@ -46,6 +46,7 @@ RELATIONS: dict[str, Point] = {
 CATEGORIES = ("single", "two", "counting", "colors", "position", "attribution")
 CLIP_CATEGORIES = ("single", "two", "colors", "attribution")
 MAX_COUNT = 4
+MAX_TRIES = 10000  # at a clip
 MARGIN = 0.03  # between shapes and the border
 GAP = 0.06  # between shapes
 GRID = 4  # centers lie on multiples of 1 / GRID, corners of tokens: few parts of shapes to learn
@@ -153,8 +154,8 @@ MOTIONS = {
         Motion("moving up", shift=(0.0, -0.5)),
         Motion("moving down", shift=(0.0, 0.5)),
         Motion("turning", turn=math.pi / 2),
-        Motion("growing", growth=1.5),
-        Motion("shrinking", growth=1 / 1.5),
+        Motion("growing", growth=1.45),  # the smallest then just fit beside another one
+        Motion("shrinking", growth=1 / 1.45),
     )
 }
 ROUND = ("circle", "ring")  # nobody sees them turn
@@ -397,16 +398,20 @@ def draw_clip(
         rng: Source of randomness.
         description: With a motion.
         strength: Of the motion; one of ``STRENGTHS`` by lot when None.
+
+    Raises:
+        ValueError: If there seems to be no room for the motion.
     """
     motion = MOTIONS[description.motion]
     if strength is None:
         strength = float(rng.choice(STRENGTHS))
-    while True:
+    for _ in range(MAX_TRIES):
         scene = draw_scene(rng, description)
         motions = (motion, *[None] * (len(scene.items) - 1))
         clip = Clip(scene, motions, strength)
         if _is_legal(clip.at(0.0)) and _is_legal(clip.at(0.5)) and _is_legal(clip.at(1.0)):
             return clip
+    raise ValueError(f"no clip of {description} at strength {strength} in {MAX_TRIES} tries")
 
 
 def _is_legal(scene: Scene) -> bool:

@@ -17,6 +17,7 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[2]
 PICTURES = ROOT / "assets" / "nova-tiny"
+CLIPS = ROOT / "assets" / "nova-tiny-video"
 CATEGORIES = ("single", "colors")
 TOLERANCE = 0.1  # 48 pictures of a share of 0.9: a standard error of 0.04
 
@@ -89,3 +90,12 @@ def test_the_score_notices(fault, tmp_path):
     source.write_text(text.replace(line, faulty_line))
     scores = evaluate(PICTURES, tmp_path / "scores", "--num", "16", package=tmp_path)
     assert mean_share(scores) < mean_share(read_scores(PICTURES / "scores.json")) - TOLERANCE
+
+
+def test_the_shipped_clips_keep_the_frame_they_are_given(tmp_path):
+    options = ("--clips", "--given-frames", "1", "--guidance-scale", "1", "--num", "6")
+    scores = evaluate(CLIPS, tmp_path / "scores", *options)
+    card = read_scores(CLIPS / "scores_given_1.json")
+    for category in CATEGORIES:
+        content = scores["seen"][category]["content"]
+        assert content >= card["seen"][category]["content"] - TOLERANCE
