@@ -103,7 +103,7 @@ def video_url(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     config = OmegaConf.load(ROOT / "configs" / "nova_shapes_t2v.yaml")
     config.pipeline.paths.module_config.transformer.update(
-        {"image_size": [128, 128], "image_base_size": [8, 8], "video_base_size": [5, 4, 4]}
+        {"image_size": [256, 256], "image_base_size": [16, 16], "video_base_size": [5, 8, 8]}
     )
     OmegaConf.save(config, folder / "config.yaml")
     words = ["--config", str(folder / "config.yaml"), "--output", str(folder / RANDOM_MODEL)]
@@ -267,10 +267,10 @@ def test_a_prompt_and_a_picture_become_a_video(video_url, open_page, tmp_path):
     file = tmp_path / "clip.mp4"
     file.write_bytes(download(result_source(page, "video")))
     frames = imageio.imread(file)
-    assert frames.shape == (17, 128, 128, 3)
+    assert frames.shape == (17, 256, 256, 3)
     # Upright, red is above; what was transparent is white.
-    assert frames[0, :50, :, 0].mean() > 130 > frames[0, :50, :, 1].mean()
-    assert frames[0, 80:].mean() > 170
+    assert frames[0, :100, :, 0].mean() > 130 > frames[0, :100, :, 1].mean()
+    assert frames[0, 160:].mean() > 170
     parameters = read_parameters(file)
     assert parameters["prompt"] == "a red square moving left"
     assert parameters["max_latent_length"] == 5 and parameters["model"] == RANDOM_MODEL
