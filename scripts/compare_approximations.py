@@ -26,10 +26,10 @@ from typing import Any
 import torch
 from diffusers import DPMSolverMultistepScheduler, FlowMatchHeunDiscreteScheduler
 from evaluate_shapes import SPLITS, draw_all, pipeline_drawer, score
+from evaluate_shapes import parse_args as parse_scoring_args
 from omegaconf import OmegaConf
 from shapes_world.captions import write_prompt
 from shapes_world.evaluation import select_descriptions
-from shapes_world.scenes import CATEGORIES
 from torch import Tensor
 
 from diffnext.models.transformers.transformer_nova import NOVATransformer3DModel
@@ -127,13 +127,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--runs", type=int, default=5, help="timed of each (5)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="(all cores)")
     parser.add_argument("--output", type=Path, help="JSON file with everything measured")
-    args = parser.parse_args(argv)
-    args.device, args.categories, args.clips, args.given_frames = "cpu", CATEGORIES, False, 0
-    args.batch_size = 24
-    return args
+    return parser.parse_args(argv)
 
 
-# --- the two sides ------------------------------------------------------------------------------
+# --- sampling -----------------------------------------------------------------------------------
 
 
 def draw_prompts(args: argparse.Namespace) -> list[str]:
@@ -145,8 +142,8 @@ def draw_prompts(args: argparse.Namespace) -> list[str]:
 @functools.lru_cache
 def load_pipeline(
     model: Path | None, config: Path | None, size: int | None, dtype: str, quantization: str | None
-) -> NOVAPipeline:
-    """A pipeline with these weights; those of a config are random, and it has no autoencoder."""
+) -> tuple[NOVAPipeline, Any]:
+    """A pipeline with these weights, random ones for a config, and the scheduler it came with."""
     if model:
         pipe = NOVAPipeline.from_pretrained(model, dtype=getattr(torch, dtype))
     else:
@@ -156,7 +153,7 @@ def load_pipeline(
         pipe = NOVAPipeline(transformer, FlowMatchEulerDiscreteScheduler())
     if quantization:
         pipe.quantize(quantization)
-    return pipe
+    return pipe, pipe.scheduler
 
 
 def read_sizes(config: Path, size: int | None) -> dict[str, Any]:
@@ -179,8 +176,7 @@ def read_sizes(config: Path, size: int | None) -> dict[str, Any]:
 
 def configure(args: argparse.Namespace, one: Approximation) -> tuple[NOVAPipeline, dict[str, Any]]:
     """The pipeline of an approximation, and the arguments of its call."""
-    pipe = load_pipeline(args.model, args.config, args.size, one.dtype, one.quantization)
-    first = pipe._first_scheduler
+    pipe, first = load_pipeline(args.model, args.config, args.size, one.dtype, one.quantization)
     pipe.scheduler = first
     if one.scheduler:
         pipe.scheduler = SCHEDULERS[one.scheduler](first.config.shift)
@@ -242,7 +238,9 @@ def time_in_turns(
 def score_one(args: argparse.Namespace, one: Approximation) -> dict[str, float]:
     """Mean share of right pictures over the categories, of each split."""
     pipe, arguments = configure(args, one)
-    drawn = draw_all(args, pipeline_drawer(pipe, args, **arguments))
+    words = ["--model", args.model, "--num", args.num, "--seed", args.seed]
+    scoring = parse_scoring_args([str(word) for word in words])
+    drawn = draw_all(scoring, pipeline_drawer(pipe, scoring, **arguments))
     return {split: rows["overall"]["right"] for split, rows in score(drawn).items()}
 
 

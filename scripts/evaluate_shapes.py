@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from make_shapes_dataset import encode, load_vae
+from make_shapes_dataset import encode
 from numpy import ndarray
 from PIL import Image, ImageDraw, ImageOps
 from shapes_world.captions import write_prompt
@@ -45,6 +45,7 @@ from shapes_world.scenes import (
 from tqdm import tqdm
 
 from diffnext.models.autoencoders.autoencoder_kl_opensora import AutoencoderKLOpenSora
+from diffnext.models.autoencoders.loading import load_autoencoder
 from diffnext.pipelines import NOVAPipeline
 
 SPLITS = {"seen": False, "held out": True}
@@ -164,7 +165,7 @@ def evaluate_truth(args: argparse.Namespace) -> None:
 
 def evaluate_vae(args: argparse.Namespace) -> None:
     """Score reconstructions, and measure them in dB."""
-    vae = load_vae(args.vae, args.device)
+    vae = load_autoencoder(args.vae, device=args.device)
     if isinstance(vae, AutoencoderKLOpenSora) != args.clips:
         raise ValueError(
             f"--vae {args.vae} is a {type(vae).__name__}: --clips goes with that of clips"

@@ -47,10 +47,9 @@ from tqdm import tqdm
 from diffnext.data.records import RecordWriter
 from diffnext.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffnext.models.autoencoders.autoencoder_kl_opensora import AutoencoderKLOpenSora
-from diffnext.pipelines.release_folder import read_json
+from diffnext.models.autoencoders.loading import load_autoencoder
 
 FEATURES = {"moments": "bytes", "caption": "string", "text": "string", "shape": ["int64"]}
-VAE_CLASSES = {"AutoencoderKL": AutoencoderKL, "AutoencoderKLOpenSora": AutoencoderKLOpenSora}
 FRAMES_PER_SECOND = 8  # of GIFs
 FRAMES_PER_LATENT = 4  # of clips, after the first
 
@@ -155,7 +154,7 @@ def write_records(args: argparse.Namespace, folder: Path) -> None:
     Raises:
         ValueError: If the autoencoder is not for this.
     """
-    vae = load_vae(args.vae, args.device)
+    vae = load_autoencoder(args.vae, device=args.device)
     if isinstance(vae, AutoencoderKLOpenSora) and not args.clips:
         raise ValueError(f"--vae {args.vae} is for clips: add --clips")
     features = {**FEATURES, "flow": "float64"} if args.clips else FEATURES
@@ -196,13 +195,6 @@ def batches(args: argparse.Namespace) -> Iterator[list[Example]]:
             stop = min(start + size, args.num)
             yield [make_example(args, index) for index in range(start, stop)]
             bar.update(stop - start)
-
-
-def load_vae(folder: Path, device: str) -> AutoencoderKL | AutoencoderKLOpenSora:
-    """Load an autoencoder in float32, whichever it is."""
-    name = read_json(folder / "config.json").get("_class_name", "AutoencoderKL")
-    vae = VAE_CLASSES[name].from_pretrained(folder, dtype=torch.float32)
-    return vae.eval().to(device)
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffnext.models.text_encoders.encoding import encode_texts
 from diffnext.pipelines.nova.pipeline_nova import NOVAPipeline
 from diffnext.pipelines.release_folder import (
     INDEX_FILE,
@@ -297,9 +298,8 @@ def encode_prompts(
 
 @torch.no_grad()
 def _encode(pipe: NOVAPipeline, prompt: str, max_length: int) -> Tensor:
-    ids = pipe.tokenizer(prompt, truncation=True, max_length=max_length)["input_ids"]
-    if not ids:
-        width = pipe.text_encoder.config.hidden_size
-        return torch.empty(0, width, dtype=pipe.text_encoder.dtype)
-    input_ids = torch.tensor([ids], dtype=torch.int64, device=pipe.text_encoder.device)
-    return pipe.text_encoder(input_ids).last_hidden_state[0].cpu()
+    """States of one prompt, (n, D): alone, so that they do not depend on others."""
+    encoder = pipe.text_encoder
+    width = encoder.config.hidden_size
+    states = encode_texts(pipe.tokenizer, encoder, [prompt], max_length, width)[0]
+    return states.to("cpu", encoder.dtype)

@@ -38,6 +38,7 @@ from shapes_world.scenes import (
 )
 
 from diffnext.data.flex_loaders import FeatureDataLoader
+from diffnext.models.autoencoders.loading import load_autoencoder
 
 ASSETS = Path(__file__).parents[2] / "assets"
 VAE_FOLDERS = {"image": ASSETS / "vae-tiny", "video": ASSETS / "vae-tiny-video"}
@@ -192,7 +193,7 @@ def test_an_image_autoencoder_encodes_every_fourth_frame_of_clips(tmp_path):
     batch = FeatureDataLoader(str(tmp_path / "clips"), batch_size=2, shuffle=False).next()[0]
     assert batch["latents"].shape == (2, 8, 5, 8, 8)
     parsed = make_shapes_dataset.parse_args(arguments)
-    vae = make_shapes_dataset.load_vae(folder, "cpu")
+    vae = load_autoencoder(folder)
     frames = np.stack([make_shapes_dataset.make_example(parsed, i).frames for i in range(2)])
     moments = torch.from_numpy(make_shapes_dataset.encode(vae, frames[:, 8:9])).float()
     wanted = DiagonalGaussianDistribution(moments)

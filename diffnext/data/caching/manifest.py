@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from diffnext.data.caching.errors import CacheError
+from diffnext.utils.json_files import read_json_object
 from diffnext.version import __version__
 
 MANIFEST_NAME = "manifest.json"
@@ -31,12 +32,9 @@ def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return read_json_object(path)
     except ValueError as error:
-        raise CacheError(f"{path} is damaged: {error}") from error
-    if not isinstance(content, dict):
-        raise CacheError(f"{path} is damaged: it holds no JSON object")
-    return content
+        raise CacheError(f"the manifest is damaged: {error}") from error
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

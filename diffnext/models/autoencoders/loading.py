@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import importlib
-import json
 import os
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from diffnext.utils.json_files import read_json_object
 
 AUTOENCODERS = {
     "AutoencoderKL": "autoencoder_kl",
@@ -65,11 +66,4 @@ def read_autoencoder_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         ValueError: If it is no JSON object.
     """
-    path = Path(folder) / "config.json"
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds no JSON object")
-    return content
+    return read_json_object(Path(folder) / "config.json")
