@@ -94,6 +94,14 @@ def is_lost_connection(error: BaseException) -> bool:
     return is_of_gloo or isinstance(error, distributed.DistError)
 
 
+def is_dead_worker(error: BaseException) -> bool:
+    """Whether an error says that a process that reads for this one has died.
+
+    The signal of its death raises this wherever the main thread is, not only where it reads.
+    """
+    return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker")
+
+
 def _describe(error: Exception) -> str:
     """One line that names the error's kind unless its text speaks for itself."""
     text = " ".join(str(error).split())

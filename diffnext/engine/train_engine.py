@@ -30,6 +30,7 @@ from diffnext.engine.control import (
     StopRequests,
     TrainingError,
     TrainingStopped,
+    is_dead_worker,
     is_lost_connection,
 )
 from diffnext.engine.data_check import count_training_examples
@@ -200,12 +201,16 @@ class Trainer:
                     self._advance()
             self.writer.wait()
         except RuntimeError as error:
-            if not is_lost_connection(error):
+            if is_lost_connection(error):
+                reason = (
+                    "another process of the run is gone. Its own message, or that of the "
+                    "launcher, says why"
+                )
+            elif is_dead_worker(error):
+                reason = str(error)
+            else:
                 raise
-            raise TrainingError(
-                f"step {self.global_step} was cut short: another process of the run is gone. Its "
-                "own message, or that of the launcher, says why"
-            ) from error
+            raise TrainingError(f"step {self.global_step} was cut short: {reason}") from error
 
     def _advance(self) -> None:
         """Do one step and all that is due after it."""

@@ -1,6 +1,7 @@
 """What goes wrong in long runs: each fault ends in one clear error, and nothing is lost."""
 
 import json
+import multiprocessing
 import os
 import resource
 import shutil
@@ -13,6 +14,7 @@ import pytest
 
 from diffnext.data.records import RecordDataset, RecordWriter
 from diffnext.engine.control import EXIT_STOPPED
+from diffnext.models.transformers.transformer_nova import NOVATransformer3DModel
 from tests.engine.conftest import TinyRun
 
 
@@ -96,6 +98,23 @@ def test_record_cut_short_is_named(tiny_run, tmp_path, workers):
     error = error_of(run, *IN_ORDER, workers, "training.max_train_steps=6")
     assert "step 5 cannot start" in error
     assert "example 10" in error and "00000.data" in error
+
+
+def test_reading_process_that_dies_while_the_model_computes_is_named(tiny_run, monkeypatch):
+    compute = NOVATransformer3DModel.forward
+
+    def kill_reader_while_computing(model, inputs):
+        for reader in multiprocessing.active_children():
+            reader.kill()
+        time.sleep(5)  # cut short by the signal of its death
+        return compute(model, inputs)
+
+    monkeypatch.setattr(NOVATransformer3DModel, "forward", kill_reader_while_computing)
+    error = error_of(
+        tiny_run, "train_dataloader.params.num_workers=1", "training.max_train_steps=1000"
+    )
+    assert "step 0 was cut short: DataLoader worker" in error
+    assert "is killed by signal: Killed" in error
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
