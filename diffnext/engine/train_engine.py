@@ -99,6 +99,8 @@ class Trainer:
         self.pipeline = self._build_pipeline(resume)
         self.ema = self._build_ema(resume)
         model = self.pipeline.configure_model(config)
+        if config.training.get("compile"):
+            model.compile_parts()
         self.optimizer = config_to_object(config.optimizer, params=get_param_groups(model))
         self.lr_scheduler = config_to_object(config.lr_scheduler)
         self.agreement = Agreement(accelerator)

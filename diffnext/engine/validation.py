@@ -78,7 +78,11 @@ class Validator:
         Returns:
             The held-out losses by name.
         """
-        with preserved_random_state(self.accelerator.device), torch.no_grad():
+        with (
+            preserved_random_state(self.accelerator.device),
+            torch.no_grad(),
+            torch.compiler.set_stance("force_eager"),  # few calls, of many kinds
+        ):
             was_training = model.training
             self._sample(step, model, average)
             model.train(was_training)

@@ -17,7 +17,29 @@ from torch.nn import functional as F
 
 from diffnext.models.flex_attention import FlexAttentionCausal2D
 
-__all__ = ["BlockCausalMask", "KVCache", "LayerKVCache"]
+__all__ = ["BlockCausalMask", "KVCache", "LayerKVCache", "attend"]
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Scaled dot-product attention of everything to everything.
+
+    Args:
+        q: Queries, (B, H, n, d).
+        k: Keys, (B, H, L, d).
+        v: Values, same shape.
+
+    Returns:
+        (B, H, n, d).
+    """
+    if torch.compiler.is_compiling() and torch.is_grad_enabled() and q.device.type == "cpu":
+        return _attend_uncompiled(q, k, v)
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+@torch.compiler.disable
+def _attend_uncompiled(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Compiled, its backward on a CPU refuses shapes that change (PyTorch 2.13)."""
+    return F.scaled_dot_product_attention(q, k, v)
 
 
 @dataclass(frozen=True)
@@ -62,7 +84,7 @@ class BlockCausalMask:
             return flex_layout(self.lengths)(q, k, v)
         ends = accumulate(self.lengths)
         outputs = [
-            F.scaled_dot_product_attention(queries, k[:, :, :end], v[:, :, :end])
+            attend(queries, k[:, :, :end], v[:, :, :end])
             for queries, end in zip(q.split(self.lengths, dim=2), ends, strict=True)
         ]
         return torch.cat(outputs, dim=2)

@@ -10,10 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from diffnext.models.attention import BlockCausalMask, KVCache, LayerKVCache
+from diffnext.models.attention import BlockCausalMask, KVCache, LayerKVCache, attend
 from diffnext.models.embeddings import (
     PatchEmbed,
     RotaryEmbed3D,
@@ -112,8 +111,8 @@ class Attention(nn.Module):
         if out_ids is not None:
             ids = out_ids.unsqueeze(1)  # (B, 1, n, 1)
             q = q.gather(2, ids.expand(-1, self.num_heads, -1, self.head_dim))
-        attend = F.scaled_dot_product_attention if mask is None else mask.attend
-        return self.proj(attend(q, k, v).transpose(1, 2).flatten(2))
+        attended = attend(q, k, v) if mask is None else mask.attend(q, k, v)
+        return self.proj(attended.transpose(1, 2).flatten(2))
 
 
 class Block(nn.Module):

@@ -268,6 +268,7 @@ class TrainingConfig:
         "What to do when a loss or gradient is not finite: end the run, or leave the step out.",
         "stop",
     )
+    compile: bool = key("Compile the blocks of the model; the first steps take minutes.", False)
     time_limit: str | None = key(
         'Save and stop after this time, such as "23h30m"; null for no limit.', None
     )

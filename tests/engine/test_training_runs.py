@@ -9,6 +9,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
+from torch._dynamo.utils import counters
 
 from diffnext.pipelines import NOVAPipeline
 from diffnext.utils.accelerate_utils import build_accelerator, set_logger
@@ -41,6 +42,23 @@ def test_log_has_the_documented_lines(tiny_run):
     assert re.search(r"#Params: \d+\.\d\dM", log)
     assert "Start training..." in log
     assert f"Wrote snapshot to: {tiny_run.checkpoint(22)}" in log
+
+
+@pytest.mark.slow
+def test_compiled_run_equals_an_eager_one(tiny_run):
+    options = ["training.max_train_steps=6", "model.gradient_checkpointing=1"]
+    tiny_run.train(*options)
+    eager = [float(value) for value in losses(tiny_run.log())]
+    weights = load_file(tiny_run.checkpoint(6) / WEIGHTS)
+    shutil.rmtree(tiny_run.output)
+
+    counters.clear()
+    tiny_run.train(*options, "training.compile=true")
+    assert counters["stats"]["unique_graphs"] > 0
+    assert [float(value) for value in losses(tiny_run.log())] == pytest.approx(eager, abs=2e-4)
+    torch.testing.assert_close(
+        load_file(tiny_run.checkpoint(6) / WEIGHTS), weights, atol=1e-3, rtol=1e-2
+    )
 
 
 def test_stopped_and_continued_equals_straight(tiny_run, tmp_path):

@@ -770,14 +770,14 @@ class Transformer3DModel(nn.Module):
         }
 
     def compile_parts(self, **options: Any) -> None:
-        """Compile the blocks of both encoders and the denoising step.
+        """Compile the blocks of all three parts, and the denoising step.
 
         Args:
             **options: Of ``torch.compile``; by default shapes are dynamic, as sets of tokens grow.
         """
         options = {"dynamic": True, **options}
-        for encoder in (self.video_encoder, self.image_encoder):
-            for block in encoder.blocks:
+        for part in (self.video_encoder, self.image_encoder, self.image_decoder):
+            for block in part.blocks:
                 block.compile(**options)
         self.image_decoder.compile_denoising(**options)
 
