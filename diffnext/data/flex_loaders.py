@@ -385,20 +385,23 @@ class _BatchDataset(torch.utils.data.Dataset):
 
     def _check_alike(self, samples: Samples, outputs: list[dict[str, list[Any]]]) -> None:
         """Check that the examples of a batch have the same outputs and latents of one shape."""
-        first_index = samples[0][1]
+        names = outputs[0].keys()
+        first_shape = outputs[0]["latents"][0].shape
         for (_, index), output in zip(samples, outputs, strict=True):
-            pair = f"{self._describe(first_index)} and {self._describe(index)}"
-            if output.keys() != outputs[0].keys():
+            if output.keys() != names:
                 raise RecordError(
-                    f"{pair} differ: {sorted(outputs[0])} and {sorted(output)} in one batch"
+                    f"{self._describe_pair(samples[0][1], index)} differ: {sorted(names)} and "
+                    f"{sorted(output)} in one batch"
                 )
-            first_shape = outputs[0]["latents"][0].shape
             shape = output["latents"][0].shape
             if self._contiguous and shape != first_shape:
                 raise RecordError(
-                    f"{pair} have latents of the shapes {first_shape} and {shape} in one batch; "
-                    "pass contiguous=False to get a list"
+                    f"{self._describe_pair(samples[0][1], index)} have latents of the shapes "
+                    f"{first_shape} and {shape} in one batch; pass contiguous=False to get a list"
                 )
+
+    def _describe_pair(self, first: int, second: int) -> str:
+        return f"{self._describe(first)} and {self._describe(second)}"
 
     def _describe(self, index: int) -> str:
         if hasattr(self._dataset, "describe"):

@@ -1,11 +1,10 @@
 """Example pipelines: from a decoded record to what a batch is made of."""
 
 import functools
+import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any
-
-import numpy as np
 
 from diffnext.data.flex_transforms import ParseAnnotations, ParseLatents
 
@@ -30,7 +29,7 @@ class Worker(ABC):
 
     def process(self, example: Mapping[str, Any], position: int) -> dict[str, list[Any]]:
         """Transform the example that is number ``position`` of the stream."""
-        generator = functools.cache(lambda: np.random.default_rng((self.seed, position)))
+        generator = functools.cache(lambda: random.Random((self.seed << 64) + position))
         return self.get_outputs(example, lambda: generator().random())
 
 

@@ -10,6 +10,7 @@ Keys of an example:
     label     int     class; optional
 """
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
@@ -114,7 +115,7 @@ def first_sentence(caption: str) -> str:
 
 
 def _view_array(name: str, data: bytes, shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
-    expected_bytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    expected_bytes = math.prod(shape) * dtype.itemsize
     if len(data) != expected_bytes:
         raise ValueError(
             f"{name!r} of shape {tuple(shape)} must be stored as {dtype.name}, "

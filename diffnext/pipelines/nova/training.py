@@ -94,9 +94,12 @@ class TrainingPipelineMixin(ABC):
             raise NotImplementedError("training takes cached VAE moments ('latents'), not 'images'")
         if "latents" not in inputs:
             raise ValueError(f"a batch needs 'latents', got {sorted(inputs)}")
-        moments = torch.as_tensor(inputs.pop("latents"), device=self.model.device)
+        moments = torch.as_tensor(inputs.pop("latents"))
         if not moments.is_floating_point():
             raise ValueError(f"latents must be floating-point moments, got {moments.dtype}")
+        if self.model.device.type == "cuda" and moments.device.type == "cpu":
+            moments = moments.pin_memory()  # copied while earlier kernels still run
+        moments = moments.to(self.model.device, non_blocking=True)
         posterior = self.vae.latent_dist(moments.to(self.model.dtype))
         return self.vae.scale_(posterior.sample())
 
