@@ -1,9 +1,11 @@
 """Generation: equal results however it is asked for, and clear refusals."""
 
+import collections
 import copy
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffnext.models.guidance_scaler import GuidanceScaler
 from diffnext.models.transformers.transformer_3d import GenerationMonitor
@@ -303,3 +305,38 @@ def test_a_class_conditional_model_generates():
     inputs = generation_inputs(c=[model.label_embed(torch.tensor([1, 2, 1000, 1000]))])
     inputs.pop("prompt")
     assert model(inputs)["x"].shape == (2, 4, 1, 8, 12)
+
+
+class HostTraffic(TorchDispatchMode):
+    """Counts the operations that wait for a device, or carry values from or to the host."""
+
+    NAMES = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "lift_fresh", "_to_copy")
+
+    def __init__(self):
+        super().__init__()
+        self.counts = collections.Counter()
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        name = operation.overloadpacket.__name__
+        if name in self.NAMES:
+            self.counts[name] += 1
+        return operation(*args, **(kwargs or {}))
+
+
+def host_traffic(frames=1, **options):
+    if frames > 1:
+        options |= {"max_latent_length": frames, "motion_flow": 5}
+    model = make_model(frames=frames)
+    with HostTraffic() as traffic:
+        model(generation_inputs(**options))
+    return traffic.counts
+
+
+def test_sets_and_frames_add_no_traffic_between_host_and_device():
+    assert host_traffic(num_preds=[4] * 6) == host_traffic(num_preds=[8] * 3)
+    assert host_traffic(frames=5) == host_traffic(frames=3)
+
+
+def test_a_diffusion_step_is_read_by_the_host_once_a_generation():
+    few, many = (host_traffic(num_preds=[8] * 3, num_diffusion_steps=n) for n in (3, 9))
+    assert many - few == {"_local_scalar_dense": 6}  # the table of the schedule
