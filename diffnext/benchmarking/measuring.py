@@ -45,6 +45,7 @@ VAES = {
 }
 
 
+UNCHANGED = {"compile": False, "prepack": False}  # the model of a baseline
 GROWTH = {  # setting: values
     "sets": (4, 8, 16, 32),
     "steps": (5, 10, 20, 40),
@@ -151,6 +152,7 @@ def make_model_spec(args: argparse.Namespace, weights: Path) -> dict[str, Any]:
         "device": args.device,
         "dtype": args.dtype,
         "compile": args.compile,
+        "prepack": args.prepack,
         "weights": str(weights),
     }
     is_video = spec["transformer"]["video_base_size"][0] > 1
@@ -228,7 +230,7 @@ def measure(
     """Run both sides in turns."""
     sides = [start_side(args, "ours", work, spec)]
     if args.baseline != NONE:
-        sides.append(start_side(args, args.baseline, work, {**spec, "compile": False}))
+        sides.append(start_side(args, args.baseline, work, {**spec, **UNCHANGED}))
     try:
         for _ in range(args.warmup):
             for side in sides:

@@ -57,7 +57,7 @@ class ModelWork(Work):
 
     Spec: ``transformer`` (arguments of the model), ``scheduler`` ("flow" or "ddpm"), ``batch``,
     ``frames`` (latent frames), ``device``, ``dtype``, ``weights`` (a file that the first process
-    writes and others read), ``compile``.
+    writes and others read), ``compile``, ``prepack``.
     """
 
     def __init__(self, spec: Spec, is_plain: bool = False) -> None:
@@ -72,6 +72,10 @@ class ModelWork(Work):
         self.model.to(self.device, self.dtype)
         if spec.get("compile"):
             self.model.compile_parts()
+        if spec.get("prepack"):
+            from diffnext.models.packed_linear import prepack_linears
+
+            prepack_linears(self.model)
 
     def make_scheduler(self) -> Any:
         """A scheduler of the package."""

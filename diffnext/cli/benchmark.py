@@ -114,6 +114,9 @@ def build_parser(program: str = PROGRAM, command: str = PROGRAM) -> argparse.Arg
     model.add_argument("--arch", nargs=3, help="names of the three parts, in place of the config's")
     model.add_argument("--frames", type=int, help="latent frames (9 for videos, else 1)")
     model.add_argument("--compile", action="store_true", help="compile the blocks of our side")
+    model.add_argument(
+        "--prepack", action="store_true", help="lay out the weights of our side for a CPU"
+    )
     model.add_argument("--scheduler", choices=("flow", "ddpm"), default="flow", help="(flow)")
     parser = argparse.ArgumentParser(
         prog=program,

@@ -1,0 +1,84 @@
+"""Linear layers whose weights lie as a processor's matrix kernels (oneDNN) want them.
+
+Where PyTorch's usual product of float32 matrices is another library's, this one can be faster, as
+on processors of AMD; results are equal up to rounding.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+__all__ = ["PackedLinear", "prepack_linears"]
+
+
+class PackedLinear(nn.Linear):
+    """A linear layer that keeps a packed copy of its weight for inference in float32 on a CPU.
+
+    The copy is made anew when the weight has changed. In all other cases (training, autocast,
+    other devices and types, compilation) this is the layer that it was made of.
+
+    Args:
+        linear: Whose parameters it shares.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        has_bias = linear.bias is not None
+        super().__init__(linear.in_features, linear.out_features, has_bias, device="meta")
+        self.weight = linear.weight
+        self.bias = linear.bias
+        self.training = linear.training
+        self._packed: Tensor | None = None
+        self._packed_from: tuple[int, int] | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., in_features) to (..., out_features)."""
+        if torch.compiler.is_compiling() or not self._takes(x):
+            return F.linear(x, self.weight, self.bias)
+        return torch.ops.mkldnn._linear_pointwise(x, self._pack(), self.bias, "none", [], "")
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies are made of; they pack for themselves."""
+        return {**super().__getstate__(), "_packed": None, "_packed_from": None}
+
+    def _takes(self, x: Tensor) -> bool:
+        """Whether packed weights are of use for this input."""
+        return (
+            not torch.is_grad_enabled()
+            and not torch.is_autocast_enabled("cpu")
+            and all(t.device.type == "cpu" and t.dtype == torch.float32 for t in (x, self.weight))
+        )
+
+    def _pack(self) -> Tensor:
+        weight = self.weight
+        source = (weight.data_ptr(), 0 if weight.is_inference() else weight._version)
+        if self._packed is None or self._packed_from != source:
+            self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
+            self._packed_from = source
+        return self._packed
+
+
+def prepack_linears(model: nn.Module) -> None:
+    """Pack the linear layers of a model, in place; parameters and their names stay.
+
+    Args:
+        model: Of float32, on a CPU. Its linear layers then take twice their memory.
+
+    Raises:
+        ValueError: If it is not, or if this PyTorch was built without oneDNN.
+    """
+    if not torch.backends.mkldnn.is_available():
+        raise ValueError("prepacking needs a PyTorch that was built with oneDNN")
+    parameter = next(model.parameters())
+    if parameter.device.type != "cpu" or parameter.dtype != torch.float32:
+        raise ValueError(
+            f"prepacking is for float32 on a CPU, the model is of {parameter.dtype} "
+            f"on {parameter.device}"
+        )
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if type(child) is nn.Linear and type(child.weight) is nn.Parameter:
+                setattr(module, name, PackedLinear(child))
