@@ -139,10 +139,10 @@ def test_signal_ends_the_run_after_a_whole_step_with_a_checkpoint(tiny_run, numb
 
 
 def test_time_limit_stops_and_the_same_command_continues(tiny_run):
-    options = ["training.max_train_steps=100000", "training.time_limit=4s"]
+    options = ["training.max_train_steps=100000", "training.time_limit=6s"]
     for _ in range(2):
         assert error_of(tiny_run, *options) == EXIT_STOPPED
-    assert tiny_run.log().count("training.time_limit of 4 s reached") == 2
+    assert tiny_run.log().count("training.time_limit of 6 s reached") == 2
     assert "Resume from" in tiny_run.log()
     steps = [json.loads(line)["step"] for line in (tiny_run.output / "metrics.jsonl").open()]
     assert steps == list(range(len(steps)))
