@@ -62,7 +62,7 @@ class PipelineMixin:
 
         Args:
             pretrained_model_name_or_path: Folder or Hub id.
-            **kwargs: As for diffusers' ``DiffusionPipeline.from_pretrained``: ``torch_dtype``,
+            **kwargs: As for diffusers' ``DiffusionPipeline.from_pretrained``: ``dtype``,
                 ``trust_remote_code``, components to use instead, ...
 
         Raises:
