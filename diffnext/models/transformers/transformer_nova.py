@@ -63,6 +63,7 @@ def _register_each(
         "d2w64": {"depth": 2, "embed_dim": 64, "num_heads": 2},
         "d3w128": {"depth": 3, "embed_dim": 128, "num_heads": 4},
         "d3w192": {"depth": 3, "embed_dim": 192, "num_heads": 3},
+        "d4w256": {"depth": 4, "embed_dim": 256, "num_heads": 4},
     },
 )
 def video_encoder(**kwargs: Any) -> VisionTransformer:
@@ -80,6 +81,7 @@ def video_encoder(**kwargs: Any) -> VisionTransformer:
         "d4w64": {"depth": 4, "embed_dim": 64, "num_heads": 2},
         "d6w128": {"depth": 6, "embed_dim": 128, "num_heads": 4},
         "d6w192": {"depth": 6, "embed_dim": 192, "num_heads": 3},
+        "d8w256": {"depth": 8, "embed_dim": 256, "num_heads": 4},
     },
 )
 def image_encoder(**kwargs: Any) -> VisionTransformer:
@@ -97,6 +99,7 @@ def image_encoder(**kwargs: Any) -> VisionTransformer:
         "d6w1536": {"depth": 6, "embed_dim": 1536},
         "d2w64": {"depth": 2, "embed_dim": 64},
         "d3w192": {"depth": 3, "embed_dim": 192},
+        "d3w256": {"depth": 3, "embed_dim": 256},
     },
 )
 def image_decoder(**kwargs: Any) -> DiffusionMLP:
