@@ -19,6 +19,10 @@ import imageio.v2 as imageio
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
+
+from diffnext.utils.config_schema import key
+from diffnext.utils.omegaconf_utils import ConfigError
 from shapes_world.rendering import render_clip, render_scene
 from shapes_world.scenes import (
     CATEGORIES,
@@ -29,10 +33,6 @@ from shapes_world.scenes import (
     draw_description,
     draw_scene,
 )
-from torch import Tensor
-
-from diffnext.utils.config_schema import key
-from diffnext.utils.omegaconf_utils import ConfigError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 TRAINING, EVALUATION, MEASUREMENT = range(3)  # independent streams of random crops

@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from accelerate.state import AcceleratorState
-from check_resume import CONFIG, ROOT, write_records
 
+from check_resume import CONFIG, ROOT, write_records
 from diffnext.engine.engine_utils import count_params
 from diffnext.engine.train_engine import Trainer
 from diffnext.utils.accelerate_utils import build_accelerator, set_logger

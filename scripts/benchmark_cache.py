@@ -27,6 +27,13 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+
+from diffnext.data.caching import encoding
+from diffnext.data.caching.building import build_cache
+from diffnext.data.caching.settings import CacheSettings, FrameSampling, parse_size
+from diffnext.data.records import RecordDataset, RecordWriter
+from diffnext.models.autoencoders.loading import load_autoencoder
+from diffnext.utils.export_utils import export_to_video
 from shapes_world.rendering import render_clip, render_scene
 from shapes_world.scenes import (
     CATEGORIES,
@@ -37,13 +44,6 @@ from shapes_world.scenes import (
     draw_description,
     draw_scene,
 )
-
-from diffnext.data.caching import encoding
-from diffnext.data.caching.building import build_cache
-from diffnext.data.caching.settings import CacheSettings, FrameSampling, parse_size
-from diffnext.data.records import RecordDataset, RecordWriter
-from diffnext.models.autoencoders.loading import load_autoencoder
-from diffnext.utils.export_utils import export_to_video
 
 FEATURES = {"moments": "bytes", "caption": "string", "text": "string", "shape": ["int64"]}
 CLOCKS = {"second": time.perf_counter, "processor second": time.process_time}

@@ -21,8 +21,8 @@ from pathlib import Path
 
 import numpy as np
 import psutil
-from check_resume import family, last_step, make_inputs, run_to_end, started
 
+from check_resume import family, last_step, make_inputs, run_to_end, started
 from diffnext.data.records import RecordDataset, RecordWriter
 from diffnext.engine.checkpoint import RunFolder
 

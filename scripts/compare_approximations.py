@@ -25,16 +25,16 @@ from typing import Any
 
 import torch
 from diffusers import DPMSolverMultistepScheduler, FlowMatchHeunDiscreteScheduler
-from evaluate_shapes import SPLITS, draw_all, pipeline_drawer, score
-from evaluate_shapes import parse_args as parse_scoring_args
 from omegaconf import OmegaConf
-from shapes_world.captions import write_prompt
-from shapes_world.evaluation import select_descriptions
 from torch import Tensor
 
 from diffnext.models.transformers.transformer_nova import NOVATransformer3DModel
 from diffnext.pipelines import NOVAPipeline
 from diffnext.schedulers.scheduling_cfm import FlowMatchEulerDiscreteScheduler
+from evaluate_shapes import SPLITS, draw_all, pipeline_drawer, score
+from evaluate_shapes import parse_args as parse_scoring_args
+from shapes_world.captions import write_prompt
+from shapes_world.evaluation import select_descriptions
 
 
 @dataclass(frozen=True)

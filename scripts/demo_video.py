@@ -18,9 +18,9 @@ import codewithgpu
 import imageio.v2 as imageio
 import numpy as np
 import torch
-from demo import ROOT, TRANSFORMER, init_model, make_parser, psnr, train
 from PIL import Image, ImageDraw
 
+from demo import ROOT, TRANSFORMER, init_model, make_parser, psnr, train
 from diffnext.models.autoencoders.autoencoder_kl_opensora import AutoencoderKLOpenSora
 from diffnext.pipelines import NOVAPipeline
 from diffnext.utils import export_to_video

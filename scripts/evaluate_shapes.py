@@ -28,9 +28,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from make_shapes_dataset import encode
 from numpy import ndarray
 from PIL import Image, ImageDraw, ImageOps
+from tqdm import tqdm
+
+from diffnext.models.autoencoders.autoencoder_kl_opensora import AutoencoderKLOpenSora
+from diffnext.models.autoencoders.loading import load_autoencoder
+from diffnext.pipelines import NOVAPipeline
+from make_shapes_dataset import encode
 from shapes_world.captions import write_prompt
 from shapes_world.evaluation import Verdict, judge, select_descriptions
 from shapes_world.rendering import render_clip, render_scene
@@ -42,11 +47,6 @@ from shapes_world.scenes import (
     draw_scene,
     name_colors,
 )
-from tqdm import tqdm
-
-from diffnext.models.autoencoders.autoencoder_kl_opensora import AutoencoderKLOpenSora
-from diffnext.models.autoencoders.loading import load_autoencoder
-from diffnext.pipelines import NOVAPipeline
 
 SPLITS = {"seen": False, "held out": True}
 SHEET_COLUMNS = 12

@@ -26,13 +26,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from demo import ROOT, run
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
-from shapes_world.scenes import CATEGORIES, CLIP_CATEGORIES
 
+from demo import ROOT, run
 from diffnext.pipelines import NOVAPipeline
 from diffnext.pipelines.release_folder import read_json, write_json
+from shapes_world.scenes import CATEGORIES, CLIP_CATEGORIES
 
 SCRIPTS = ROOT / "scripts"
 CONFIGS = ROOT / "configs"

@@ -30,6 +30,12 @@ import imageio.v3 as imageio
 import numpy as np
 import torch
 from numpy import ndarray
+from tqdm import tqdm
+
+from diffnext.data.records import RecordWriter
+from diffnext.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffnext.models.autoencoders.autoencoder_kl_opensora import AutoencoderKLOpenSora
+from diffnext.models.autoencoders.loading import load_autoencoder
 from shapes_world.captions import write_caption, write_prompt
 from shapes_world.rendering import render_clip, render_scene
 from shapes_world.scenes import (
@@ -42,12 +48,6 @@ from shapes_world.scenes import (
     draw_description,
     draw_scene,
 )
-from tqdm import tqdm
-
-from diffnext.data.records import RecordWriter
-from diffnext.models.autoencoders.autoencoder_kl import AutoencoderKL
-from diffnext.models.autoencoders.autoencoder_kl_opensora import AutoencoderKLOpenSora
-from diffnext.models.autoencoders.loading import load_autoencoder
 
 FEATURES = {"moments": "bytes", "caption": "string", "text": "string", "shape": ["int64"]}
 FRAMES_PER_SECOND = 8  # of GIFs

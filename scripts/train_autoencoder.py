@@ -26,6 +26,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.models.resnet import ResnetBlock2D
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
 from autoencoder_data import (
     EVALUATION,
     MEASUREMENT,
@@ -35,14 +43,6 @@ from autoencoder_data import (
     DataSettings,
     check_data,
 )
-from diffusers.models.resnet import ResnetBlock2D
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from PIL import Image
-from torch import Tensor, nn
-from torch.nn import functional as F
-from tqdm import tqdm
-
 from diffnext.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffnext.models.autoencoders.autoencoder_kl_opensora import (
     AutoencoderKLOpenSora,

@@ -20,6 +20,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerFast
+
+from diffnext.models.text_encoders.phi import PhiEncoderModel
 from init_checkpoint import tiny_text_encoder, tiny_tokenizer
 from shapes_world.captions import write_caption, write_prompt
 from shapes_world.evaluation import select_descriptions
@@ -39,12 +45,6 @@ from shapes_world.scenes import (
     draw_clip_description,
     draw_description,
 )
-from torch import Tensor, nn
-from torch.nn import functional as F
-from tqdm import tqdm
-from transformers import PreTrainedTokenizerFast
-
-from diffnext.models.text_encoders.phi import PhiEncoderModel
 
 DROPOUT = 0.1  # of embeddings: words are to be read, not guessed from the words that went with them
 # Values that each fact can have; None where a caption leaves it open.

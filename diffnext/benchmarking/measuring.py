@@ -55,7 +55,7 @@ GROWTH = {  # setting: values
 }
 EXPECTED = {  # exponents of large values, and why
     "sets": "0 to 1: each set is a pass of the image encoder, and empty sets cost nothing",
-    "steps": "1: the diffusion head runs at each",
+    "steps": "0 to 1: the diffusion head runs at each, the encoders do not",
     "size": "2 to 4: tokens grow with its square, attention with the square of tokens",
     "batch": "0 to 1: 1 once matrix products are what takes the time",
     "frames": "1: the cache keeps earlier frames; attention to them grows slowly",

@@ -1,7 +1,8 @@
 """Every block of code of the documentation runs, or says why it cannot."""
 
-import check_docs
 import pytest
+
+import check_docs
 from check_docs import DocsError, StandIns, read_page, run_page
 
 PAGES = [read_page(path) for path in check_docs.page_paths()]

@@ -1,7 +1,6 @@
 """The configuration reference is what the code says."""
 
 import make_config_reference
-
 from diffnext.utils.config_schema import TrainConfig, iterate_schema
 
 

@@ -5,8 +5,9 @@ import re
 import urllib.parse
 from pathlib import Path
 
-import check_docs
 import pytest
+
+import check_docs
 
 LINK = re.compile(r"!?\[(?:[^\[\]]|\[[^\]]*\])*\]\(([^()\s]+)(?:\s+\"[^\"]*\")?\)")
 HEADING = re.compile(r"^#{1,6}\s+(.+?)\s*#*$", re.MULTILINE)

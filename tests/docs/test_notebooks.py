@@ -4,8 +4,9 @@ import os
 import shutil
 from pathlib import Path
 
-import check_docs
 import pytest
+
+import check_docs
 
 nbformat = pytest.importorskip("nbformat")
 nbclient = pytest.importorskip("nbclient")

@@ -10,8 +10,9 @@ import venv
 import zipfile
 from pathlib import Path
 
-import check_docs
 import pytest
+
+import check_docs
 
 pytestmark = pytest.mark.slow
 ROOT = check_docs.ROOT

@@ -2,8 +2,9 @@
 
 import re
 
-import check_docs
 import pytest
+
+import check_docs
 
 pytest.importorskip("mkdocs")
 from mkdocs.commands.build import build  # noqa: E402

@@ -3,8 +3,9 @@
 import ast
 import re
 
-import check_docs
 import pytest
+
+import check_docs
 
 PAGE = check_docs.ROOT / "docs" / "troubleshooting.md"
 VALUE = "\0"  # what is formatted into a text

@@ -1,10 +1,10 @@
 """Fine-tuning by low-rank adapters: what is trained, written, loaded and merged."""
 
-import merge_lora
 import pytest
 import torch
 from safetensors.torch import load_file
 
+import merge_lora
 from diffnext.pipelines import NOVAPipeline
 from diffnext.pipelines.builder import get_pipeline_path
 from diffnext.pipelines.release_folder import LORA_FILE

@@ -1,9 +1,8 @@
 """scripts/train.py, which says at its end how often DDP has reduced gradients."""
 
+from scripts import train
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
-
-from scripts import train
 
 
 class CountingModel(DistributedDataParallel):

@@ -20,7 +20,6 @@ import show_parameters
 from apps import image_app, options, video_app
 from apps.models import Defaults, Ranges, choose_device, load_pipeline, model_name, read_defaults
 from apps.studio import MAX_SEED, DrawRequest, Stopped, Studio, choose_seed
-
 from diffnext.utils import read_parameters
 
 ROOT = Path(__file__).resolve().parents[2]

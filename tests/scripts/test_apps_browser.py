@@ -21,14 +21,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import imageio.v3 as imageio
-import init_checkpoint
 import numpy as np
 import pytest
 from omegaconf import OmegaConf
 from PIL import ExifTags, Image
-from shapes_world.detection import detect
 
+import init_checkpoint
 from diffnext.utils import read_parameters
+from shapes_world.detection import detect
 
 pytest.importorskip("gradio", reason="the apps need `pip install .[demo]`")
 sync_api = pytest.importorskip("playwright.sync_api", reason="browser tests need playwright")

@@ -4,8 +4,9 @@ import json
 import shutil
 from pathlib import Path
 
-import benchmark
 import pytest
+
+import benchmark
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICK = ["--runs", "1", "--warmup", "0", "--threads", "1"]

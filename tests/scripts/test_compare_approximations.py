@@ -2,11 +2,11 @@
 
 import json
 
-import compare_approximations
 import pytest
 import torch
 import yaml
 
+import compare_approximations
 from tests.tiny import make_model
 
 

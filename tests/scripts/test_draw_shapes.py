@@ -2,12 +2,13 @@
 
 from pathlib import Path
 
-import draw_shapes
 import imageio.v3 as imageio
-import init_checkpoint
 import numpy as np
 import pytest
 from PIL import Image
+
+import draw_shapes
+import init_checkpoint
 from shapes_world.detection import detect
 
 ROOT = Path(__file__).resolve().parents[2]

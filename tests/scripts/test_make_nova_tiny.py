@@ -2,9 +2,9 @@
 
 import json
 
-import make_nova_tiny
 import pytest
 
+import make_nova_tiny
 from diffnext.pipelines import NOVAPipeline
 
 

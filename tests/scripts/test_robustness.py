@@ -1,8 +1,9 @@
 """Runs that are killed, damaged and starved, through the scripts that anyone can run."""
 
+import pytest
+
 import check_faults
 import check_resume
-import pytest
 
 pytestmark = pytest.mark.slow
 

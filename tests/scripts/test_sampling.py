@@ -9,15 +9,15 @@ import sys
 import time
 from pathlib import Path
 
-import encode_prompts
 import imageio
 import numpy as np
 import pytest
-import sample_geneval
-import sample_vbench
 import torch
 from PIL import Image
 
+import encode_prompts
+import sample_geneval
+import sample_vbench
 from diffnext.evaluation import layouts, sampling
 from diffnext.evaluation.layouts import VBenchLayout, safe_name
 from diffnext.evaluation.prompts import read_prompts, read_vbench

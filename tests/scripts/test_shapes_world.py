@@ -4,13 +4,16 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-import evaluate_shapes
-import init_checkpoint
-import make_shapes_dataset
 import numpy as np
 import pytest
 import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+
+import evaluate_shapes
+import init_checkpoint
+import make_shapes_dataset
+from diffnext.data.flex_loaders import FeatureDataLoader
+from diffnext.models.autoencoders.loading import load_autoencoder
 from shapes_world.captions import write_caption, write_prompt
 from shapes_world.detection import detect
 from shapes_world.evaluation import (
@@ -36,9 +39,6 @@ from shapes_world.scenes import (
     draw_description,
     draw_scene,
 )
-
-from diffnext.data.flex_loaders import FeatureDataLoader
-from diffnext.models.autoencoders.loading import load_autoencoder
 
 ASSETS = Path(__file__).parents[2] / "assets"
 VAE_FOLDERS = {"image": ASSETS / "vae-tiny", "video": ASSETS / "vae-tiny-video"}

@@ -3,11 +3,11 @@
 import re
 
 import torch
-import train_text_encoder
-from shapes_world.scenes import Description, Mention
 from transformers import AutoTokenizer
 
+import train_text_encoder
 from diffnext.models.text_encoders.phi import PhiEncoderModel
+from shapes_world.scenes import Description, Mention
 
 OPTIONS = ["--width", "32", "--batch-size", "32"]
 
