@@ -1,8 +1,8 @@
-"""Draw with the pretrained tiny model: four prompts in seconds on a CPU.
+"""Draw with the pretrained tiny models: four prompts and a clip, in seconds on a CPU.
 
     python scripts/draw_shapes.py --output drawn
     python scripts/draw_shapes.py "a pink cross" "two cyan stars" --seed 1
-    python scripts/draw_shapes.py --clip "a star turning" --clip-model MODEL_OF_CLIPS
+    python scripts/draw_shapes.py "a ring" --clip "a star turning"
 
 The folder gets shapes.png, one picture a prompt, and of a clip clip.gif and its strip of frames
 clip.png.
@@ -24,6 +24,7 @@ from diffnext.pipelines import NOVAPipeline
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 PROMPTS = ("a red star", "a ring", "a blue cross", "two green squares")
+CLIP_PROMPT = "a blue circle moving right"
 GUIDANCE_SCALE = 2.5  # scripts/evaluate_shapes.py --sweep: the best for this model
 NUM_FRAMES = 17
 SHOWN_FRAMES = range(0, NUM_FRAMES, 4)
@@ -49,15 +50,18 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("prompts", nargs="*", default=list(PROMPTS), help="(four of our own)")
-    parser.add_argument("--clip", help="prompt of a clip (none)")
+    parser.add_argument("prompts", nargs="*", help="(four of our own)")
+    parser.add_argument("--clip", help="prompt of a clip (one of our own; none beside prompts)")
     parser.add_argument("--model", type=Path, default=ASSETS / "nova-tiny", help="of pictures")
-    parser.add_argument("--clip-model", type=Path, help="folder of a model of clips")
+    parser.add_argument(
+        "--clip-model", type=Path, default=ASSETS / "nova-tiny-video", help="of clips"
+    )
     parser.add_argument("--output", type=Path, default=Path("drawn"), help="folder (drawn)")
     parser.add_argument("--seed", type=int, default=0, help="of the first picture (0)")
     args = parser.parse_args(argv)
-    if bool(args.clip) != bool(args.clip_model):
-        parser.error("--clip and --clip-model go together")
+    if not args.prompts:
+        args.prompts = list(PROMPTS)
+        args.clip = args.clip or CLIP_PROMPT
     return args
 
 

@@ -74,7 +74,11 @@ PICTURE_LESSONS = (
     Lesson("longer", CATEGORIES, 40000, 16000),
     Lesson("named_colors", NAMED_COLORS, 16000, 4000, learning_rate=5e-4),
 )
-CLIP_LESSONS = (Lesson("clips", CLIP_CATEGORIES, 8000, 14000, is_clip=True),)
+CLIP_LESSONS = (
+    Lesson("clips", CLIP_CATEGORIES, 8000, 14000, is_clip=True),
+    Lesson("more_clips", CLIP_CATEGORIES, 12000, 18000, is_clip=True),
+)
+CLIP_DECODER_STEPS = 4000  # of one clip
 HELD_OUT_PICTURES = Lesson("held_out", CATEGORIES, 512, steps=0)
 HELD_OUT_CLIPS = Lesson("held_out_clips", CLIP_CATEGORIES, 64, steps=0, is_clip=True)
 PRODUCTS = ("nova-tiny", "nova-tiny-video")
@@ -160,6 +164,7 @@ def make_clip_stages(args: argparse.Namespace) -> list[Stage]:
     fit = fit_stage(args, "clip_autoencoder", VIDEO_AUTOENCODER_CONFIG, overrides)
     overrides = [f"init_from={fit.result.parent / 'vae'}", "training.part=decoder"]
     overrides += ["training.batch_size=1", "data.clip_lengths=[17]", "optimizer.learning_rate=5e-4"]
+    overrides.append(f"training.steps={scaled(CLIP_DECODER_STEPS, args)}")
     refine = fit_stage(args, "clip_decoder", VIDEO_AUTOENCODER_CONFIG, overrides)
     options = ["--weights", pictures]
     return [

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import imageio.v3 as imageio
 import numpy as np
-import pytest
 from PIL import Image
 
 import draw_shapes
@@ -42,10 +41,11 @@ def test_a_clip_is_shown_as_a_strip(tmp_path, capsys):
     assert "17 frames" in capsys.readouterr().out
 
 
-def test_a_clip_needs_its_model(capsys):
-    with pytest.raises(SystemExit):
-        draw_shapes.main(["--clip", "a star turning"])
-    assert "--clip and --clip-model go together" in capsys.readouterr().err
+def test_without_prompts_the_models_show_what_they_can(tmp_path, capsys):
+    assert draw_shapes.main(["--output", str(tmp_path)]) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"shapes.png", "clip.gif", "clip.png"}
+    printed = capsys.readouterr().out
+    assert "4 prompts" in printed and "17 frames" in printed
 
 
 def test_a_missing_model_is_named(tmp_path, capsys):
