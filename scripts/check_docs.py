@@ -47,6 +47,11 @@ from omegaconf import OmegaConf
 from diffnext.utils.config_schema import TrainConfig, iterate_schema
 
 ROOT = Path(__file__).resolve().parent.parent
+# What blocks find in their folder; not what someone's own runs have left in the checkout.
+SOURCES = (
+    *("accelerate_configs", "assets", "configs", "diffnext", "docs", "scripts", "tests"),
+    *("Makefile", "README.md", "TRAINING.md", "pyproject.toml"),
+)
 SKIP_REASONS = ("needs a GPU", "needs a download")
 RUNNABLE = ("python", "bash", "yaml")
 NOT_CODE = ("", "text", "bibtex", "json", "jsonl", "csv")
@@ -257,9 +262,9 @@ def run_page(page: Page, folder: Path, stand_ins: StandIns) -> None:
     Raises:
         DocsError: With page, line and output of the block that failed.
     """
-    for entry in ROOT.iterdir():
-        if entry.name not in {".git", ".venv"} and not (folder / entry.name).exists():
-            (folder / entry.name).symlink_to(entry)
+    for name in SOURCES:
+        if not (folder / name).exists():
+            (folder / name).symlink_to(ROOT / name)
     jobs = [
         {**dataclasses.asdict(block), "code": stand_ins.apply(block)}
         for block in page.blocks
