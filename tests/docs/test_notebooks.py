@@ -15,9 +15,8 @@ NOTEBOOKS = sorted((check_docs.ROOT / "docs" / "notebooks").glob("*.ipynb"))
 
 def in_a_copy(notebook: Path, folder: Path) -> Path:
     """A folder where the notebook finds what it finds in the repository."""
-    for entry in check_docs.ROOT.iterdir():
-        if entry.name not in {".git", ".venv", "docs", "experiments"}:
-            (folder / entry.name).symlink_to(entry)
+    for name in set(check_docs.SOURCES) - {"docs"}:
+        (folder / name).symlink_to(check_docs.ROOT / name)
     place = folder / "docs" / "notebooks"
     place.mkdir(parents=True)
     shutil.copy(notebook, place)
