@@ -102,10 +102,11 @@ def test_record_cut_short_is_named(tiny_run, tmp_path, workers):
 
 def test_reading_process_that_dies_while_the_model_computes_is_named(tiny_run, monkeypatch):
     compute = NOVATransformer3DModel.forward
+    others = multiprocessing.active_children()  # of tests before this one
 
     def kill_reader_while_computing(model, inputs):
-        for reader in multiprocessing.active_children():
-            reader.kill()
+        (reader,) = set(multiprocessing.active_children()) - set(others)
+        reader.kill()
         time.sleep(5)  # cut short by the signal of its death
         return compute(model, inputs)
 
