@@ -1,9 +1,9 @@
 """Draw videos in the browser, of a prompt or of a prompt and a picture.
 
+    python scripts/app_nova_t2v.py
     python scripts/app_nova_t2v.py --model BAAI/nova-d48w1024-osp480 --device 0
 
-Without --model it takes assets/nova-tiny-video, where that exists. Open the address that it
-prints; see docs/apps.md.
+Open the address that it prints; see docs/apps.md.
 """
 
 from __future__ import annotations

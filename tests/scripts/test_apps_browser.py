@@ -315,11 +315,10 @@ def test_a_second_visitor_waits_and_stopping_lets_them_in(video_url, open_page):
     wait_for(lambda: re.search(r"\d+/\d+ sets", status(second)))
 
 
-@pytest.mark.skipif(not SHIPPED_MODEL.is_dir(), reason="no assets/nova-tiny-video yet")
 def test_the_model_that_comes_with_the_code_makes_a_video(open_page, tmp_path):
     with serve("app_nova_t2v.py") as url:
         page = open_page(url)
-        page.fill("#prompt textarea", "a red circle moving left")
+        page.fill("#prompt textarea", "a blue circle moving right")
         page.click("#generate")
         file = tmp_path / "clip.mp4"
         file.write_bytes(download(result_source(page, "video")))
