@@ -80,7 +80,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--num", type=int, default=32, help="files (32)")
     parser.add_argument("--num-frames", type=int, default=17, help="frames of a clip (17)")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each side (5)")
-    parser.add_argument("--batch-size", type=int, default=8, help="of the builder (8)")
+    parser.add_argument(
+        "--batch-size", type=int, help="of the builder (8, of videos 1, as build_cache.py has it)"
+    )
     parser.add_argument("--workers", type=int, default=2, help="threads of the builder (2)")
     parser.add_argument("--flow", type=float, help="motion strength (the builder measures it)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (cpu)")
@@ -131,7 +133,7 @@ def run_builder(args: argparse.Namespace, source: Path, output: Path) -> int:
         sizes=(args.size,),
         frames=FrameSampling(num_frames=args.num_frames, stride=2),
         flow=args.flow,
-        batch_size=args.batch_size,
+        batch_size=args.batch_size or (1 if args.kind == "videos" else 8),
         workers=args.workers,
         dtype=args.dtype,
         device=args.device,
