@@ -30,7 +30,12 @@ from PIL import Image, ImageOps
 
 from diffnext.data.caching import encoding
 from diffnext.data.caching.building import build_cache
-from diffnext.data.caching.settings import CacheSettings, FrameSampling, parse_size
+from diffnext.data.caching.settings import (
+    USUAL_BATCH_SIZES,
+    CacheSettings,
+    FrameSampling,
+    parse_size,
+)
 from diffnext.data.records import RecordDataset, RecordWriter
 from diffnext.models.autoencoders.loading import load_autoencoder
 from diffnext.utils.export_utils import export_to_video
@@ -133,7 +138,7 @@ def run_builder(args: argparse.Namespace, source: Path, output: Path) -> int:
         sizes=(args.size,),
         frames=FrameSampling(num_frames=args.num_frames, stride=2),
         flow=args.flow,
-        batch_size=args.batch_size or (1 if args.kind == "videos" else 8),
+        batch_size=args.batch_size or USUAL_BATCH_SIZES[args.kind],
         workers=args.workers,
         dtype=args.dtype,
         device=args.device,

@@ -152,7 +152,6 @@ def make_model_spec(args: argparse.Namespace, weights: Path) -> dict[str, Any]:
         "device": args.device,
         "dtype": args.dtype,
         "compile": args.compile,
-        "prepack": args.prepack,
         "weights": str(weights),
     }
     is_video = spec["transformer"]["video_base_size"][0] > 1
@@ -161,6 +160,8 @@ def make_model_spec(args: argparse.Namespace, weights: Path) -> dict[str, Any]:
         tokens = math.prod(spec["transformer"]["image_base_size"])
         num_preds = cosine_set_sizes(args.sets, tokens).tolist()
         spec |= {"num_preds": num_preds, "steps": args.steps, "guidance": args.guidance}
+    if args.command == "generate":
+        spec["prepack"] = args.prepack
     return spec
 
 

@@ -23,7 +23,6 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop
 from works import WORKS, Work
 
 CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-PACKED_LINEAR = torch.ops.mkldnn._linear_pointwise
 
 
 class OperationCounter(TorchDispatchMode):
@@ -76,10 +75,10 @@ def counted(work: Work) -> dict[str, float]:
     """Operations and floating-point operations of matrix products of one run."""
     with OperationCounter() as operations:
         work.run()
-    mapping = {
-        CPU_ATTENTION: lambda q, k, v, *a, **kw: sdpa_flop(q, k, v),
-        PACKED_LINEAR: lambda x, weight, *a, **kw: 2 * math.prod(x) * weight[0],
-    }
+    mapping = {CPU_ATTENTION: lambda q, k, v, *a, **kw: sdpa_flop(q, k, v)}
+    if torch.backends.mkldnn.is_available():  # products of packed weights
+        packed = torch.ops.mkldnn._linear_pointwise
+        mapping[packed] = lambda x, weight, *a, **kw: 2 * math.prod(x) * weight[0]
     with FlopCounterMode(display=False, custom_mapping=mapping) as flops:
         work.run()
     return {"operations": operations.count, "flops": flops.get_total_flops()}

@@ -114,9 +114,6 @@ def build_parser(program: str = PROGRAM, command: str = PROGRAM) -> argparse.Arg
     model.add_argument("--arch", nargs=3, help="names of the three parts, in place of the config's")
     model.add_argument("--frames", type=int, help="latent frames (9 for videos, else 1)")
     model.add_argument("--compile", action="store_true", help="compile the blocks of our side")
-    model.add_argument(
-        "--prepack", action="store_true", help="lay out the weights of our side for a CPU"
-    )
     model.add_argument("--scheduler", choices=("flow", "ddpm"), default="flow", help="(flow)")
     parser = argparse.ArgumentParser(
         prog=program,
@@ -128,6 +125,9 @@ def build_parser(program: str = PROGRAM, command: str = PROGRAM) -> argparse.Arg
     generate.add_argument("--sets", type=int, default=16, help="of tokens a frame (16)")
     generate.add_argument("--steps", type=int, default=25, help="of diffusion a set (25)")
     generate.add_argument("--guidance", type=float, default=5.0, help="(5)")
+    generate.add_argument(
+        "--prepack", action="store_true", help="lay out the weights of our side for a CPU"
+    )
     commands.add_parser("train", parents=[common, device, model])
     growth = commands.add_parser("growth", parents=[common, device, model])
     growth.add_argument("--plot", type=Path, help="picture of the curves (PNG)")

@@ -294,9 +294,10 @@ def make_settings(args: argparse.Namespace, device: str) -> CacheSettings:
 
 def _sizes_of_work(args: argparse.Namespace) -> dict[str, int]:
     """Examples at once, and files at most lost: fewer where each is a video."""
-    usual = {"batch_size": 8, "chunk_size": 64}
-    if args.kind == "videos":
-        usual = {"batch_size": 1, "chunk_size": 8}
+    from diffnext.data.caching.settings import USUAL_BATCH_SIZES
+
+    chunk_size = 8 if args.kind == "videos" else 64
+    usual = {"batch_size": USUAL_BATCH_SIZES[args.kind], "chunk_size": chunk_size}
     given = {name: getattr(args, name) for name in usual}
     return {name: usual[name] if given[name] is None else given[name] for name in usual}
 

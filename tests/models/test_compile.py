@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from torch._dynamo.utils import counters
 from torch.nn import functional as F
 
+from diffnext.models import attention
 from diffnext.models.attention import BlockCausalMask, can_flex, flex_layout
 from tests.tiny import generation_inputs, make_model, make_prompts
 
@@ -17,10 +17,10 @@ def fresh_compiler():
     torch._dynamo.reset()
 
 
-def compiled_model(fullgraph=True, **options):
-    """A model that is compiled wherever it can be; a full graph makes a graph break an error."""
+def compiled_model(**options):
+    """A model that is compiled wherever it can be; a graph break is an error."""
     model = make_model(frames=3, **options)
-    model.compile_parts(fullgraph=fullgraph, backend="aot_eager")
+    model.compile_parts(fullgraph=True, backend="aot_eager")
     return model
 
 
@@ -33,7 +33,10 @@ def test_blocks_compile_without_graph_breaks_in_generation(options):
 
 
 @pytest.mark.parametrize("level", [0, 3])
-def test_blocks_compile_in_training_with_graph_breaks_at_attention_only(level):
+def test_blocks_compile_without_graph_breaks_in_training(level, monkeypatch):
+    # As on a GPU: what a CPU leaves out of the graph is attention itself, and nothing else.
+    monkeypatch.setattr(attention, "_attend_uncompiled", F.scaled_dot_product_attention)
+
     def gradients(model):
         model.train().set_gradient_checkpointing(level)
         torch.manual_seed(0)
@@ -44,10 +47,8 @@ def test_blocks_compile_in_training_with_graph_breaks_at_attention_only(level):
         return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
     eager = gradients(make_model(frames=3))
-    counters["graph_break"].clear()
-    compiled = gradients(compiled_model(fullgraph=False))
+    compiled = gradients(compiled_model())
     torch.testing.assert_close(compiled, eager, atol=1e-5, rtol=1e-4)
-    assert all("_attend_uncompiled" in reason for reason in counters["graph_break"])
 
 
 def test_flex_attention_and_prefixes_equal_the_dense_mask(monkeypatch):

@@ -16,6 +16,7 @@ RESIZE_MODES = ("cover", "stretch")
 DTYPES = ("float16", "bfloat16", "float32")
 DECODERS = ("pyav", "decord")
 MAX_FLOAT = 1e6
+USUAL_BATCH_SIZES = {"images": 8, "videos": 1}  # a video is many pictures at once
 
 # Where, how fast and how strictly, but not what: a build may go on with others of these. Of the
 # encoders the weights count, not the folders.
