@@ -1,4 +1,4 @@
-# make demo       set up, draw with assets/nova-tiny, train a NOVA on two pictures and draw them
+# make demo       set up, draw with the models in assets/, train a NOVA on two pictures, draw them
 # make demo-video the same on two clips
 # make nova-tiny  make assets/nova-tiny and -video anew, in nova_tiny/; takes hours, continues when stopped
 # make test       set up, lint, run the tests
