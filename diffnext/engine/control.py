@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -94,14 +95,6 @@ def is_lost_connection(error: BaseException) -> bool:
     return is_of_gloo or isinstance(error, distributed.DistError)
 
 
-def is_dead_worker(error: BaseException) -> bool:
-    """Whether an error says that a process that reads for this one has died.
-
-    The signal of its death raises this wherever the main thread is, not only where it reads.
-    """
-    return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker")
-
-
 def _describe(error: Exception) -> str:
     """One line that names the error's kind unless its text speaks for itself."""
     text = " ".join(str(error).split())
@@ -161,3 +154,54 @@ class StopRequests:
             self._received_at = now
         elif received is signal.SIGINT and now - self._received_at > IMPATIENCE:
             raise KeyboardInterrupt
+
+
+class HeldSignal:
+    """Keeps a signal from its handler, but for where its error is expected.
+
+    PyTorch tells of the death of a loader's process by a handler that raises. That happens wherever
+    the main thread is, and what is in the middle of something, such as a file half written, may
+    take the error for one of its own. Used as a context manager; elsewhere and in other threads
+    nothing is held.
+
+    Args:
+        number: The signal.
+    """
+
+    def __init__(self, number: signal.Signals) -> None:
+        self.number = number
+        self._handler: Any = None
+        self._has_arrived = False
+
+    def __enter__(self) -> HeldSignal:
+        if threading.current_thread() is threading.main_thread():
+            self._handler = signal.signal(self.number, self._note)
+        return self
+
+    def __exit__(
+        self,
+        error_type: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._handler is not None:
+            signal.signal(self.number, self._handler)
+            self._handler = None
+
+    @contextlib.contextmanager
+    def delivered(self) -> Iterator[None]:
+        """Let the handler run inside this block, at once if the signal has arrived before."""
+        if self._handler is None:
+            yield
+            return
+        signal.signal(self.number, self._handler)
+        try:
+            if self._has_arrived and callable(self._handler):
+                self._has_arrived = False
+                self._handler(self.number, None)
+            yield
+        finally:
+            self._handler = signal.signal(self.number, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self._has_arrived = True

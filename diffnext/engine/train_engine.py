@@ -6,6 +6,7 @@ import functools
 import json
 import logging
 import math
+import signal
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,10 +28,10 @@ from diffnext.engine.checkpoint import ResumePoint, RunFolder
 from diffnext.engine.checkpoint_writer import CheckpointWriter, Snapshot, copy_tensors
 from diffnext.engine.control import (
     Agreement,
+    HeldSignal,
     StopRequests,
     TrainingError,
     TrainingStopped,
-    is_dead_worker,
     is_lost_connection,
 )
 from diffnext.engine.data_check import count_training_examples
@@ -96,6 +97,7 @@ class Trainer:
 
         # First, as it fails fastest. Its processes only start with the first batch.
         self.loader = build_loader(config)
+        self._reader_deaths = HeldSignal(signal.SIGCHLD)
         self.pipeline = self._build_pipeline(resume)
         self.ema = self._build_ema(resume)
         model = self.pipeline.configure_model(config)
@@ -197,22 +199,18 @@ class Trainer:
         self.accelerator.step = 0  # micro-batches are counted from a whole step
         self.reporter.rewind(self.global_step)
         try:
-            with self.reporter.progress_bar(self.global_step):
+            with self._reader_deaths, self.reporter.progress_bar(self.global_step):
                 while self.global_step < self.max_steps:
                     self._stop_if_asked()
                     self._advance()
             self.writer.wait()
         except RuntimeError as error:
-            if is_lost_connection(error):
-                reason = (
-                    "another process of the run is gone. Its own message, or that of the "
-                    "launcher, says why"
-                )
-            elif is_dead_worker(error):
-                reason = str(error)
-            else:
+            if not is_lost_connection(error):
                 raise
-            raise TrainingError(f"step {self.global_step} was cut short: {reason}") from error
+            raise TrainingError(
+                f"step {self.global_step} was cut short: another process of the run is gone. Its "
+                "own message, or that of the launcher, says why"
+            ) from error
 
     def _advance(self) -> None:
         """Do one step and all that is due after it."""
@@ -249,7 +247,8 @@ class Trainer:
         error = self.writer.take_error()
         if error is not None:
             raise error
-        return [self.loader.next()[0] for _ in range(count)]
+        with self._reader_deaths.delivered():
+            return [self.loader.next()[0] for _ in range(count)]
 
     def _run_forward_backward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Run one micro-batch; returns its losses and metrics, detached."""

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from diffnext.data.records import RecordDataset, RecordWriter
+from diffnext.engine import checkpoint_writer
 from diffnext.engine.control import EXIT_STOPPED
 from diffnext.models.transformers.transformer_nova import NOVATransformer3DModel
 from tests.engine.conftest import TinyRun
@@ -100,22 +101,43 @@ def test_record_cut_short_is_named(tiny_run, tmp_path, workers):
     assert "example 10" in error and "00000.data" in error
 
 
-def test_reading_process_that_dies_while_the_model_computes_is_named(tiny_run, monkeypatch):
-    compute = NOVATransformer3DModel.forward
+def killing_the_reader_in(function):
+    """The function, but the process that reads dies during its first call."""
     others = multiprocessing.active_children()  # of tests before this one
+    killed = []
 
-    def kill_reader_while_computing(model, inputs):
-        (reader,) = set(multiprocessing.active_children()) - set(others)
-        reader.kill()
-        time.sleep(5)  # cut short by the signal of its death
-        return compute(model, inputs)
+    def wrapper(*args, **kwargs):
+        if not killed:  # as looking for children would bury the dead one before it is noticed
+            (reader,) = set(multiprocessing.active_children()) - set(others)
+            reader.kill()
+            os.waitid(os.P_PID, reader.pid, os.WEXITED | os.WNOWAIT)
+            killed.append(reader)
+        return function(*args, **kwargs)
 
-    monkeypatch.setattr(NOVATransformer3DModel, "forward", kill_reader_while_computing)
-    error = error_of(
-        tiny_run, "train_dataloader.params.num_workers=1", "training.max_train_steps=1000"
-    )
-    assert "step 0 was cut short: DataLoader worker" in error
+    return wrapper
+
+
+ONE_READER = "train_dataloader.params.num_workers=1"
+
+
+def test_reading_process_that_dies_while_the_model_computes_is_named(tiny_run, monkeypatch):
+    compute = killing_the_reader_in(NOVATransformer3DModel.forward)
+    monkeypatch.setattr(NOVATransformer3DModel, "forward", compute)
+    error = error_of(tiny_run, ONE_READER, "training.max_train_steps=1000")
+    assert "step 1 cannot start: RuntimeError: DataLoader worker" in error
     assert "is killed by signal: Killed" in error
+
+
+def test_reading_process_that_dies_while_a_checkpoint_is_written_does_not_spoil_it(
+    tiny_run, monkeypatch
+):
+    write = killing_the_reader_in(checkpoint_writer.torch.save)
+    monkeypatch.setattr(checkpoint_writer.torch, "save", write)
+    error = error_of(
+        tiny_run, ONE_READER, "experiment.save_every=2", "training.max_train_steps=1000"
+    )
+    assert "step 2 cannot start: RuntimeError: DataLoader worker" in error
+    assert [path.name for path in tiny_run.output.glob("checkpoints/*")] == ["checkpoint-2"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
