@@ -9,10 +9,11 @@
 Prompts are drawn by lot in the categories of GenEval (arXiv:2310.11513), separately those whose
 combinations were in the training data and those held out. A picture is right if a detector finds
 exactly the shapes, colours, number and relation of the prompt; a clip is right if its first frame
-is, 90 % of its frames show the shapes of the prompt, and the first shape moves as asked. With
-`--given-frames` models continue rendered clips, and every colour is named. `--truth`
-scores rendered pictures instead, with their captions and with captions in a wrong order, and
-`--vae` reconstructions. The folder gets scores.json, scores.md and sheet.png, failures framed red.
+is, 90 % of its frames show the shapes of the prompt (identity), and the first shape moves as asked.
+Agreement is the share of such frames over all clips. With `--given-frames` models continue rendered
+clips, and every colour is named. `--truth` scores rendered pictures instead, with their captions
+and with captions in a wrong order, and `--vae` reconstructions. The folder gets scores.json,
+scores.md and sheet.png, failures framed red.
 """
 
 from __future__ import annotations
@@ -310,9 +311,9 @@ def score(drawings: Sequence[Drawing]) -> dict[str, dict[str, dict[str, float]]]
 
 
 def share(verdicts: Sequence[Verdict]) -> dict[str, float]:
-    """Share of the verdicts that are positive, in all and in each respect."""
+    """Share of the verdicts that are positive, in all and in each respect; mean agreement."""
     shares = {"right": float(np.mean([verdict.is_right for verdict in verdicts]))}
-    for name in ("content", "identity", "motion"):
+    for name in ("content", "agreement", "identity", "motion"):
         values = [getattr(verdict, name) for verdict in verdicts]
         if values[0] is not None and verdicts[0].motion is not None:
             shares[name] = float(np.mean(values))

@@ -68,6 +68,7 @@ class Lesson:
 # Words are learnt where they explain most of a picture: in thousands of steps less than from
 # pictures in which shapes, of any colour, may be anywhere, or next to others.
 NAMED_COLORS = ("colors", "colors", "attribution", "attribution", "counting", "position")
+COLORED_CLIPS = ("single", "two", "colors", "colors", "attribution", "attribution")
 PICTURE_LESSONS = (
     Lesson("centered", CATEGORIES, 16000, 3000, is_centered=True),
     Lesson("anywhere", CATEGORIES, 40000, 8000),
@@ -77,8 +78,10 @@ PICTURE_LESSONS = (
 CLIP_LESSONS = (
     Lesson("clips", CLIP_CATEGORIES, 8000, 14000, is_clip=True),
     Lesson("more_clips", CLIP_CATEGORIES, 12000, 18000, is_clip=True),
+    Lesson("colored_clips", COLORED_CLIPS, 14000, 14000, is_clip=True),
+    Lesson("last_clips", COLORED_CLIPS, 10000, 9000, is_clip=True, learning_rate=3e-4),
 )
-CLIP_DECODER_STEPS = 4000  # of one clip
+CLIP_DECODER_STEPS = 6400  # of one clip
 HELD_OUT_PICTURES = Lesson("held_out", CATEGORIES, 512, steps=0)
 HELD_OUT_CLIPS = Lesson("held_out_clips", CLIP_CATEGORIES, 64, steps=0, is_clip=True)
 PRODUCTS = ("nova-tiny", "nova-tiny-video")

@@ -28,8 +28,8 @@ from shapes_world.scenes import (
 
 IDENTITY_SHARE = 0.9  # of the frames that must show the shapes of the prompt
 MIN_SHIFT = 0.12  # of the picture, to count as moving
-MIN_GROWTH = 1.25
-MIN_TURN = math.radians(30)
+MIN_GROWTH = 1.1
+MIN_TURN = math.radians(20)
 
 
 @dataclass(frozen=True)
@@ -38,11 +38,13 @@ class Verdict:
 
     Attributes:
         content: Whether the picture, or the first frame, shows what was asked for.
-        identity: Whether nearly all frames show the shapes of the prompt; None of pictures.
+        agreement: Share of the frames that show the shapes of the prompt; None of pictures.
+        identity: Whether nearly all frames do; None of pictures.
         motion: Whether the first shape moves as asked; None of pictures.
     """
 
     content: bool
+    agreement: float | None = None
     identity: bool | None = None
     motion: bool | None = None
 
@@ -120,11 +122,12 @@ def judge(description: Description, frames: Sequence[ndarray]) -> Verdict:
     content = description.fulfilled_by(found[0])
     if description.motion is None:
         return Verdict(content)
-    shares = [description.fulfilled_by(items) for items in found]
+    agreement = float(np.mean([description.fulfilled_by(items) for items in found]))
     path = follow(description.mentions[0], found)
     return Verdict(
         content,
-        identity=sum(shares) >= IDENTITY_SHARE * len(frames),
+        agreement=agreement,
+        identity=agreement >= IDENTITY_SHARE,
         motion=name_motion(path) == description.motion,
     )
 

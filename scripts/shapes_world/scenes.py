@@ -37,6 +37,7 @@ BACKGROUNDS: dict[str, Color] = {
 }
 SHAPES = ("circle", "square", "triangle", "star", "ring", "cross")
 SIZES = {"small": 0.15, "medium": 0.18, "large": 0.21}  # radii
+CLIP_SIZES = ("medium", "large")  # what is smaller is a blur when it moves
 RELATIONS: dict[str, Point] = {
     "left of": (-1, 0),
     "right of": (1, 0),
@@ -149,17 +150,17 @@ class Motion:
 MOTIONS = {
     motion.name: motion
     for motion in (
-        Motion("moving left", shift=(-0.5, 0.0)),
-        Motion("moving right", shift=(0.5, 0.0)),
-        Motion("moving up", shift=(0.0, -0.5)),
-        Motion("moving down", shift=(0.0, 0.5)),
-        Motion("turning", turn=math.pi / 2),
-        Motion("growing", growth=1.45),  # the smallest then just fit beside another one
-        Motion("shrinking", growth=1 / 1.45),
+        Motion("moving left", shift=(-0.25, 0.0)),
+        Motion("moving right", shift=(0.25, 0.0)),
+        Motion("moving up", shift=(0.0, -0.25)),
+        Motion("moving down", shift=(0.0, 0.25)),
+        Motion("turning", turn=math.pi / 4),
+        Motion("growing", growth=1.2),
+        Motion("shrinking", growth=1 / 1.2),
     )
 }
 ROUND = ("circle", "ring")  # nobody sees them turn
-STRENGTHS = (0.5, 1.0)  # of motions: every latent frame is half a cell of the grid further, or one
+STRENGTHS = {1.0: 0.75, 2.0: 0.25}  # of motions, with their shares of clips
 USUAL_FLOW = 5.0  # what pipelines take for a usual motion
 
 
@@ -286,7 +287,10 @@ def draw_description(rng: np.random.Generator, category: str) -> Description:
 
 
 def draw_scene(
-    rng: np.random.Generator, description: Description, is_centered: bool = False
+    rng: np.random.Generator,
+    description: Description,
+    is_centered: bool = False,
+    sizes: Sequence[str] = tuple(SIZES),
 ) -> Scene:
     """Draw a picture that fulfils a description, without held-out colours of what it leaves open.
 
@@ -295,6 +299,7 @@ def draw_scene(
         description: May hold out combinations itself.
         is_centered: Shapes stand in the same places around the middle in every picture, so that
             words explain as much of it as they can.
+        sizes: Those of shapes whose size the description leaves open.
     """
     shared = choose(rng, allowed_colors(description.mentions[0].shape))
     wanted = description.expand()
@@ -304,7 +309,7 @@ def draw_scene(
         for mention in wanted
     ]
     while True:
-        radii = _draw_radii(rng, wanted)
+        radii = _draw_radii(rng, wanted, sizes)
         if is_centered:
             centers = _center(len(radii), description.relation)
         else:
@@ -329,9 +334,11 @@ def name_colors(rng: np.random.Generator, description: Description) -> Descripti
     return replace(description, mentions=mentions)
 
 
-def _draw_radii(rng: np.random.Generator, wanted: Sequence[Mention]) -> list[float]:
+def _draw_radii(
+    rng: np.random.Generator, wanted: Sequence[Mention], sizes: Sequence[str]
+) -> list[float]:
     largest = {1: 3, 2: 2}.get(len(wanted), 1)
-    names = list(SIZES)[:largest]
+    names = [name for name in list(SIZES)[:largest] if name in sizes]
     shared = choose(rng, names)
     is_count = wanted[0] == wanted[-1]
     sizes = [mention.size or (shared if is_count else choose(rng, names)) for mention in wanted]
@@ -397,21 +404,26 @@ def draw_clip(
     Args:
         rng: Source of randomness.
         description: With a motion.
-        strength: Of the motion; one of ``STRENGTHS`` by lot when None.
+        strength: Of the motion; one of ``STRENGTHS`` that there is room for, by lot, when None.
 
     Raises:
         ValueError: If there seems to be no room for the motion.
     """
     motion = MOTIONS[description.motion]
-    if strength is None:
-        strength = float(rng.choice(STRENGTHS))
     for _ in range(MAX_TRIES):
-        scene = draw_scene(rng, description)
+        scene = draw_scene(rng, description, sizes=CLIP_SIZES)
         motions = (motion, *[None] * (len(scene.items) - 1))
-        clip = Clip(scene, motions, strength)
+        clip = Clip(scene, motions, strength or draw_strength(rng))
         if _is_legal(clip.at(0.0)) and _is_legal(clip.at(0.5)) and _is_legal(clip.at(1.0)):
             return clip
-    raise ValueError(f"no clip of {description} at strength {strength} in {MAX_TRIES} tries")
+    raise ValueError(
+        f"no clip of {description} at strength {strength or list(STRENGTHS)} in {MAX_TRIES} tries"
+    )
+
+
+def draw_strength(rng: np.random.Generator) -> float:
+    """Draw one of ``STRENGTHS``."""
+    return float(rng.choice(list(STRENGTHS), p=list(STRENGTHS.values())))
 
 
 def _is_legal(scene: Scene) -> bool:

@@ -20,6 +20,7 @@ PICTURES = ROOT / "assets" / "nova-tiny"
 CLIPS = ROOT / "assets" / "nova-tiny-video"
 CATEGORIES = ("single", "colors")
 TOLERANCE = 0.1  # 48 pictures of a share of 0.9: a standard error of 0.04
+CLIP_TOLERANCE = 0.15  # 36 clips
 
 # Name: (file, a line of it as it is, as the fault has it)
 FAULTS = {
@@ -92,10 +93,8 @@ def test_the_score_notices(fault, tmp_path):
     assert mean_share(scores) < mean_share(read_scores(PICTURES / "scores.json")) - TOLERANCE
 
 
-def test_the_shipped_clips_keep_the_frame_they_are_given(tmp_path):
-    options = ("--clips", "--given-frames", "1", "--guidance-scale", "1", "--num", "6")
+def test_the_shipped_clips_keep_and_move_what_they_are_given(tmp_path):
+    options = ("--clips", "--given-frames", "1", "--guidance-scale", "1", "--num", "12")
     scores = evaluate(CLIPS, tmp_path / "scores", *options)
     card = read_scores(CLIPS / "scores_given_1.json")
-    for category in CATEGORIES:
-        content = scores["seen"][category]["content"]
-        assert content >= card["seen"][category]["content"] - TOLERANCE
+    assert mean_share(scores) >= mean_share(card) - CLIP_TOLERANCE

@@ -158,10 +158,12 @@ def test_what_stands_still_or_moves_otherwise_is_not_right():
     still = render_scene(Scene("black", (Item("star", "red", 0.2, (0.6, 0.5)),)))
     verdict = judge(description, [still] * 5)
     assert verdict.content and verdict.identity and not verdict.motion
+    assert verdict.agreement == 1
     rng = np.random.default_rng(0)
     other = render_clip(draw_clip(rng, replace(description, motion="moving up")))
     assert not judge(description, other).motion
-    assert not judge(description, [*other[:8], *[np.zeros_like(still)] * 9]).identity
+    vanishing = judge(description, [*other[:8], *[np.zeros_like(still)] * 9])
+    assert not vanishing.identity and vanishing.agreement == 8 / 17
     assert name_motion([]) is None
 
 
@@ -183,7 +185,7 @@ def test_clips_are_written_with_their_flow(tmp_path):
     assert make_shapes_dataset.main([*arguments, "--vae", str(VAE_FOLDERS["video"])]) == 0
     batch = FeatureDataLoader(str(tmp_path / "clips"), batch_size=2).next()[0]
     assert batch["latents"].shape == (2, 8, 2, 8, 8)
-    assert all(flow in (2.5, 5) for flow in batch["motion_flow"])
+    assert all(flow in (5, 10) for flow in batch["motion_flow"])
 
 
 def test_an_image_autoencoder_encodes_every_fourth_frame_of_clips(tmp_path):
