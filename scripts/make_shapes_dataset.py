@@ -7,7 +7,7 @@
 
 Example i of a seed is the same in every dataset of that seed, so that a longer one begins with the
 shorter. Records are those of TRAINING.md: the moments of the autoencoder's posterior, a long and a
-short caption and, of clips, the strength of the motion as a flow of up to 5. An image autoencoder
+short caption and, of clips, the strength of the motion as a flow of 5 or 10. An image autoencoder
 encodes every fourth frame of clips, which is much faster: to latents that a video autoencoder knows
 which was fitted with `align_with` this one. `--files` writes PNGs
 (of clips: GIFs) and captions.jsonl instead. No example shows what scripts/shapes_world/scenes.py
@@ -63,7 +63,7 @@ class Example:
         caption: In varied wording.
         text: In the plain wording of prompts.
         frames: (F, S, S, 3) of uint8; one of a picture.
-        flow: Motion strength, 5 being the strongest and usual; 0 of a picture.
+        flow: Motion strength, 5 being the usual one; 0 of a picture.
     """
 
     description: Description

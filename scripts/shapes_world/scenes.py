@@ -171,7 +171,7 @@ class Clip:
     Attributes:
         scene: At the beginning.
         motions: One of each item; None stands still.
-        strength: How far the motions get, 1 being their whole way.
+        strength: How far the motions get, 1 being their usual way.
     """
 
     scene: Scene
