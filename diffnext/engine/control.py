@@ -161,8 +161,8 @@ class HeldSignal:
 
     PyTorch tells of the death of a loader's process by a handler that raises. That happens wherever
     the main thread is, and what is in the middle of something, such as a file half written, may
-    take the error for one of its own. Used as a context manager; elsewhere and in other threads
-    nothing is held.
+    take the error for one of its own. Outside of :meth:`held`, and in other threads, nothing is
+    held.
 
     Args:
         number: The signal.
@@ -173,18 +173,17 @@ class HeldSignal:
         self._handler: Any = None
         self._has_arrived = False
 
-    def __enter__(self) -> HeldSignal:
-        if threading.current_thread() is threading.main_thread():
-            self._handler = signal.signal(self.number, self._note)
-        return self
-
-    def __exit__(
-        self,
-        error_type: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if self._handler is not None:
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep the signal from its handler inside this block."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        self._has_arrived = False
+        self._handler = signal.signal(self.number, self._note)
+        try:
+            yield
+        finally:
             signal.signal(self.number, self._handler)
             self._handler = None
 

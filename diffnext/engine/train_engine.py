@@ -199,7 +199,7 @@ class Trainer:
         self.accelerator.step = 0  # micro-batches are counted from a whole step
         self.reporter.rewind(self.global_step)
         try:
-            with self._reader_deaths, self.reporter.progress_bar(self.global_step):
+            with self._reader_deaths.held(), self.reporter.progress_bar(self.global_step):
                 while self.global_step < self.max_steps:
                     self._stop_if_asked()
                     self._advance()
