@@ -38,6 +38,7 @@ docs: setup-test
 lint: setup-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 format: setup-test
 	$(BIN)/ruff format .

@@ -1,21 +1,138 @@
-"""Measure, side by side with a baseline: the script for ``diffnext benchmark`` in a checkout.
-
-    python scripts/benchmark.py generate --model assets/nova-tiny --sets 64 --steps 25
-
-``--help`` has the other commands; the code is in :mod:`diffnext.cli.benchmark`.
-"""
+"""Measure, side by side with a baseline; ``--help`` has the commands."""
 
 from __future__ import annotations
 
+import argparse
+import json
+import os
 import sys
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 
-from diffnext.cli import benchmark
+from benchmarking import NONE, PLAIN
+
+DESCRIPTION = """\
+Measure sampling, training, reading, importing and autoencoders, side by side with a baseline.
+
+    python scripts/benchmark.py generate --model assets/nova-tiny --sets 64 --steps 25
+    python scripts/benchmark.py generate --config configs/nova_d48w768_sdxl1024.yaml --size 256
+    python scripts/benchmark.py train --size 256 --batch 2  # of nova_d48w768_sdxl1024
+    python scripts/benchmark.py data --records 2000
+    python scripts/benchmark.py import
+    python scripts/benchmark.py vae --direction decode --size 256
+    python scripts/benchmark.py growth --plot docs/growth.png
+    python scripts/benchmark.py generate --baseline /path/to/folder/with/another/diffnext
+
+Weights are random and the same on both sides. The two sides are processes that take turns, run by
+run, so that both see the same machine; the table has medians, the span of the runs and the ratio of
+medians. The baseline of generate and train is, by default, NOVA as its specification words it
+(tests/reference_nova.py); a path is that of a folder that holds another ``diffnext`` package, on
+which the same public calls are made; none measures one side only.
+"""
+VAES = ("AutoencoderKL", "AutoencoderKLOpenSora")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    return benchmark.main(argv, "benchmark.py", "python scripts/benchmark.py")
+    args = parse_args(argv)
+    # Here, because it takes seconds that --help does not need.
+    from benchmarking import measuring
+
+    try:
+        with tempfile.TemporaryDirectory() as scratch:
+            results = [
+                measuring.measure(args, work, name, spec, Path(scratch))
+                for name, work, spec in measuring.make_specs(args, Path(scratch))
+            ]
+    except (OSError, ValueError, RuntimeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    machine = measuring.describe_machine(args)
+    report = {"machine": machine, "arguments": vars(args), "results": results}
+    print(measuring.format_report(report))
+    if args.command == "growth":
+        report["exponents"] = measuring.find_exponents(results)
+        print(measuring.format_exponents(report["exponents"]))
+        if args.plot:
+            measuring.plot_growth(results, report["exponents"], args.plot)
+    if args.output:
+        args.output.write_text(json.dumps(report, indent=2, default=str) + "\n")
+    return 0
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if args.command == "growth":
+        args.sets, args.steps, args.guidance = 16, 10, 5.0
+        args.frames = args.frames or 1
+    has_plain = args.command in ("generate", "train")
+    args.baseline = args.baseline or (PLAIN if has_plain else NONE)
+    if args.baseline == PLAIN and not has_plain:
+        parser.error(f"{args.command} has no plain formulation: --baseline none, or a folder")
+    if args.baseline not in (PLAIN, NONE) and not (Path(args.baseline) / "diffnext").is_dir():
+        parser.error(f"--baseline {args.baseline} holds no folder diffnext")
+    if args.runs < 1 or args.warmup < 0:
+        parser.error("--runs must be at least 1, --warmup at least 0")
+    return args
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the command line."""
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument(
+        "--baseline", help="plain, none, or a folder (plain; none where no plain is)"
+    )
+    common.add_argument("--runs", type=int, default=5, help="measured a side (5)")
+    common.add_argument("--warmup", type=int, default=1, help="runs before, not measured (1)")
+    common.add_argument(
+        "--threads", type=int, default=os.cpu_count(), help="of PyTorch (all cores)"
+    )
+    common.add_argument("--output", type=Path, help="JSON file with everything measured")
+    device = argparse.ArgumentParser(add_help=False)
+    device.add_argument("--device", default="cpu", help="cpu, cuda (cpu)")
+    device.add_argument("--dtype", default="float32", help="float32, bfloat16, float16 (float32)")
+    device.add_argument("--batch", type=int, default=1, help="samples at once (1)")
+    model = argparse.ArgumentParser(add_help=False)
+    source = model.add_mutually_exclusive_group()
+    source.add_argument("--config", type=Path, help="training config with the model's sizes")
+    source.add_argument("--model", type=Path, help="release folder with the model's sizes")
+    model.add_argument("--size", type=int, nargs="+", help="pixels, in place of the config's")
+    model.add_argument("--arch", nargs=3, help="names of the three parts, in place of the config's")
+    model.add_argument("--frames", type=int, help="latent frames (9 for videos, else 1)")
+    model.add_argument("--compile", action="store_true", help="compile the blocks of our side")
+    model.add_argument("--scheduler", choices=("flow", "ddpm"), default="flow", help="(flow)")
+    parser = argparse.ArgumentParser(
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    generate = commands.add_parser("generate", parents=[common, device, model])
+    generate.add_argument("--sets", type=int, default=16, help="of tokens a frame (16)")
+    generate.add_argument("--steps", type=int, default=25, help="of diffusion a set (25)")
+    generate.add_argument("--guidance", type=float, default=5.0, help="(5)")
+    generate.add_argument(
+        "--prepack", action="store_true", help="lay out the weights of our side for a CPU"
+    )
+    commands.add_parser("train", parents=[common, device, model])
+    growth = commands.add_parser("growth", parents=[common, device, model])
+    growth.add_argument("--plot", type=Path, help="picture of the curves (PNG)")
+    data = commands.add_parser("data", parents=[common])
+    data.add_argument("--records", type=int, default=2000, help="in the dataset (2000)")
+    data.add_argument("--shape", type=int, nargs="+", default=[8, 128, 128], help="(8 128 128)")
+    data.add_argument("--batch", type=int, default=8, help="records at once (8)")
+    data.add_argument("--batches", type=int, default=250, help="of a run (250)")
+    data.add_argument("--workers", type=int, default=0, help="processes (0)")
+    data.add_argument("--in-order", action="store_true", help="do not shuffle")
+    commands.add_parser("import", parents=[common])
+    vae = commands.add_parser("vae", parents=[common, device])
+    vae.add_argument("--vae-class", choices=VAES, default="AutoencoderKL", help="(AutoencoderKL)")
+    vae.add_argument("--direction", choices=("decode", "encode"), default="decode", help="(decode)")
+    vae.add_argument("--size", type=int, default=256, help="pixels a side (256)")
+    vae.add_argument("--num-frames", type=int, default=17, help="of clips (17)")
+    return parser
 
 
 if __name__ == "__main__":

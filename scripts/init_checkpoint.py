@@ -29,7 +29,8 @@ from transformers import PhiConfig, PreTrainedTokenizerFast
 from diffnext.models.text_encoders.phi import PhiEncoderModel
 from diffnext.models.transformers.transformer_nova import NOVATransformer3DModel
 from diffnext.models.vision_transformer import Block
-from diffnext.pipelines.release_folder import INDEX_FILE, read_json, write_json, write_shim
+from diffnext.pipelines.release_folder import INDEX_FILE, write_shim
+from diffnext.utils.json_files import read_json, write_json
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 TINY_VAES = {

@@ -31,7 +31,7 @@ from safetensors.torch import load_file, save_file
 
 from demo import ROOT, run
 from diffnext.pipelines import NOVAPipeline
-from diffnext.pipelines.release_folder import read_json, write_json
+from diffnext.utils.json_files import read_json, write_json
 from shapes_world.scenes import CATEGORIES, CLIP_CATEGORIES
 
 SCRIPTS = ROOT / "scripts"

@@ -16,7 +16,7 @@ import torch
 
 from diffnext.pipelines.nova.pipeline_nova import NOVAPipeline
 from diffnext.pipelines.nova.pipeline_nova_c2i import NOVAC2IPipeline
-from diffnext.pipelines.release_folder import INDEX_FILE, LORA_FILE, read_json
+from diffnext.pipelines.release_folder import LORA_FILE, read_class_name
 
 PIPELINES = {cls.__name__: cls for cls in (NOVAPipeline, NOVAC2IPipeline)}
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -47,7 +47,7 @@ def merge(checkpoint: Path, output: Path, dtype: torch.dtype) -> None:
         output: Folder to write.
         dtype: Of the weights that are written; the sum is done in float32.
     """
-    pipeline_class = PIPELINES[read_json(checkpoint / INDEX_FILE)["_class_name"]]
+    pipeline_class = PIPELINES[read_class_name(checkpoint)]
     pipe = pipeline_class.from_pretrained(checkpoint, dtype=torch.float32)
     pipe.fuse_lora()
     pipe.unload_lora_weights()

@@ -180,7 +180,7 @@ def generate(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
             raise NotImplementedError(f"the plain loop has no {name}")
     g = inputs.get("guidance_scale", 1)
     passes = 2 if g > 1 else 1
-    c = model.embed_condition(inputs, is_guided=passes == 2)
+    c = model.encode_condition(*conditions(inputs), is_guided=passes == 2)
     scheduler = copy.deepcopy(model.sample_scheduler)
     scheduler.set_timesteps(inputs.get("num_diffusion_steps", 25))
     shape = (inputs["batch_size"], model.image_encoder.image_dim, *model.image_encoder.image_size)
@@ -202,6 +202,11 @@ def generate(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
             frame = generate_frame(model, scheduler, states, order, shape, inputs, passes)
         frames.append(frame)
     return torch.stack(frames, dim=2)
+
+
+def conditions(inputs: dict[str, Any]) -> list[Any]:
+    """What conditions a model, in the order of its arguments."""
+    return [inputs.get(name) for name in ("prompt", "c", "motion_flow", "fps")]
 
 
 def draw_order(batch: int, num_tokens: int, generator: Any, like: Tensor) -> Tensor:
@@ -326,7 +331,7 @@ def train(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Tensor]:
     """Losses of the inputs of ``model.forward`` in training mode."""
     x = inputs["x"]
     video = x.unsqueeze(2) if x.ndim == 4 else x
-    c = model.embed_condition(inputs)
+    c = model.encode_condition(*conditions(inputs))
     batch, _, length, *hw = video.shape
     encoder = model.video_encoder
     p = encoder.patch_embed.patch_size

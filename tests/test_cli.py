@@ -23,7 +23,7 @@ from tests.pipelines.conftest import make_class_pipeline, make_video_pipeline
 ROOT = Path(__file__).parents[1]
 NOVA_TINY = str(ROOT / "assets" / "nova-tiny")
 QUICK = ["--num-inference-steps", "3", "--num-diffusion-steps", "2", "--device", "cpu"]
-OWN_COMMANDS = ("generate", "train", "benchmark")
+OWN_COMMANDS = ("generate", "train")
 
 
 @pytest.fixture(scope="module")
@@ -229,7 +229,7 @@ def test_errors_are_one_line(video_model, tmp_path, capsys):
     assert not list(tmp_path.glob("a.*"))
 
 
-# --- train and benchmark ------------------------------------------------------------------------
+# --- train --------------------------------------------------------------------------------------
 
 
 def test_train_is_the_trainer(capsys):
@@ -240,22 +240,6 @@ def test_train_is_the_trainer(capsys):
     text = capsys.readouterr().out
     assert text.startswith("usage: diffnext train config=FILE.yaml")
     assert "-m diffnext train" in text and "\ntraining:" in text
-
-
-def test_benchmark_is_the_benchmark(capsys):
-    size = ["--size", "100", "--runs", "1", "--threads", "1"]
-    assert main(["benchmark", "generate", *size]) == 1
-    assert "--size must be multiples of 32" in capsys.readouterr().err
-
-
-def test_without_a_checkout_there_is_no_plain_baseline(monkeypatch, tmp_path, capsys):
-    from diffnext.cli import benchmark
-
-    monkeypatch.setattr(benchmark, "REFERENCE", tmp_path / "reference_nova.py")
-    assert benchmark.parse_args(["generate"]).baseline == "none"
-    with pytest.raises(SystemExit):
-        benchmark.parse_args(["generate", "--baseline", "plain"])
-    assert "which only a checkout has" in capsys.readouterr().err
 
 
 @pytest.mark.slow

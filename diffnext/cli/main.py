@@ -14,7 +14,6 @@ COMMANDS = {  # name: (module, what it does)
     "cache": ("diffnext.cli.cache", "turn pictures or clips into a dataset to train on"),
     "inspect": ("diffnext.cli.inspect_cache", "look into such a dataset, check it, cut it anew"),
     "train": ("diffnext.cli.train", "train or fine-tune a model"),
-    "benchmark": ("diffnext.cli.benchmark", "measure speed and memory"),
 }
 EXAMPLES = """
 examples:
@@ -22,7 +21,6 @@ examples:
   diffnext cache images photos --output dataset --vae nova/vae --size 1024
   diffnext inspect show dataset
   diffnext train config=configs/nova_d48w1024_sdxl1024.yaml experiment.output_dir=runs/first
-  diffnext benchmark generate --model assets/nova-tiny
 
 `diffnext COMMAND --help` says more. Exit codes: 0 done, 1 an error, told in one line, 2 a wrong
 command line, 130 interrupted.

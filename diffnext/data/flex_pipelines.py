@@ -23,7 +23,7 @@ class Worker(ABC):
 
     @abstractmethod
     def get_outputs(
-        self, example: Mapping[str, Any], uniform: Callable[[], float] | None = None
+        self, inputs: Mapping[str, Any], uniform: Callable[[], float] | None = None
     ) -> dict[str, list[Any]]:
         """Transform one example; see ``FeaturePipe.get_outputs``."""
 
@@ -42,12 +42,12 @@ class FeaturePipe:
         self.parse_annotations = ParseAnnotations()
 
     def get_outputs(
-        self, example: Mapping[str, Any], uniform: Callable[[], float] | None = None
+        self, inputs: Mapping[str, Any], uniform: Callable[[], float] | None = None
     ) -> dict[str, list[Any]]:
         """Transform one example.
 
         Args:
-            example: Decoded record; see ``flex_transforms``. ``flow`` is its motion strength.
+            inputs: Decoded record; see ``flex_transforms``. ``flow`` is its motion strength.
             uniform: Source of numbers in [0, 1), NumPy's global generator by default.
 
         Returns:
@@ -58,14 +58,14 @@ class FeaturePipe:
             ValueError: If the example lacks latents, or both caption and label, or an array does
                 not fill its shape.
         """
-        latents = self.parse_latents(example)
-        label, caption = self.parse_annotations(example, uniform)
-        outputs = {
+        latents = self.parse_latents(inputs)
+        label, caption = self.parse_annotations(inputs, uniform)
+        outputs: dict[str, list[Any]] = {
             "latents": [latents],
             "prompt": [caption if label is None else label],
         }
-        if "flow" in example:
-            outputs["motion_flow"] = [example["flow"]]
+        if "flow" in inputs:
+            outputs["motion_flow"] = [inputs["flow"]]
         return outputs
 
 

@@ -19,7 +19,7 @@ import numpy as np
 
 Caption: TypeAlias = str | np.ndarray
 
-LATENT_DTYPES = {"moments": np.dtype(np.float16), "codes": np.dtype(np.int32)}
+LATENT_DTYPES: dict[str, np.dtype] = {"moments": np.dtype(np.float16), "codes": np.dtype(np.int32)}
 TEXT_DTYPE = np.dtype(np.float16)
 FIRST_SENTENCE = re.compile(r".*?[.!?](?=\s)")  # the dot stops at the end of the first line
 
@@ -30,29 +30,29 @@ class Transform:
     @staticmethod
     def filter_outputs(*outputs: Any) -> Any:
         """Drop what is None; return the only survivor bare, several as a list."""
-        outputs = [output for output in outputs if output is not None]
-        return outputs[0] if len(outputs) == 1 else outputs
+        kept = [output for output in outputs if output is not None]
+        return kept[0] if len(kept) == 1 else kept
 
 
 class ParseLatents(Transform):
     """Turns the bytes of ``moments``, or else of ``codes``, into an array."""
 
-    def __call__(self, example: Mapping[str, Any]) -> np.ndarray:
+    def __call__(self, inputs: Mapping[str, Any]) -> np.ndarray:
         """Return the latents.
 
         Returns:
-            Read-only view of the bytes in the shape of ``example["shape"]``; float16 moments or
+            Read-only view of the bytes in the shape of ``inputs["shape"]``; float16 moments or
             int32 codes.
 
         Raises:
             ValueError: If there are no latents or no shape, or the bytes do not fill the shape.
         """
         for name, dtype in LATENT_DTYPES.items():
-            if name in example:
-                if "shape" not in example:
+            if name in inputs:
+                if "shape" not in inputs:
                     raise ValueError(f"an example with {name!r} needs a 'shape'")
-                return _view_array(name, example[name], example["shape"], dtype)
-        raise ValueError(f"an example needs 'moments' or 'codes', got {sorted(example)}")
+                return _view_array(name, inputs[name], inputs["shape"], dtype)
+        raise ValueError(f"an example needs 'moments' or 'codes', got {sorted(inputs)}")
 
 
 class ParseAnnotations(Transform):
@@ -66,12 +66,12 @@ class ParseAnnotations(Transform):
         self.short_prob = short_prob
 
     def __call__(
-        self, example: Mapping[str, Any], uniform: Callable[[], float] | None = None
+        self, inputs: Mapping[str, Any], uniform: Callable[[], float] | None = None
     ) -> tuple[int | None, Caption | None]:
         """Return the label and the caption.
 
         Args:
-            example: See the module.
+            inputs: An example; see the module.
             uniform: Source of numbers in [0, 1), NumPy's global generator by default. It is asked
                 only if there is a choice: once, and never for a text caption beside a label.
 
@@ -82,16 +82,16 @@ class ParseAnnotations(Transform):
             ValueError: If there is neither a caption nor a label, or cached states do not fill
                 their shape.
         """
-        label = example.get("label")
-        caption = example.get("caption")
+        label = inputs.get("label")
+        caption = inputs.get("caption")
         if caption is None and label is None:
-            raise ValueError(f"an example needs a 'caption' or a 'label', got {sorted(example)}")
+            raise ValueError(f"an example needs a 'caption' or a 'label', got {sorted(inputs)}")
         uniform = np.random.random_sample if uniform is None else uniform
         if isinstance(caption, Mapping):
-            return label, self._choose_states(caption, example.get("text"), uniform)
-        if label is None:
-            return None, self._choose_text(caption, example.get("text"), uniform)
-        return label, caption
+            return label, self._choose_states(caption, inputs.get("text"), uniform)
+        if caption is None or label is not None:
+            return label, caption
+        return None, self._choose_text(caption, inputs.get("text"), uniform)
 
     def _choose_states(
         self, caption: Mapping[str, Any], text: Any, uniform: Callable[[], float]

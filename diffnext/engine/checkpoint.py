@@ -37,11 +37,10 @@ from diffnext.pipelines.release_folder import (
     LORA_FILE,
     find_folder,
     read_base_reference,
-    read_json,
     write_base_reference,
-    write_json,
     write_shim,
 )
+from diffnext.utils.json_files import read_json, write_json
 from diffnext.utils.omegaconf_utils import ConfigError
 
 logger = logging.getLogger(__name__)

@@ -19,7 +19,7 @@ from diffnext.engine import checkpoint as checkpoints
 from diffnext.engine.checkpoint import RunFolder
 from diffnext.engine.control import Agreement, TrainingError
 from diffnext.engine.run_state import EngineState
-from diffnext.pipelines.release_folder import write_json
+from diffnext.utils.json_files import write_json
 
 FULL_DISK = 2**20  # bytes; what could not be written was larger
 

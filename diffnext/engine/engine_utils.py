@@ -12,6 +12,8 @@ from torch import nn
 
 from diffnext.utils.device_utils import get_device as get_device  # users import it from here
 
+FilePath = str | os.PathLike
+
 _COUNT_UNITS = {"M": 1e6, "B": 1e9}
 _NORM_CLASSES = (nn.BatchNorm2d, nn.GroupNorm, nn.SyncBatchNorm, nn.LayerNorm)
 
@@ -29,18 +31,16 @@ def count_params(module: nn.Module, trainable: bool = True, unit: str = "M") -> 
 
 
 def freeze_module(module: nn.Module, trainable: bool = False) -> nn.Module:
-    """Switch the gradients of all parameters of a module off, or on.
+    """Switch a module to evaluation mode without gradients, or back to training.
 
     Args:
         module: Module to change.
-        trainable: Whether its parameters shall require a gradient.
+        trainable: Whether it is in training mode, and its parameters require a gradient.
 
     Returns:
         The module.
     """
-    for parameter in module.parameters():
-        parameter.requires_grad_(trainable)
-    return module
+    return module.train(trainable).requires_grad_(trainable)
 
 
 def manual_seed(
@@ -50,59 +50,58 @@ def manual_seed(
 
     Args:
         seed: Seed of torch, the same on every rank.
-        device_and_seed: Device (or CUDA index; None for the CPU) and seed of this rank: given to
-            that device's generator, to NumPy and to Python's ``random``.
+        device_and_seed: Device (or CUDA index; None for the current one) and seed of this rank:
+            given to that device's generator, to NumPy and to Python's ``random``. Without it,
+            these stay as they are.
     """
     torch.manual_seed(seed)
-    device, device_seed = device_and_seed if device_and_seed is not None else (None, seed)
+    if device_and_seed is None:
+        return
+    device, device_seed = device_and_seed
     random.seed(device_seed)
     np.random.seed(device_seed % 2**32)
-    device = torch.device("cpu") if device is None else torch.device(device)
-    if device.type == "cuda":
-        with torch.cuda.device(device):
-            torch.cuda.manual_seed(device_seed)
-    elif device.type == "mps":
-        torch.mps.manual_seed(device_seed)
-    else:
-        # On the CPU the global generator is the device's: ranks must not draw the same noise.
+    device = device if isinstance(device, torch.device) else get_device(device)
+    if device.type == "cpu":
+        # The global generator is the device's: ranks must not draw the same noise.
         torch.default_generator.manual_seed(device_seed)
+        return
+    with torch.accelerator.device_index(device.index):
+        torch.get_device_module(device).manual_seed(device_seed)
 
 
 def synchronize_device(device: torch.device) -> None:
     """Wait until a device has finished its queued work; a no-op on the CPU."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 def load_weights(
-    module: nn.Module, file: str | os.PathLike, prefix_removed: str = "", strict: bool = True
+    module: nn.Module, weights_file: FilePath, prefix_removed: str = "", strict: bool = True
 ) -> None:
     """Load a file of weights into a module.
 
     Args:
         module: Module to fill.
-        file: A ``.safetensors`` file or a torch file holding tensors only; an empty name does
-            nothing.
-        prefix_removed: Leading text to strip from the names that have it.
+        weights_file: A ``.safetensors`` file or a torch file holding tensors only; an empty name
+            does nothing.
+        prefix_removed: Leading text to strip from names; weights without it are left out.
         strict: Whether names must match exactly.
 
     Raises:
         ValueError: For a ``.pkl`` file: unpickling runs code from the file.
         RuntimeError: If names or shapes do not match.
     """
-    if not file:
+    if not weights_file:
         return
-    path = os.fspath(file)
+    path = os.fspath(weights_file)
     if path.endswith(".pkl"):
         raise ValueError(f"refusing to unpickle {path}: convert it to .safetensors first")
-    state = read_weights(path)
-    renamed = {name.removeprefix(prefix_removed): value for name, value in state.items()}
-    module.load_state_dict(renamed, strict=strict)
+    start = len(prefix_removed)
+    state = {k[start:]: v for k, v in read_weights(path).items() if k.startswith(prefix_removed)}
+    module.load_state_dict(state, strict=strict)
 
 
-def read_weights(file: str | os.PathLike) -> dict[str, torch.Tensor]:
+def read_weights(file: FilePath) -> dict[str, torch.Tensor]:
     """Read a file of tensors on the CPU without running code from it.
 
     Args:

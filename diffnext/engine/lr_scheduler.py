@@ -19,6 +19,7 @@ class LRScheduler:
         lr_min: Rate that the decay approaches.
         warmup_steps: Steps of the warm-up; 0 for none.
         warmup_factor: Fraction of ``lr_max`` from which the warm-up starts.
+        max_steps: Steps of the training; configurations give it to every schedule.
     """
 
     def __init__(
@@ -27,6 +28,7 @@ class LRScheduler:
         lr_min: float = 0.0,
         warmup_steps: int = 0,
         warmup_factor: float = 0.001,
+        max_steps: int | None = None,
     ) -> None:
         self.lr_max = lr_max
         self.lr_min = lr_min
@@ -55,25 +57,7 @@ class LRScheduler:
 
 
 class ConstantLR(LRScheduler):
-    """``lr_max`` at every step after the warm-up.
-
-    Args:
-        lr_max: The rate.
-        lr_min: Without effect, as nothing decays.
-        warmup_steps: Steps of the warm-up.
-        warmup_factor: Fraction of ``lr_max`` from which the warm-up starts.
-        max_steps: Without effect; configurations give it to every schedule.
-    """
-
-    def __init__(
-        self,
-        lr_max: float,
-        lr_min: float = 0.0,
-        warmup_steps: int = 0,
-        warmup_factor: float = 0.001,
-        max_steps: int | None = None,
-    ) -> None:
-        super().__init__(lr_max, lr_min, warmup_steps, warmup_factor)
+    """``lr_max`` at every step after the warm-up; ``lr_min`` and ``max_steps`` have no effect."""
 
     def decay_at(self, step: int) -> float:
         """No decay."""

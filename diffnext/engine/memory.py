@@ -22,7 +22,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from diffnext.models import embeddings
 from diffnext.models.transformers.transformer_nova import NOVATransformer3DModel
 from diffnext.schedulers.scheduling_cfm import FlowMatchEulerDiscreteScheduler
 
@@ -407,14 +406,12 @@ def _follow_cuda_autocast(model: nn.Module) -> None:
 
 @contextlib.contextmanager
 def _shapes_only() -> Iterator[None]:
-    """Tensors made inside have no data, and none of them outlives the block in a table."""
+    """Tensors made inside have no data."""
     numpy_state = np.random.get_state()
-    embeddings._sincos_grid.cache_clear()
     try:
         with FakeTensorMode(allow_non_fake_inputs=True):
             yield
     finally:
-        embeddings._sincos_grid.cache_clear()
         np.random.set_state(numpy_state)
 
 

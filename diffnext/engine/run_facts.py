@@ -28,7 +28,8 @@ from diffnext.models.autoencoders.autoencoder_kl_opensora import AutoencoderKLOp
 from diffnext.models.text_encoders.phi import PhiEncoderModel
 from diffnext.models.transformers.transformer_nova import NOVATransformer3DModel
 from diffnext.pipelines.builder import get_pipeline_path
-from diffnext.pipelines.release_folder import find_folder, read_json, resolve_index
+from diffnext.pipelines.release_folder import find_folder, resolve_index
+from diffnext.utils.json_files import read_json
 from diffnext.utils.omegaconf_utils import ConfigError, config_to_class, config_to_object
 
 TRANSFORMER = "transformer"

@@ -100,7 +100,7 @@ class Trainer:
         self._reader_deaths = HeldSignal(signal.SIGCHLD)
         self.pipeline = self._build_pipeline(resume)
         self.ema = self._build_ema(resume)
-        model = self.pipeline.configure_model(config)
+        model = self.pipeline.prepare_model(config)
         if config.training.get("compile"):
             model.compile_parts()
         self.optimizer = config_to_object(config.optimizer, params=get_param_groups(model))
@@ -252,8 +252,10 @@ class Trainer:
 
     def _run_forward_backward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Run one micro-batch; returns its losses and metrics, detached."""
+        with self.accelerator.autocast():
+            inputs = self.pipeline.preprocess(batch)
         with self.accelerator.accumulate(self.model):
-            outputs = self.model(batch)
+            outputs = self.model(inputs)
             # Under DeepSpeed this also steps the optimizer after the last micro-batch.
             self.accelerator.backward(_total_loss(outputs, self.loss_weights))
         return _detach_metrics(outputs, self.accelerator.device)

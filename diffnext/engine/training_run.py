@@ -16,7 +16,6 @@ from diffnext.engine.dry_run import dry_run
 from diffnext.engine.engine_utils import count_params, manual_seed
 from diffnext.engine.preflight import check_config
 from diffnext.engine.train_engine import Trainer, find_resume
-from diffnext.pipelines.release_folder import write_json
 from diffnext.utils.accelerate_utils import (
     RankLogger,
     build_accelerator,
@@ -24,6 +23,7 @@ from diffnext.utils.accelerate_utils import (
     get_ddp_shards,
     set_logger,
 )
+from diffnext.utils.json_files import write_json
 from diffnext.utils.omegaconf_utils import config_to_yaml, fill_defaults, save_config
 from diffnext.utils.profiler import parse_duration
 

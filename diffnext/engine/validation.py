@@ -199,7 +199,7 @@ class Validator:
         sums: dict[str, Tensor] = {}
         with loader:
             for _ in range(batches):
-                for name, value in model(loader.next()[0]).items():
+                for name, value in model(self.pipeline.preprocess(loader.next()[0])).items():
                     if "loss" in name:
                         sums[name] = sums.get(name, 0) + value.detach().float().mean() / batches
         values = self.accelerator.reduce(torch.stack(list(sums.values())), reduction="mean")

@@ -22,8 +22,9 @@ from diffnext.pipelines.release_folder import (
     INDEX_FILE,
     component_places,
     find_folder,
-    read_json,
+    read_class_name,
 )
+from diffnext.utils.json_files import read_json
 
 __all__ = [
     "PromptSet",
@@ -257,7 +258,7 @@ def check_model(model: str | os.PathLike) -> int:
     folder = find_folder(model)
     if not (folder / INDEX_FILE).is_file():
         raise FileNotFoundError(f"{folder} is no pipeline folder: it has no {INDEX_FILE}")
-    name = read_json(folder / INDEX_FILE).get("_class_name")
+    name = read_class_name(folder)
     if name != NOVAPipeline.__name__:
         raise ValueError(f"{model} is a {name}: prompts need a {NOVAPipeline.__name__}")
     for place in component_places(folder, "transformer"):

@@ -26,8 +26,8 @@ from tqdm import tqdm
 from diffnext.evaluation.layouts import Layout, write_whole
 from diffnext.evaluation.prompts import PromptSet, check_model, encode_prompts
 from diffnext.pipelines.nova.pipeline_nova import NOVAPipeline
-from diffnext.pipelines.release_folder import read_json, write_json
 from diffnext.utils.device_utils import AUTO, PRECISIONS, parse_device, parse_precision
+from diffnext.utils.json_files import read_json, write_json
 
 __all__ = [
     "SEED",

@@ -6,18 +6,26 @@ Shapes: B batch, H heads, L tokens, d head width.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from itertools import accumulate
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention.flex_attention import BlockMask
 
-from diffnext.models.flex_attention import FlexAttentionCausal2D
+from diffnext.models.flex_attention import FlexAttentionCausal2D, compiled_flex_attention
 
-__all__ = ["BlockCausalMask", "KVCache", "LayerKVCache", "attend"]
+__all__ = [
+    "AttentionMask",
+    "BlockCausalMask",
+    "KVCache",
+    "LayerKVCache",
+    "PaddingMask",
+    "attend",
+]
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -42,15 +50,44 @@ def _attend_uncompiled(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v)
 
 
+class AttentionMask(Protocol):
+    """What tokens may look at."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention of queries (B, H, n, d) to visible keys and values (B, H, L, d)."""
+
+
+@dataclass(frozen=True)
+class PaddingMask:
+    """Keys behind the real ones are hidden, so that lengths may be padded to few.
+
+    Attributes:
+        visible: Which keys are real, (1, L).
+    """
+
+    visible: Tensor
+
+    @classmethod
+    def of_length(cls, length: int, padding: int, device: torch.device) -> PaddingMask:
+        """So many real keys and as many behind them."""
+        return cls(torch.arange(length + padding, device=device)[None] < length)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Masked attention: (B, H, n, d) queries, (B, H, L, d) keys and values."""
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=self.visible)
+
+
 @dataclass(frozen=True)
 class BlockCausalMask:
     """Tokens see their own block and every earlier one: bidirectional inside a frame, causal over.
 
     Attributes:
         lengths: Tokens of each block, in order.
+        block_mask: The same for FlexAttention's kernels; see :meth:`prepare`.
     """
 
     lengths: tuple[int, ...]
+    block_mask: BlockMask | None = field(default=None, repr=False, compare=False)
 
     @classmethod
     def of_frames(cls, num_frames: int, frame_tokens: int, num_condition: int) -> BlockCausalMask:
@@ -58,11 +95,22 @@ class BlockCausalMask:
         first = num_condition + frame_tokens
         return cls(lengths=(first,) + (frame_tokens,) * (num_frames - 1))
 
+    def prepare(self, device: torch.device, head_dim: int) -> BlockCausalMask:
+        """This mask, ready for the fastest attention of a device; layers may share it.
+
+        On CUDA one FlexAttention kernel skips the hidden blocks, for heads of the widths it takes.
+        """
+        if device.type != "cuda" or not can_flex(head_dim):
+            return self
+        layout = FlexAttentionCausal2D()
+        layout.set_offsets_by_lens(self.lengths)
+        return replace(self, block_mask=layout.make_block_mask(sum(self.lengths), device))
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Masked attention without a dense mask, at about half of the products.
 
-        On CUDA one FlexAttention kernel skips the hidden blocks; elsewhere each block attends to
-        its own prefix of the keys. The results are equal up to rounding.
+        Unprepared, each block attends to its own prefix of the keys. The results are equal up to
+        rounding.
 
         Args:
             q: Queries, (B, H, L, d), L the sum of ``lengths``.
@@ -80,8 +128,8 @@ class BlockCausalMask:
                 f"blocks of {self.lengths} tokens do not cover {q.size(2)} queries and "
                 f"{k.size(2)} keys"
             )
-        if q.is_cuda and can_flex(q.size(-1)):
-            return flex_layout(self.lengths)(q, k, v)
+        if self.block_mask is not None:
+            return compiled_flex_attention()(q, k, v, block_mask=self.block_mask)
         ends = accumulate(self.lengths)
         outputs = [
             attend(queries, k[:, :, :end], v[:, :, :end])
@@ -99,15 +147,6 @@ class BlockCausalMask:
         )
 
 
-@lru_cache(maxsize=8)
-def flex_layout(lengths: tuple[int, ...]) -> FlexAttentionCausal2D:
-    """FlexAttention for blocks of these lengths; it keeps its mask."""
-    layout = FlexAttentionCausal2D()
-    layout.set_offsets_by_lens(lengths)
-    return layout
-
-
-@lru_cache(maxsize=8)
 def can_flex(head_dim: int) -> bool:
     """Whether FlexAttention's compiled kernels take heads of this width."""
     is_power_of_two = head_dim & (head_dim - 1) == 0

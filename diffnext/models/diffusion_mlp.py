@@ -6,12 +6,13 @@ p patch size, C latent channels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
+from diffnext.models.compilation import compile_static
 from diffnext.models.embeddings import (
     PatchEmbed,
     gather_tokens,
@@ -19,7 +20,7 @@ from diffnext.models.embeddings import (
     timestep_features,
 )
 from diffnext.models.normalization import AdaLayerNorm, AdaLayerNormZero
-from diffnext.models.vision_transformer import run_checkpointed
+from diffnext.models.vision_transformer import Projector, run_checkpointed
 
 __all__ = ["DiffusionBlock", "DiffusionMLP", "Modulation", "Projector", "TimeCondEmbed"]
 
@@ -41,26 +42,6 @@ class Modulation(NamedTuple):
         """The statistics at an index of the first dimension."""
         gate = None if self.gate is None else self.gate[index]
         return Modulation(self.factor[index], self.shift[index], gate)
-
-
-class Projector(nn.Module):
-    """Two-layer perceptron with SiLU.
-
-    Args:
-        dim: Input width.
-        mlp_dim: Hidden width; ``dim`` when None.
-        out_dim: Output width; ``dim`` when None.
-    """
-
-    def __init__(self, dim: int, mlp_dim: int | None = None, out_dim: int | None = None) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(dim, mlp_dim or dim)
-        self.fc2 = nn.Linear(mlp_dim or dim, out_dim or dim)
-        self.activation = nn.SiLU()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (..., dim) to (..., out_dim)."""
-        return self.fc2(self.activation(self.fc1(x)))
 
 
 class DiffusionBlock(nn.Module):
@@ -88,6 +69,7 @@ class DiffusionBlock(nn.Module):
 
     def modulate(self, x: Tensor, modulation: Modulation) -> Tensor:
         """As :meth:`forward`, with the statistics of the condition; shapes broadcast."""
+        assert modulation.gate is not None  # that of a block
         h = torch.addcmul(modulation.shift, self.norm1.norm(x), modulation.factor)
         return torch.addcmul(x, modulation.gate, self.norm2(self.proj(h)))
 
@@ -152,9 +134,18 @@ class DiffusionMLP(nn.Module):
         self.head = nn.Linear(embed_dim, patch_size**2 * image_dim)
         self._compiled: Callable[..., Tensor] | None = None
 
+    @property
+    def _typed_blocks(self) -> Iterable[DiffusionBlock]:
+        return cast("Iterable[DiffusionBlock]", self.blocks)
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether :meth:`denoise_step` is compiled, for which numbers of tokens are padded."""
+        return self._compiled is not None
+
     def compile_denoising(self, **options: Any) -> None:
-        """Compile :meth:`denoise_modulated`; arguments as for ``torch.compile``."""
-        self._compiled = torch.compile(type(self).denoise_modulated, **options)
+        """Compile :meth:`denoise_modulated`; options of ``torch.compile``."""
+        self._compiled = compile_static(type(self).denoise_modulated, **options)
 
     def denoise_step(self, patches: Tensor, modulations: Sequence[Modulation]) -> Tensor:
         """:meth:`denoise_modulated`, compiled if that was asked for."""
@@ -197,7 +188,7 @@ class DiffusionMLP(nn.Module):
             (B, n, p*p*C).
         """
         y = self.patch_embed.embed_patches(patches)
-        for block in self.blocks:
+        for block in self._typed_blocks:
             y = block(y, z)
         return self.head(self.norm(y, z))
 
@@ -212,7 +203,7 @@ class DiffusionMLP(nn.Module):
             The statistics of the norm of each block, then of the last norm.
         """
         activated = self.norm.activation(z)
-        norms = [*(block.norm1 for block in self.blocks), self.norm]
+        norms = [*(block.norm1 for block in self._typed_blocks), self.norm]
         return [_ready(*norm.statistics(activated)) for norm in norms]
 
     def denoise_modulated(self, patches: Tensor, modulations: Sequence[Modulation]) -> Tensor:
@@ -228,7 +219,7 @@ class DiffusionMLP(nn.Module):
         """
         y = self.patch_embed.embed_patches(patches)
         *inner, last = modulations
-        for block, modulation in zip(self.blocks, inner, strict=True):
+        for block, modulation in zip(self._typed_blocks, inner, strict=True):
             y = block.modulate(y, modulation)
         return self.head(torch.addcmul(last.shift, self.norm.norm(y), last.factor))
 

@@ -10,12 +10,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from diffnext.models.diffusion_mlp import Projector
-from diffnext.models.embeddings import PatchEmbed, RotaryEmbed3D, RotationTables, timestep_features
-from diffnext.models.normalization import AdaLayerNorm, AdaLayerNormSingle, AdaLayerNormZero
-from diffnext.models.vision_transformer import MLP, Attention, run_checkpointed
+from diffnext.models.embeddings import (
+    PatchEmbed,
+    PositionFunction,
+    RotaryEmbed3D,
+    timestep_features,
+)
+from diffnext.models.normalization import AdaLayerNormSingle, AdaLayerNormZero
+from diffnext.models.vision_transformer import MLP, Attention, Projector, run_checkpointed
 
 __all__ = ["MLP", "Attention", "Block", "DiffusionTransformer", "TimeEmbed"]
+
+AdaptiveNorm = AdaLayerNormSingle | AdaLayerNormZero
 
 
 class TimeEmbed(nn.Module):
@@ -32,7 +38,7 @@ class TimeEmbed(nn.Module):
         self.timestep_proj = Projector(freq_dim, embed_dim, embed_dim)
 
     def forward(self, timestep: Tensor) -> Tensor:
-        """Timesteps (B,) to (B, 1, D), or one a token (B, N) to (B, N, D)."""
+        """Timesteps (B,) to (B, 1, D), or one per token (B, N) to (B, N, D)."""
         if timestep.ndim == 1:
             timestep = timestep.unsqueeze(1)
         dtype = self.timestep_proj.fc1.weight.dtype
@@ -60,7 +66,7 @@ class Block(nn.Module):
         num_heads: int,
         mlp_ratio: float = 4,
         qkv_bias: bool = True,
-        modulation_type: type[nn.Module] | None = None,
+        modulation_type: type[AdaptiveNorm] | None = None,
     ) -> None:
         super().__init__()
         self.mlp_checkpointing = False
@@ -71,19 +77,19 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = MLP(dim, mlp_ratio=mlp_ratio)
 
-    def forward(self, x: Tensor, z: Tensor, rotation: RotationTables | None = None) -> Tensor:
-        """Tokens (B, L, D) under the time embedding ``z``."""
+    def forward(self, x: Tensor, z: Tensor, pe_func: PositionFunction | None = None) -> Tensor:
+        """Tokens (B, L, D) under the time embedding ``z``; ``pe_func`` as for the attention."""
         if not self.stg_skip:
-            return self._run(x, z, rotation)
+            return self._run(x, z, pe_func)
         third = x.size(0) // 3
         kept, skipped = x.split([x.size(0) - third, third])
-        return torch.cat([self._run(kept, z[: len(kept)], rotation), skipped])
+        return torch.cat([self._run(kept, z[: len(kept)], pe_func), skipped])
 
-    def _run(self, x: Tensor, z: Tensor, rotation: RotationTables | None) -> Tensor:
+    def _run(self, x: Tensor, z: Tensor, pe_func: PositionFunction | None) -> Tensor:
         enabled = self.mlp_checkpointing
         x, stats = run_checkpointed(enabled, self.modulation, x, z)
         attn_gate, mlp_scale, mlp_shift, mlp_gate = stats
-        x = x + attn_gate * self.norm1(self.attn(x, rotation))
+        x = x + attn_gate * self.norm1(self.attn(x, pe_func))
         x = self.modulation.norm(x) * (1 + mlp_scale) + mlp_shift
         return x + mlp_gate * self.norm2(run_checkpointed(enabled, self.mlp, x))
 
@@ -100,6 +106,9 @@ class DiffusionTransformer(nn.Module):
         image_size: Latent size; informative.
         image_dim: Latent channels C.
         modulation: Whether the statistics are projected once for all blocks.
+
+    Raises:
+        ValueError: If ``image_dim`` is not given.
     """
 
     def __init__(
@@ -114,6 +123,8 @@ class DiffusionTransformer(nn.Module):
         modulation: bool = True,
     ) -> None:
         super().__init__()
+        if image_dim is None:
+            raise ValueError("image_dim, the number of latent channels, is required, got None")
         self.embed_dim = embed_dim
         self.image_size = image_size
         self.image_dim = image_dim
@@ -121,12 +132,12 @@ class DiffusionTransformer(nn.Module):
         self.time_embed = TimeEmbed(embed_dim)
         self.modulation = AdaLayerNormZero(embed_dim, num_stats=6, eps=None) if modulation else None
         self.rope = RotaryEmbed3D(embed_dim // num_heads)
-        norm_type = AdaLayerNormSingle if modulation else AdaLayerNormZero
+        norm_type: type[AdaptiveNorm] = AdaLayerNormSingle if modulation else AdaLayerNormZero
         self.blocks = nn.ModuleList(
             Block(embed_dim, num_heads, mlp_ratio=mlp_ratio, modulation_type=norm_type)
             for _ in range(depth)
         )
-        self.norm = AdaLayerNormSingle(embed_dim) if modulation else AdaLayerNorm(embed_dim)
+        self.norm = norm_type(embed_dim)
         self.head = nn.Linear(embed_dim, patch_size**2 * image_dim)
 
     def forward(
@@ -136,7 +147,7 @@ class DiffusionTransformer(nn.Module):
 
         Args:
             x: Noisy latents, (B, C, h, w).
-            timestep: (B,); without shared modulation also one a token.
+            timestep: (B,); without shared modulation also one per token.
             c: Condition tokens, (B, Lc, D).
             pos: Rotary positions (B or 1, N, 3).
 
@@ -148,22 +159,18 @@ class DiffusionTransformer(nn.Module):
         """
         if self.modulation is not None and timestep.ndim > 1:
             raise ValueError(
-                f"a shared modulation takes one timestep a sample, got {tuple(timestep.shape)}"
+                f"a shared modulation takes one timestep per sample, got {tuple(timestep.shape)}"
             )
         tokens = self.patch_embed(x)
-        num_condition = 0 if c is None else c.size(1)
-        x = tokens if c is None else torch.cat([c, tokens], dim=1)
+        c = tokens[:, :0] if c is None else c
+        num_condition = c.size(1)
+        x = torch.cat([c, tokens], dim=1)
         embedded_time = self.time_embed(timestep)
-        z = self._modulate(embedded_time)
-        rotation = None
-        if pos is not None:
-            rotation = self.rope.get_func(pos, pad=num_condition).tables(x.dtype)
+        z = embedded_time
+        if self.modulation is not None:
+            z = self.modulation.proj(self.modulation.activation(embedded_time))
+        pe_func = None if pos is None else self.rope.get_func(pos, num_condition).to(x.dtype)
         for block in self.blocks:
-            x = block(x, z, rotation)
-        x = self.norm(x[:, num_condition:], embedded_time)
-        return self.head(x[0] if isinstance(x, tuple) else x)
-
-    def _modulate(self, embedded_time: Tensor) -> Tensor:
-        if self.modulation is None:
-            return embedded_time
-        return self.modulation.proj(self.modulation.activation(embedded_time))
+            x = block(x, z, pe_func)
+        x, _ = self.norm(x[:, num_condition:], embedded_time)
+        return self.head(x)

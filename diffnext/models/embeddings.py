@@ -6,10 +6,10 @@ frame, L any token count, D width, H heads.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from statistics import NormalDist
 from typing import Any
 
@@ -27,12 +27,10 @@ __all__ = [
     "PatchEmbed",
     "PosEmbed",
     "RotaryEmbed3D",
-    "Rotation",
     "RotationTables",
     "TextEmbed",
     "TrainingMask",
     "VideoPosEmbed",
-    "frequencies",
     "gather_tokens",
     "scatter_tokens",
     "sincos",
@@ -40,32 +38,18 @@ __all__ = [
 ]
 
 MAX_PERIOD = 10000.0
-
-
-def frequencies(num: int, device: torch.device | None = None) -> Tensor:
-    """Geometric frequencies 10000^(-k/num), k < num, float32 (arXiv:1706.03762)."""
-    steps = torch.arange(num, dtype=torch.float32, device=device)
-    return torch.pow(MAX_PERIOD, -steps / num)
+PositionFunction = Callable[[Tensor], Tensor]  # turns queries or keys (B, H, L, d) by position
 
 
 def sincos(values: Tensor, num: int) -> Tensor:
-    """[sin(v f) || cos(v f)] of each value, (..., 2 num), float32."""
-    angles = values.float().unsqueeze(-1) * frequencies(num, values.device)
-    return torch.cat([angles.sin(), angles.cos()], dim=-1)
+    """[sin(v f) || cos(v f)] of each value, f = 10000^(-k/num), k < num (arXiv:1706.03762).
 
-
-@lru_cache(maxsize=32)
-def _sincos_grid(h: int, w: int, dim: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """The table of `PosEmbed`, (h*w, dim), one for each size, device and dtype.
-
-    Built outside inference mode, so that a table first made while sampling can be trained with.
+    Returns:
+        (..., 2 num), float32.
     """
-    with torch.inference_mode(False), torch.no_grad():
-        y = torch.arange(h, dtype=torch.float32, device=device)
-        x = torch.arange(w, dtype=torch.float32, device=device)
-        columns = sincos(x, dim // 4).expand(h, w, -1)
-        rows = sincos(y, dim // 4).unsqueeze(1).expand(h, w, -1)
-        return torch.cat([columns, rows], dim=-1).flatten(0, 1).to(dtype)
+    steps = torch.arange(num, dtype=torch.float32, device=values.device)
+    angles = values.float().unsqueeze(-1) * torch.pow(MAX_PERIOD, -steps / num)
+    return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
 
 def gather_tokens(x: Tensor, ids: Tensor) -> Tensor:
@@ -79,12 +63,12 @@ def scatter_tokens(x: Tensor, ids: Tensor, rows: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Rotation:
+class RotationTables:
     """A rotary position encoding, ready to turn queries and keys.
 
     Attributes:
-        cos: Cosines of the angles, (B or 1, 1, L, head_dim/2), float32.
-        sin: Sines, same shape.
+        cos: Factors of each channel itself, (B or 1, 1, L, head_dim).
+        sin: Factors of the other channel of its pair, with their sign, same shape.
     """
 
     cos: Tensor
@@ -93,36 +77,24 @@ class Rotation:
     @property
     def weight(self) -> Tensor:
         """Rotation matrices [[cos, -sin], [sin, cos]], (B or 1, 1, L, head_dim/2, 2, 2)."""
-        rows = [self.cos, -self.sin, self.sin, self.cos]
-        return torch.stack(rows, dim=-1).unflatten(-1, (2, 2))
+        first, second = slice(0, None, 2), slice(1, None, 2)
+        rows = [self.cos[..., first], self.sin[..., first], self.sin[..., second]]
+        return torch.stack([*rows, self.cos[..., second]], dim=-1).unflatten(-1, (2, 2))
 
     def __call__(self, x: Tensor) -> Tensor:
         """Rotate interleaved pairs of ``x`` (..., H, L, head_dim) by each token's angles."""
-        return self.tables(x.dtype)(x)
-
-    def tables(self, dtype: torch.dtype) -> RotationTables:
-        """What turns many tensors of a dtype."""
-        cos = self.cos.repeat_interleave(2, dim=-1)
-        sin = torch.stack([-self.sin, self.sin], dim=-1).flatten(-2)
-        return RotationTables(cos.to(dtype), sin.to(dtype))
-
-
-@dataclass(frozen=True)
-class RotationTables:
-    """Factors of a :class:`Rotation` for every channel.
-
-    Attributes:
-        cos: Of a channel itself, (B or 1, 1, L, head_dim).
-        sin: Of the other channel of its pair, with its sign, same shape.
-    """
-
-    cos: Tensor
-    sin: Tensor
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Rotate interleaved pairs of ``x`` (..., H, L, head_dim)."""
         others = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
         return torch.addcmul(x * self.cos.to(x.dtype), others, self.sin.to(x.dtype))
+
+    def to(self, dtype: torch.dtype) -> RotationTables:
+        """The same factors in another dtype: cast once for many tensors."""
+        return RotationTables(self.cos.to(dtype), self.sin.to(dtype))
+
+    def pad(self, num_tokens: int) -> RotationTables:
+        """The same factors, and some behind them for tokens that do not count."""
+        return RotationTables(
+            *(F.pad(table, (0, 0, 0, num_tokens)) for table in (self.cos, self.sin))
+        )
 
     def select(self, ids: Tensor, pad: int = 0) -> RotationTables:
         """The factors of the first ``pad`` tokens and of those at ``ids`` behind them.
@@ -149,6 +121,10 @@ class RotaryEmbed3D(nn.Identity):
         theta: Longest period.
     """
 
+    scale0: Tensor
+    scale1: Tensor
+    scale2: Tensor
+
     def __init__(
         self, dim: int = 64, base_size: Sequence[int] = (16, 16), theta: float = 10000.0
     ) -> None:
@@ -156,27 +132,20 @@ class RotaryEmbed3D(nn.Identity):
         self.dim = dim
         self.base_size = tuple(base_size)
         self.theta = theta
-        for name, exponents in zip(self._scale_names, self._exponents(None), strict=True):
-            self.register_buffer(name, exponents, persistent=False)
+        self._set_scales()
 
-    _scale_names = ("scale0", "scale1", "scale2")
-
-    def _exponents(self, device: torch.device | None) -> list[Tensor]:
+    def _set_scales(self, device: torch.device | None = None) -> None:
         """Exponents of theta for time, height and width, each (axis width / 2,) float32."""
         time = self.dim // 8
         space = (self.dim - time) // 2
-        return [
-            torch.arange(0, width, 2, dtype=torch.float32, device=device) / max(width, 1)
-            for width in (time, space, space)
-        ]
+        for name, width in (("scale0", time), ("scale1", space), ("scale2", space)):
+            steps = torch.arange(0, width, 2, dtype=torch.float32, device=device)
+            self.register_buffer(name, steps / max(width, 1), persistent=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RotaryEmbed3D:
         """Move with the model but stay float32: rounded exponents would bend every angle."""
         super()._apply(fn, recurse)
-        for name, exponents in zip(
-            self._scale_names, self._exponents(self.scale0.device), strict=True
-        ):
-            self.register_buffer(name, exponents, persistent=False)
+        self._set_scales(self.scale0.device)
         return self
 
     def get_pos(self, t: int = 1, bs: int = 1, hw: Sequence[int] | None = None) -> Tensor:
@@ -195,35 +164,37 @@ class RotaryEmbed3D(nn.Identity):
         grid = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1)
         return grid.flatten(0, 2).unsqueeze(0).expand(bs, -1, -1)
 
-    def get_func(self, pos: Tensor, pad: int = 0, ids: Tensor | None = None) -> Rotation:
+    def get_func(self, pos: Tensor, pad: int = 0, ids: Tensor | None = None) -> RotationTables:
         """The rotation of tokens at ``pos``.
 
         Args:
             pos: Positions, (B or 1, L, 3).
             pad: Tokens at position zero to put in front (text and other conditions).
-            ids: Tokens to keep, (B, k, 3) indices into L; all when None.
+            ids: Tokens to keep, indices into L, (B, k, 1) or repeated for each axis, (B, k, 3);
+                all when None.
 
         Raises:
             ValueError: If the head width cannot be split over three axes.
         """
-        if 2 * sum(len(scale) for scale in self._scales()) != self.dim:
+        scales = (self.scale0, self.scale1, self.scale2)
+        if 2 * sum(len(scale) for scale in scales) != self.dim:
             raise ValueError(
                 f"a head width of {self.dim} cannot be split in time, height and width: "
                 "dim // 8 and (dim - dim // 8) / 2 must be even numbers"
             )
         if ids is not None:
-            pos = pos.expand(ids.size(0), -1, -1).gather(1, ids)
-        if pad:
-            pos = F.pad(pos, (0, 0, pad, 0))
+            pos = pos.expand(ids.size(0), -1, -1).gather(1, ids.expand(-1, -1, 3))
+        pos = F.pad(pos.float(), (0, 0, pad, 0))
         angles = [
             axis.unsqueeze(-1) / torch.pow(self.theta, scale)
-            for axis, scale in zip(pos.float().unbind(-1), self._scales(), strict=True)
+            for axis, scale in zip(pos.unbind(-1), scales, strict=True)
         ]
         angle = torch.cat(angles, dim=-1).unsqueeze(1)  # (B, 1, L, dim/2)
-        return Rotation(cos=angle.cos(), sin=angle.sin())
-
-    def _scales(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.scale0, self.scale1, self.scale2
+        sin = angle.sin()
+        return RotationTables(
+            cos=angle.cos().repeat_interleave(2, dim=-1),
+            sin=torch.stack([-sin, sin], dim=-1).flatten(-2),
+        )
 
 
 class PosEmbed(nn.Module):
@@ -243,8 +214,12 @@ class PosEmbed(nn.Module):
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> Tensor:
         """The table, (base_h*base_w, dim): [sin x, cos x, sin y, cos y] of each token."""
-        device = torch.device(device or "cpu")
-        return _sincos_grid(self.base_h, self.base_w, self.dim, device, dtype or torch.float32)
+        h, w = self.base_h, self.base_w
+        steps = torch.arange(max(h, w), dtype=torch.float32, device=device)
+        axis = sincos(steps, self.dim // 4)  # (max(h, w), dim/2), the same for both axes
+        columns = axis[:w].expand(h, -1, -1)
+        rows = axis[:h].unsqueeze(1).expand(-1, w, -1)
+        return torch.cat([columns, rows], dim=-1).flatten(0, 1).to(dtype or torch.float32)
 
     def forward(self, x: Tensor) -> Tensor:
         """Add the table to tokens (..., N, dim).
@@ -281,7 +256,7 @@ class VideoPosEmbed(PosEmbed):
 
     def get_time_embed(self, t: int, device: torch.device | None = None) -> Tensor:
         """Embedding of each of ``t`` frames, rescaled to the base length: (t, 1, dim)."""
-        weight = self.time_proj[0].weight
+        weight = self.norm.weight
         device = weight.device if device is None else device  # offloaded weights have none
         steps = torch.arange(t, dtype=torch.float32, device=device)
         features = sincos(steps * (self.base_t / t), 128).to(weight.dtype)
@@ -435,9 +410,12 @@ class TextEmbed(nn.Module):
             arXiv:2207.12598).
 
     Attributes:
-        encoders: ``[tokenizer, text_encoder]`` for prompts given as strings, else empty. Not
-            sub-modules: they are frozen and saved elsewhere.
+        encoders: ``[tokenizer, text_encoder]`` for callers that give this module prompts as
+            strings, else empty. Not sub-modules: they are frozen and saved elsewhere, and a copy
+            of this module shares them.
     """
+
+    weight: Tensor
 
     def __init__(
         self, token_dim: int, embed_dim: int, num_tokens: int = 256, dropout: float = 0.1
@@ -450,64 +428,90 @@ class TextEmbed(nn.Module):
         self.proj = nn.Linear(token_dim, embed_dim)
         self.norm = nn.LayerNorm(embed_dim)
         # A buffer, not a parameter: it was never trained, but checkpoints hold it.
-        self.register_buffer("weight", torch.empty(512, token_dim).normal_(std=0.02))
+        self.register_buffer("weight", torch.zeros(512, token_dim))
+        nn.init.normal_(self.weight, std=0.02)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TextEmbed:
+        result = memo[id(self)] = type(self).__new__(type(self))
+        memo.setdefault(id(self.encoders), list(self.encoders))
+        result.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return result
+
+    @torch.no_grad()
+    def pad_states(self, states: Sequence[Any]) -> Tensor:
+        """Bring text states to one length; the end of each prompt is that of the null prompt.
+
+        Args:
+            states: An array or tensor of floats for each prompt, (k, token_dim) with
+                k <= num_tokens.
+
+        Returns:
+            (len(states), num_tokens, token_dim), dtype and device of this module.
+
+        Raises:
+            TypeError: If states are not floating-point arrays or tensors.
+            ValueError: If there are none, they do not fit, or hold NaN or infinity (seen on the
+                CPU only: a GPU would have to be waited for).
+        """
+        if len(states) == 0:
+            raise ValueError("at least one prompt is needed, got none")
+        tensors = [self._check_state(state, index) for index, state in enumerate(states)]
+        output = self.weight[: self.num_tokens].repeat(len(tensors), 1, 1)
+        for row, tensor in zip(output, tensors, strict=True):
+            row[: len(tensor)] = tensor.to(row)
+        return output
+
+    def _check_state(self, state: Any, index: int) -> Tensor:
+        tensor = torch.as_tensor(state) if isinstance(state, np.ndarray) else state
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            kind = getattr(state, "dtype", type(state).__name__)
+            raise TypeError(f"prompt {index} must be an array or tensor of floats, got {kind}")
+        if tensor.ndim != 2 or tensor.size(1) != self.token_dim or len(tensor) > self.num_tokens:
+            raise ValueError(
+                f"text states must be (k, {self.token_dim}) with k <= {self.num_tokens}, "
+                f"got {tuple(tensor.shape)} for prompt {index}"
+            )
+        is_readable = type(tensor) is Tensor and tensor.device.type == "cpu"
+        if is_readable and not tensor.isfinite().all():
+            raise ValueError(f"prompt {index} must be finite, got NaN or infinity")
+        return tensor
+
+    @torch.no_grad()
+    def drop_states(self, states: Tensor) -> Tensor:
+        """Training dropout: some prompts become the null prompt, by one NumPy draw for each.
+
+        Args:
+            states: (B, num_tokens, token_dim).
+
+        Returns:
+            Same shape; ``states`` itself, without a draw, if ``dropout`` is 0.
+        """
+        if self.dropout <= 0:
+            return states
+        is_dropped = torch.from_numpy(np.random.rand(len(states), 1, 1) < self.dropout)
+        null = self.weight[: self.num_tokens].to(states)
+        return torch.where(is_dropped.to(states.device), null, states)
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[Any]) -> Tensor:
-        """Raw text states of each prompt on top of the null prompt.
-
-        In training, one NumPy draw per prompt decides whether it is dropped.
+        """States of prompts, some of them dropped in training; see :meth:`drop_states`.
 
         Args:
-            prompts: All strings, or all states, arrays or tensors (k, token_dim) with
-                k <= num_tokens.
+            prompts: All strings, which ``encoders`` read, or all states as for :meth:`pad_states`.
 
         Returns:
             (len(prompts), num_tokens, token_dim), dtype and device of this module.
 
         Raises:
             TypeError: If strings and states are mixed.
-            ValueError: If there are no prompts, states do not fit, or a string is given and no
-                text encoder is attached.
+            ValueError: If a string is given and no text encoder is attached, and for what
+                :meth:`pad_states` lists.
         """
-        if len(prompts) == 0:
-            raise ValueError("at least one prompt is needed, got none")
-        is_text = [isinstance(prompt, str) for prompt in prompts]
-        if any(is_text) and not all(is_text):
-            kinds = sorted({type(prompt).__name__ for prompt in prompts})
-            raise TypeError(f"prompts must be all strings or all text states, got {kinds}")
-        states = self._encode_text(prompts) if is_text[0] else self._as_states(prompts)
-        output = self.weight[: self.num_tokens].repeat(len(states), 1, 1)
-        for row, state in zip(output, states, strict=True):
-            if self.training and self.dropout > 0 and np.random.rand() < self.dropout:
-                continue
-            row[: len(state)] = state.to(row)
-        return output
-
-    def _as_states(self, prompts: Sequence[Any]) -> list[Tensor]:
-        states = [torch.as_tensor(prompt) for prompt in prompts]
-        for index, state in enumerate(states):
-            if state.ndim != 2 or state.size(1) != self.token_dim or len(state) > self.num_tokens:
-                raise ValueError(
-                    f"text states must be (k, {self.token_dim}) with k <= {self.num_tokens}, "
-                    f"got {tuple(state.shape)} for prompt {index}"
-                )
-        return states
-
-    def _encode_text(self, prompts: Sequence[str]) -> list[Tensor]:
-        """States of the real tokens of each string; different ones are encoded in one batch."""
-        if len(self.encoders) != 2 or any(encoder is None for encoder in self.encoders):
-            raise ValueError(
-                "prompts given as text need a tokenizer and a text encoder, and none is attached: "
-                "load the pipeline with both, or pass prompt embeddings"
-            )
-        tokenizer, text_encoder = self.encoders
-        device = text_encoder.device
-        if device.type == "meta":  # offloaded: its hooks bring inputs to where it runs
-            device = self.weight.device
-        return encode_texts(
-            tokenizer, text_encoder, prompts, self.num_tokens, self.token_dim, device
-        )
+        if isinstance(next(iter(prompts), None), str):
+            tokenizer, encoder = self.encoders or (None, None)
+            prompts = encode_texts(tokenizer, encoder, prompts, self.num_tokens, self.token_dim)
+        states = self.pad_states(prompts)
+        return self.drop_states(states) if self.training else states
 
     def forward(self, x: Tensor | Sequence[Any]) -> Tensor:
         """Condition tokens (B, num_tokens, embed_dim) of text states or of a list of prompts."""
@@ -531,16 +535,34 @@ class LabelEmbed(nn.Module):
         self.num_classes = num_classes
         self.dropout = dropout
         rows = num_classes + 1 if dropout > 0 else num_classes
-        self.weight = nn.Parameter(torch.empty(rows, embed_dim).normal_(std=0.02))
+        self.weight = nn.Parameter(torch.zeros(rows, embed_dim))
+        nn.init.normal_(self.weight, std=0.02)
         self.norm = nn.LayerNorm(embed_dim)
 
-    def forward(self, ids: Tensor) -> Tensor:
-        """Embed labels (B,) or (B, 1) as (B, 1, embed_dim)."""
-        ids = ids.unsqueeze(-1) if ids.ndim == 1 else ids
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """Embed labels.
+
+        Args:
+            input_ids: Classes, (B,) or (B, 1), int64 or int32.
+
+        Returns:
+            (B, 1, embed_dim).
+
+        Raises:
+            ValueError: If there is no such class (found on the CPU only: a GPU would have to be
+                waited for).
+        """
+        ids = input_ids.unsqueeze(-1) if input_ids.ndim == 1 else input_ids
         if self.training and self.dropout > 0:
             kept = torch.rand(ids.shape, device=ids.device) > self.dropout
             ids = torch.where(kept, ids, self.num_classes)
-        return self.norm(self.weight[ids])
+        try:
+            rows = F.embedding(ids, self.weight)
+        except IndexError as error:
+            raise ValueError(
+                f"labels must be from 0 to {len(self.weight) - 1}, got {input_ids.tolist()}"
+            ) from error
+        return self.norm(rows)
 
 
 @dataclass(frozen=True)
@@ -570,8 +592,10 @@ class MaskEmbed(nn.Module):
     def __init__(self, embed_dim: int, mask_ratios: Sequence[float] = (0.7, 1.0)) -> None:
         super().__init__()
         self.mask_ratios = list(mask_ratios) + [0.25] * (len(mask_ratios) == 2)
-        self.bos_token = nn.Parameter(torch.empty(1, embed_dim).normal_(std=0.02))
-        self.mask_token = nn.Parameter(torch.empty(1, embed_dim).normal_(std=0.02))
+        self.bos_token = nn.Parameter(torch.zeros(1, embed_dim))
+        self.mask_token = nn.Parameter(torch.zeros(1, embed_dim))
+        for token in (self.bos_token, self.mask_token):
+            nn.init.normal_(token, std=0.02)
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """The vector of the frame before the first, and that of hidden tokens; (1, D) each.

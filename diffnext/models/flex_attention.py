@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from itertools import accumulate
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 __all__ = ["FlexAttentionCausal2D"]
 
@@ -30,10 +30,10 @@ class Segments:
     flags: tuple[bool, ...] | None = None
 
 
-@lru_cache(maxsize=1)
-def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """One compiled function for all layers."""
-    return torch.compile(function)
+@cache
+def compiled_flex_attention() -> Callable[..., Tensor]:
+    """PyTorch's flex attention, compiled; one function, which holds no tensors, for all layers."""
+    return torch.compile(flex_attention)
 
 
 class FlexAttentionCausal2D(nn.Module):
@@ -45,7 +45,6 @@ class FlexAttentionCausal2D(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.segments = Segments()
-        self._block_masks: dict[Any, Any] = {}
 
     @property
     def offsets(self) -> tuple[int, ...]:
@@ -61,7 +60,6 @@ class FlexAttentionCausal2D(nn.Module):
         """
         offsets = tuple(offsets)
         offsets = offsets if offsets[:1] == (0,) else (0, *offsets)
-        self._block_masks.clear()
         self.segments = Segments(offsets, None if flags is None else tuple(flags))
 
     def set_offsets_by_lens(self, lens: Sequence[int], flags: Sequence[bool] | None = None) -> None:
@@ -83,36 +81,25 @@ class FlexAttentionCausal2D(nn.Module):
         return mask_mod
 
     def get_attn_func(self) -> Callable[..., Tensor]:
-        """PyTorch's flex attention, compiled.
+        """PyTorch's flex attention, compiled."""
+        return compiled_flex_attention()
 
-        Raises:
-            NotImplementedError: If this PyTorch has none.
-        """
-        try:
-            from torch.nn.attention.flex_attention import flex_attention
-        except ImportError as error:
-            raise NotImplementedError("flex attention needs torch 2.5 or later") from error
-        return _compiled(flex_attention)
-
-    def get_block_mask(self, q: Tensor) -> Any:
-        """The block mask for queries (B, H, L, d), kept for each length and device.
+    def get_block_mask(self, q: Tensor) -> BlockMask:
+        """The block mask for queries (B, H, L, d), built anew.
 
         Raises:
             ValueError: If no segments are set, or they do not cover the queries.
         """
-        from torch.nn.attention.flex_attention import create_block_mask
+        return self.make_block_mask(q.size(2), q.device)
 
-        length = q.size(2)
+    def make_block_mask(self, length: int, device: torch.device) -> BlockMask:
+        """As :meth:`get_block_mask`, for this many queries."""
         if not self.offsets or self.offsets[-1] != length:
             raise ValueError(
                 f"segments end at {list(self.offsets[-1:])}, but there are {length} tokens"
             )
-        key = (length, q.device)
-        if key not in self._block_masks:
-            self._block_masks[key] = create_block_mask(
-                self.get_mask_mod(q.device), None, None, length, length, device=q.device
-            )
-        return self._block_masks[key]
+        mask_mod = self.get_mask_mod(device)
+        return create_block_mask(mask_mod, None, None, length, length, device=device)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attend; all of (B, H, L, d)."""

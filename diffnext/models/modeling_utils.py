@@ -1,8 +1,38 @@
-"""Loading rules shared by every network of the package."""
+"""Rules of files and types shared by every network of the package, and where their classes are."""
 
 from __future__ import annotations
 
+import importlib
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from diffusers.configuration_utils import ConfigMixin
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor, nn
+
+from diffnext.models.quantization import check_not_quantized
+
+__all__ = [
+    "MODEL_MODULES",
+    "StrictLoadingMixin",
+    "evaluating",
+    "find_model_class",
+    "load_strictly",
+]
+
+# Homes of the networks, for files that name their classes.
+MODEL_MODULES = {
+    "NOVATransformer3DModel": "diffnext.models.transformers.transformer_nova",
+    "PhiEncoderModel": "diffnext.models.text_encoders.phi",
+    "AutoencoderKL": "diffnext.models.autoencoders.autoencoder_kl",
+    "AutoencoderKLOpenSora": "diffnext.models.autoencoders.autoencoder_kl_opensora",
+    "AutoencoderKLCogVideoX": "diffnext.models.autoencoders.autoencoder_kl_cogvideox",
+    "AutoencoderKLLTXVideo": "diffnext.models.autoencoders.autoencoder_kl_ltx",
+}
 
 # What `from_pretrained(output_loading_info=True)` reports besides a fitting state dict.
 _MISFITS = {
@@ -12,43 +42,90 @@ _MISFITS = {
 }
 
 
-def check_loading_info(name: str, path: Any, info: dict[str, Any]) -> None:
-    """Reject weights that do not fit the model they were loaded into.
+# Modules that are evaluated at the moment: how many drawings do, and which parts were training.
+_EVALUATED: WeakKeyDictionary[nn.Module, tuple[int, list[nn.Module]]] = WeakKeyDictionary()
+_EVALUATED_LOCK = threading.Lock()
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Have a model in evaluation mode; behind the last of several threads all is as it was."""
+    with _EVALUATED_LOCK:
+        count, training = _EVALUATED.get(model, (0, []))
+        if count == 0:
+            training = [part for part in model.modules() if part.training]
+        for part in training:
+            part.training = False
+        _EVALUATED[model] = (count + 1, training)
+    try:
+        yield
+    finally:
+        with _EVALUATED_LOCK:
+            count, training = _EVALUATED.pop(model)
+            if count > 1:
+                _EVALUATED[model] = (count - 1, training)
+            else:
+                for part in training:
+                    part.training = True
+
+
+def find_model_class(name: str) -> Any:
+    """The network class of a name among :data:`MODEL_MODULES`."""
+    return getattr(importlib.import_module(MODEL_MODULES[name]), name)
+
+
+def load_strictly(load: Callable[..., Any], path: Any, *args: Any, **kwargs: Any) -> Any:
+    """Load a model folder; every weight must be present and known.
 
     Args:
-        name: Class name of the model, for the message.
-        path: Where the weights came from, for the message.
-        info: The loading report of diffusers or transformers.
+        load: ``from_pretrained`` of a class of diffusers or transformers.
+        path: Folder or Hub id.
+        *args: Further arguments of ``load``.
+        **kwargs: The same.
 
     Raises:
         RuntimeError: If any key is missing, unexpected or of another shape; lists them all.
     """
+    wants_info = kwargs.pop("output_loading_info", False)
+    model, info = load(path, *args, output_loading_info=True, **kwargs)
     lines = []
     for field, meaning in _MISFITS.items():
         keys = [str(key) for key in info.get(field) or ()]
         if keys:
             lines.append(f"  {len(keys)} {meaning}: {', '.join(sorted(keys))}")
     if lines:
+        name = type(model).__name__
         raise RuntimeError(f"The weights in {path} do not fit {name}:\n" + "\n".join(lines))
+    return (model, info) if wants_info else model
 
 
-class StrictLoadingMixin:
-    """Put before diffusers' ``ModelMixin``, refuses weights with missing or unexpected keys."""
+class StrictLoadingMixin(ModelMixin, ConfigMixin):
+    """diffusers' base of networks; weights that do not fit, or cannot be saved, are refused."""
+
+    config_name: Any = ModelMixin.config_name  # diffusers' two bases disagree on its type
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
-        """Load a model folder; every weight must be present and known.
+        """Load a model folder; see :func:`load_strictly`."""
+        return load_strictly(super().from_pretrained, pretrained_model_name_or_path, **kwargs)
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """Save the model to a folder.
 
         Args:
-            pretrained_model_name_or_path: Folder or Hub id.
-            **kwargs: As for diffusers' ``ModelMixin.from_pretrained``.
+            save_directory: The folder.
+            *args: As for diffusers' method.
+            **kwargs: As for diffusers' method.
 
         Raises:
-            RuntimeError: If the weights do not fit; the message lists the keys.
+            ValueError: If the weights are quantised.
         """
-        wants_info = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(
-            pretrained_model_name_or_path, output_loading_info=True, **kwargs
-        )
-        check_loading_info(cls.__name__, pretrained_model_name_or_path, info)
-        return (model, info) if wants_info else model
+        check_not_quantized(self, "saved")
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        # Every move and every cast comes through here. Quantised weights can only be moved.
+        dtype = self.dtype
+        if fn(torch.empty(0, dtype=dtype)).dtype != dtype:
+            check_not_quantized(self, "cast")
+        return super()._apply(fn, recurse)

@@ -16,15 +16,8 @@ def _plain_norm(dim: int, eps: float | None) -> nn.Module:
     return nn.LayerNorm(dim, eps=eps, elementwise_affine=False) if eps else nn.Identity()
 
 
-class AdaLayerNormZero(nn.Module):
-    """Adaptive layer norm that also returns further statistics, such as gates.
-
-    Args:
-        dim: Token width.
-        rank: Width of a low-rank bottleneck before the projection; none when None or 0.
-        num_stats: How many vectors to project; the first two are scale and shift.
-        eps: Of the norm; None switches the norm off.
-    """
+class _ProjectedNorm(nn.Module):
+    """Layer norm with a projection from a condition to its statistics."""
 
     def __init__(
         self, dim: int, rank: int | None = None, num_stats: int = 2, eps: float | None = 1e-6
@@ -36,6 +29,21 @@ class AdaLayerNormZero(nn.Module):
         self.norm = _plain_norm(dim, eps)
         self.activation = nn.SiLU()
 
+    def statistics(self, activated: Tensor) -> tuple[Tensor, ...]:
+        """Scale, shift and others of a condition behind its activation, (..., D) each."""
+        return self.proj(self.lora(activated)).chunk(self.num_stats, dim=-1)
+
+
+class AdaLayerNormZero(_ProjectedNorm):
+    """Adaptive layer norm that also returns further statistics, such as gates.
+
+    Args:
+        dim: Token width.
+        rank: Width of a low-rank bottleneck before the projection; none when None or 0.
+        num_stats: How many vectors to project; the first two are scale and shift.
+        eps: Of the norm; None switches the norm off.
+    """
+
     def forward(self, x: Tensor, z: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Normalise ``x`` (B, L, D) by condition ``z``, broadcastable to it.
 
@@ -45,12 +53,8 @@ class AdaLayerNormZero(nn.Module):
         scale, shift, *others = self.statistics(self.activation(z))
         return self.norm(x) * (1 + scale) + shift, tuple(others)
 
-    def statistics(self, activated: Tensor) -> tuple[Tensor, ...]:
-        """Scale, shift and others of a condition behind its activation, (..., D) each."""
-        return self.proj(self.lora(activated)).chunk(self.num_stats, dim=-1)
 
-
-class AdaLayerNorm(AdaLayerNormZero):
+class AdaLayerNorm(_ProjectedNorm):
     """Adaptive layer norm with scale and shift only.
 
     Args:
@@ -60,11 +64,12 @@ class AdaLayerNorm(AdaLayerNormZero):
     """
 
     def __init__(self, dim: int, rank: int | None = None, eps: float | None = 1e-6) -> None:
-        super().__init__(dim, rank=rank, num_stats=2, eps=eps)
+        super().__init__(dim, rank, num_stats=2, eps=eps)
 
     def forward(self, x: Tensor, z: Tensor) -> Tensor:
         """norm(x) * (1 + scale(z)) + shift(z)."""
-        return super().forward(x, z)[0]
+        scale, shift = self.statistics(self.activation(z))
+        return self.norm(x) * (1 + scale) + shift
 
 
 class AdaLayerNormSingle(nn.Module):
@@ -80,7 +85,8 @@ class AdaLayerNormSingle(nn.Module):
         super().__init__()
         self.dim = dim
         self.num_stats = num_stats
-        self.bias = nn.Parameter(torch.randn(num_stats, dim) / dim**0.5)
+        self.bias = nn.Parameter(torch.zeros(num_stats, dim))
+        nn.init.normal_(self.bias, std=dim**-0.5)
         self.norm = _plain_norm(dim, eps)
 
     def forward(self, x: Tensor, z: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:

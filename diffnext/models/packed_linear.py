@@ -31,8 +31,8 @@ class PackedLinear(nn.Linear):
         self.weight = linear.weight
         self.bias = linear.bias
         self.training = linear.training
-        self._packed: Tensor | None = None
-        self._packed_from: tuple[int, int] | None = None
+        # The weight that was packed, its address and version, and the copy.
+        self._packed: tuple[Tensor, tuple[int, int], Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., in_features) to (..., out_features)."""
@@ -42,30 +42,35 @@ class PackedLinear(nn.Linear):
 
     def __getstate__(self) -> dict[str, Any]:
         """What copies are made of; they pack for themselves."""
-        return {**super().__getstate__(), "_packed": None, "_packed_from": None}
+        return {**self.__dict__, "_packed": None}
 
     def _takes(self, x: Tensor) -> bool:
         """Whether packed weights are of use for this input."""
         return (
             not torch.is_grad_enabled()
             and not torch.is_autocast_enabled("cpu")
+            and type(x) is Tensor  # and not a fake one, or another subclass
+            and type(self.weight) is nn.Parameter
+            and not self.weight.is_inference()
             and all(t.device.type == "cpu" and t.dtype == torch.float32 for t in (x, self.weight))
         )
 
     def _pack(self) -> Tensor:
         weight = self.weight
-        source = (weight.data_ptr(), 0 if weight.is_inference() else weight._version)
-        if self._packed is None or self._packed_from != source:
-            self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
-            self._packed_from = source
-        return self._packed
+        state = (weight.data_ptr(), weight._version)
+        last = self._packed  # read once: other threads may replace it
+        if last is not None and last[0] is weight and last[1] == state:
+            return last[2]
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
+        self._packed = (weight, state, packed)
+        return packed
 
 
 def prepack_linears(model: nn.Module) -> None:
     """Pack the linear layers of a model, in place; parameters and their names stay.
 
     Args:
-        model: Of float32, on a CPU. Its linear layers then take twice their memory.
+        model: In float32, on a CPU. Its linear layers then take twice their memory.
 
     Raises:
         ValueError: If it is not, or if this PyTorch was built without oneDNN.
@@ -75,8 +80,8 @@ def prepack_linears(model: nn.Module) -> None:
     parameter = next(model.parameters())
     if parameter.device.type != "cpu" or parameter.dtype != torch.float32:
         raise ValueError(
-            f"prepacking is for float32 on a CPU, the model is of {parameter.dtype} "
-            f"on {parameter.device}"
+            "prepacking is for float32 on a CPU, "
+            f"the model is {parameter.dtype} on {parameter.device}"
         )
     for module in list(model.modules()):
         for name, child in list(module.named_children()):

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["QUANTIZATIONS", "quantize_blocks"]
+__all__ = ["QUANTIZATIONS", "check_not_quantized", "quantize_blocks"]
 
 QUANTIZATIONS = {
     "int8": "Int8WeightOnlyConfig",
@@ -16,7 +16,7 @@ QUANTIZATIONS = {
 
 
 def quantize_blocks(model: nn.Module, kind: str) -> None:
-    """Quantise the linear layers inside the blocks of a model, in place.
+    """Quantise the linear layers inside the blocks of a model, in place and for good.
 
     Embeddings, norms and heads keep their type: they are small, and errors there show.
 
@@ -26,17 +26,35 @@ def quantize_blocks(model: nn.Module, kind: str) -> None:
             "int8_dynamic" activations are rounded too, so that products are those of integers.
 
     Raises:
-        ValueError: If the kind is unknown.
+        ValueError: If the kind is unknown, or the model is quantised already.
         ImportError: If torchao is not installed.
     """
     if kind not in QUANTIZATIONS:
         raise ValueError(f"kind must be one of {sorted(QUANTIZATIONS)}, got {kind!r}")
+    check_not_quantized(model, "quantised again")
     try:
         from torchao import quantization
     except ImportError as error:
         raise ImportError("quantisation needs torchao: pip install torchao") from error
     config: Any = getattr(quantization, QUANTIZATIONS[kind])()
     quantization.quantize_(model, config, filter_fn=_is_inside_block)
+
+
+def check_not_quantized(model: nn.Module, what: str) -> None:
+    """Refuse what quantised weights cannot bear.
+
+    Args:
+        model: Any network.
+        what: What was to be done with it: a past participle for the message.
+
+    Raises:
+        ValueError: If weights of the model are quantised.
+    """
+    if any(type(parameter).__module__.startswith("torchao") for parameter in model.parameters()):
+        raise ValueError(
+            f"a quantised model cannot be {what}: load it anew, and quantise it last, "
+            "after casting or saving it"
+        )
 
 
 def _is_inside_block(module: nn.Module, name: str) -> bool:

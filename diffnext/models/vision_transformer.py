@@ -10,20 +10,29 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from diffnext.models.attention import BlockCausalMask, KVCache, LayerKVCache, attend
+from diffnext.models.attention import (
+    AttentionMask,
+    BlockCausalMask,
+    KVCache,
+    LayerKVCache,
+    PaddingMask,
+    attend,
+)
+from diffnext.models.compilation import compile_static, pad_ids, pad_length
 from diffnext.models.embeddings import (
     PatchEmbed,
+    PositionFunction,
     RotaryEmbed3D,
-    Rotation,
     RotationTables,
     gather_tokens,
     scatter_tokens,
 )
 from diffnext.models.flex_attention import FlexAttentionCausal2D
 
-__all__ = ["MLP", "Attention", "Block", "VisionTransformer", "set_checkpointing"]
+__all__ = ["MLP", "Attention", "Block", "Projector", "VisionTransformer", "set_checkpointing"]
 
 
 def run_checkpointed(enabled: bool, fn: Callable[..., Any], *args: Any) -> Any:
@@ -36,11 +45,31 @@ def run_checkpointed(enabled: bool, fn: Callable[..., Any], *args: Any) -> Any:
 def set_checkpointing(blocks: Iterable[nn.Module], enabled: bool) -> None:
     """Switch the activation checkpointing of the blocks' MLPs on or off."""
     for block in blocks:
-        block.mlp_checkpointing = enabled
+        vars(block)["mlp_checkpointing"] = enabled
 
 
-class MLP(nn.Module):
-    """Two-layer perceptron with GELU.
+class Projector(nn.Module):
+    """Two-layer perceptron with SiLU.
+
+    Args:
+        dim: Input width.
+        mlp_dim: Hidden width; ``dim`` when None.
+        out_dim: Output width; ``dim`` when None.
+    """
+
+    def __init__(self, dim: int, mlp_dim: int | None = None, out_dim: int | None = None) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, mlp_dim or dim)
+        self.fc2 = nn.Linear(mlp_dim or dim, out_dim or dim)
+        self.activation: nn.Module = nn.SiLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., dim) to (..., out_dim)."""
+        return self.fc2(self.activation(self.fc1(x)))
+
+
+class MLP(Projector):
+    """Two-layer perceptron with GELU, from tokens to tokens.
 
     Args:
         dim: Token width.
@@ -48,14 +77,8 @@ class MLP(nn.Module):
     """
 
     def __init__(self, dim: int, mlp_ratio: float = 4) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(dim, int(dim * mlp_ratio))
-        self.fc2 = nn.Linear(int(dim * mlp_ratio), dim)
+        super().__init__(dim, int(dim * mlp_ratio))
         self.activation = nn.GELU()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map tokens (..., D) to tokens."""
-        return self.fc2(self.activation(self.fc1(x)))
 
 
 class Attention(nn.Module):
@@ -84,8 +107,8 @@ class Attention(nn.Module):
     def forward(
         self,
         x: Tensor,
-        rotation: Rotation | RotationTables | None = None,
-        mask: BlockCausalMask | None = None,
+        pe_func: PositionFunction | None = None,
+        mask: AttentionMask | None = None,
         cache: LayerKVCache | None = None,
         out_ids: Tensor | None = None,
     ) -> Tensor:
@@ -93,7 +116,7 @@ class Attention(nn.Module):
 
         Args:
             x: Tokens, (B, L, D).
-            rotation: Turns queries and keys by position.
+            pe_func: Turns queries and keys (B, H, L, d) by position.
             mask: Causality between blocks; everything is visible when None.
             cache: Earlier tokens to look at too; the new ones are added to it.
             out_ids: Tokens that attend, (B, n, 1); all when None. Not with ``mask``.
@@ -102,10 +125,9 @@ class Attention(nn.Module):
             (B, L, D), or (B, n, D).
         """
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))
-        qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, B, H, L, d)
-        q, k, v = qkv.unbind(0)
-        if rotation is not None:
-            q, k = rotation(qkv[:2]).unbind(0)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, L, d) each
+        if pe_func is not None:
+            q, k = pe_func(q), pe_func(k)
         if cache is not None:
             k, v = cache.append(k, v)
         if out_ids is not None:
@@ -143,27 +165,20 @@ class Block(nn.Module):
     def forward(
         self,
         x: Tensor,
-        rotation: Rotation | RotationTables | None = None,
-        mask: BlockCausalMask | None = None,
+        pe_func: PositionFunction | None = None,
+        mask: AttentionMask | None = None,
         cache: LayerKVCache | None = None,
         out_ids: Tensor | None = None,
     ) -> Tensor:
         """Tokens (B, L, D) to tokens; arguments as for :class:`Attention`."""
         branch = run_checkpointed(
-            self.attn_checkpointing, self._attention_branch, x, rotation, mask, cache, out_ids
+            self.attn_checkpointing, self._attention_branch, x, pe_func, mask, cache, out_ids
         )
         x = branch + (x if out_ids is None else gather_tokens(x, out_ids))
         return x + run_checkpointed(self.mlp_checkpointing, self._mlp_branch, x)
 
-    def _attention_branch(
-        self,
-        x: Tensor,
-        rotation: Rotation | RotationTables | None,
-        mask: BlockCausalMask | None,
-        cache: LayerKVCache | None,
-        out_ids: Tensor | None,
-    ) -> Tensor:
-        return self.norm1(self.attn(x, rotation, mask, cache, out_ids))
+    def _attention_branch(self, *inputs: Any) -> Tensor:
+        return self.norm1(self.attn(*inputs))
 
     def _mlp_branch(self, x: Tensor) -> Tensor:
         return self.norm2(self.mlp(x))
@@ -208,6 +223,23 @@ class VisionTransformer(nn.Module):
         self.norm = nn.LayerNorm(embed_dim)
         self.mixer = nn.Identity()
         self.flex_attn = FlexAttentionCausal2D()
+        self._compiled_block: Callable[..., Tensor] | None = None
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether compiled blocks run now, for which numbers of tokens are padded to few."""
+        return self._compiled_block is not None and not torch.is_grad_enabled()
+
+    def compile_blocks(self, **options: Any) -> None:
+        """Compile the blocks for inference without a cache; options of ``torch.compile``."""
+        self._compiled_block = compile_static(Block.forward, **options)
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of the latents the model is built for."""
+        size = self.image_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return self.image_dim, height, width
 
     def forward(
         self,
@@ -238,48 +270,59 @@ class VisionTransformer(nn.Module):
         """
         if isinstance(x, tuple):
             x, prev_ids = x
-        if self.encoder_depth == 0:
-            prev_ids = None
-        tokens = self.pos_embed(self.patch_embed(x))
-        num_condition = 0 if c is None else c.size(1)
-        rotation = pos
+        tokens: Tensor = self.pos_embed(self.patch_embed(x))
+        c = tokens[:, :0] if c is None else c
+        num_condition = c.size(1)
         if isinstance(pos, Tensor):
-            rotation = self.rotation(pos, num_condition, tokens.dtype)
+            pos = self.rotation(pos, num_condition, tokens.dtype)
+        if mask is not None:
+            mask = mask.prepare(tokens.device, self.rope.dim)
         start = 0
         x = tokens
-        if prev_ids is not None:
-            known_rotation = None if rotation is None else rotation.select(prev_ids, num_condition)
-            known = gather_tokens(tokens, prev_ids)  # (B, k, D)
-            known = known if c is None else torch.cat([c, known], dim=1)
+        if prev_ids is not None and self.encoder_depth > 0:
+            known_pos = None if pos is None else pos.select(prev_ids, num_condition)
+            known = torch.cat([c, gather_tokens(tokens, prev_ids)], dim=1)  # (B, Lc + k, D)
             start = self.encoder_depth
-            known = self._run_blocks(known, 0, start, known_rotation, mask, cache)
-            c, known = known.split([num_condition, prev_ids.size(1)], dim=1)
+            length = known.size(1)
+            known_mask: AttentionMask | None = mask
+            if self.is_compiled:
+                padding = pad_length(length, num_condition + tokens.size(1)) - length
+                known_mask = PaddingMask.of_length(length, padding, known.device)
+                known = F.pad(known, (0, 0, 0, padding))
+                known_pos = None if known_pos is None else known_pos.pad(padding)
+            known = self._run_blocks(known, 0, start, known_pos, known_mask, cache)
+            c, known = known[:, :num_condition], known[:, num_condition:length]
             x = scatter_tokens(tokens.to(known.dtype), prev_ids, known)
-        x = x if c is None else torch.cat([c, x], dim=1)
+        x = torch.cat([c, x], dim=1)
         end = len(self.blocks)
         if out_ids is None:
-            x = self._run_blocks(x, start, end, rotation, mask, cache)
+            x = self._run_blocks(x, start, end, pos, mask, cache)
             return self.norm(x[:, num_condition:])
-        out_ids = out_ids + num_condition
-        x = self._run_blocks(x, start, end, rotation, mask, cache, out_ids)
-        return self.norm(x if start < end else gather_tokens(x, out_ids))
+        wanted = out_ids + num_condition
+        wanted = pad_ids(wanted) if self.is_compiled else wanted
+        x = self._run_blocks(x, start, end, pos, mask, cache, wanted)
+        x = gather_tokens(x, wanted) if start == end else x
+        return self.norm(x[:, : out_ids.size(1)])
 
     def rotation(self, pos: Tensor, num_condition: int, dtype: torch.dtype) -> RotationTables:
         """What turns condition tokens, at position 0, and tokens at ``pos`` (B or 1, N, 3)."""
-        return self.rope.get_func(pos, pad=num_condition).tables(dtype)
+        return self.rope.get_func(pos, pad=num_condition).to(dtype)
 
     def _run_blocks(
         self,
         x: Tensor,
         start: int,
         end: int,
-        rotation: RotationTables | None,
-        mask: BlockCausalMask | None,
+        pe_func: RotationTables | None,
+        mask: AttentionMask | None,
         cache: KVCache | None,
         out_ids: Tensor | None = None,
     ) -> Tensor:
+        run: Callable[..., Tensor] = Block.__call__
+        if self._compiled_block is not None and self.is_compiled:
+            run = self._compiled_block
         for index in range(start, end):
             layer_cache = None if cache is None else cache.layers[index]
             wanted = out_ids if index == len(self.blocks) - 1 else None
-            x = self.blocks[index](x, rotation, mask, layer_cache, wanted)
+            x = run(self.blocks[index], x, pe_func, mask, layer_cache, wanted)
         return x

@@ -9,7 +9,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -20,11 +20,10 @@ from diffnext.pipelines.release_folder import (
     find_folder,
     link_component,
     link_release_folder,
-    read_json,
-    write_json,
 )
 from diffnext.schedulers.scheduling_cfm import FlowMatchEulerDiscreteScheduler
 from diffnext.schedulers.scheduling_ddpm import DDPMScheduler
+from diffnext.utils.json_files import read_json, write_json
 
 __all__ = ["build_diffusion_scheduler", "build_pipeline", "get_pipeline_path"]
 
@@ -127,7 +126,7 @@ def _plain(config: Any) -> dict[str, Any]:
         return config
     from omegaconf import OmegaConf
 
-    return OmegaConf.to_container(config, resolve=True)
+    return cast("dict[str, Any]", OmegaConf.to_container(config, resolve=True))
 
 
 def _write_overlaid_config(name: str, folder: Path, target: Path, overlay: dict[str, Any]) -> None:
@@ -144,7 +143,6 @@ def _write_overlaid_config(name: str, folder: Path, target: Path, overlay: dict[
                 path,
                 json.dumps(value),
             )
-    (target / "config.json").unlink(missing_ok=True)
     write_json(target / "config.json", {**config, **overlay})
 
 
@@ -192,6 +190,7 @@ def build_diffusion_scheduler(scheduler_path: Any, sample: bool = False, **kwarg
     """
     if scheduler_path is None:
         return None
+    name: str | None
     if hasattr(scheduler_path, "config"):
         config = dict(scheduler_path.config)
         name = type(scheduler_path).__name__
@@ -202,6 +201,6 @@ def build_diffusion_scheduler(scheduler_path: Any, sample: bool = False, **kwarg
         config = read_json(file)
         wanted = "_sample_class_name" if sample else "_noise_class_name"
         name = config.get(wanted) or config.get("_class_name")
-    if name not in _SCHEDULERS:
+    if name is None or name not in _SCHEDULERS:
         raise ValueError(f"scheduler must be one of {sorted(_SCHEDULERS)}, got {name}")
     return _SCHEDULERS[name].from_config({**config, **kwargs})

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from diffusers.utils import BaseOutput
 
+from diffnext.models.modeling_utils import StrictLoadingMixin
+from diffnext.models.quantization import check_not_quantized
 from diffnext.pipelines.release_folder import (
     BASE_FOLDER_FILE,
     INDEX_FILE,
@@ -18,9 +21,9 @@ from diffnext.pipelines.release_folder import (
     find_folder,
     import_libraries,
     link_release_folder,
-    read_json,
     resolve_index,
 )
+from diffnext.utils.json_files import read_json
 
 __all__ = ["NOVAPipelineOutput", "PipelineMixin", "cosine_set_sizes"]
 
@@ -48,7 +51,13 @@ class NOVAPipelineOutput(BaseOutput):
     frames: Any = None
 
 
-class PipelineMixin:
+if TYPE_CHECKING:
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline as _Base
+else:
+    _Base = object
+
+
+class PipelineMixin(_Base):
     """Loads release folders; put before diffusers' ``DiffusionPipeline``."""
 
     @classmethod
@@ -83,6 +92,58 @@ class PipelineMixin:
         if (folder / LORA_FILE).is_file():
             pipeline.load_lora_weights(folder, weight_name=LORA_FILE)
         return pipeline
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """Save the index and all components, or nothing if one of them cannot be saved.
+
+        Args:
+            save_directory: The folder.
+            *args: As for diffusers' method.
+            **kwargs: As for diffusers' method.
+
+        Raises:
+            ValueError: If a model is quantised.
+        """
+        for component in self.components.values():
+            if isinstance(component, StrictLoadingMixin):
+                check_not_quantized(component, "saved")
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+    @classmethod
+    def from_pipe(cls, pipeline: Any, **kwargs: Any) -> Any:
+        """A pipeline of the components of another, which they share.
+
+        Args:
+            pipeline: The other one, of any class.
+            **kwargs: Components to use instead, and ``dtype`` or ``torch_dtype`` to cast all
+                models to, those of the other pipeline too; by default each keeps its own.
+        """
+        dtype = kwargs.pop("torch_dtype", None)
+        dtype = kwargs.pop("dtype", dtype)
+        names = cls._get_signature_keys(cls)[0]
+        result = cls(**{name: getattr(pipeline, name, None) for name in names} | kwargs)
+        return result if dtype is None else result.to(dtype=dtype)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute; a component that was absent is registered, so that it is saved."""
+        is_absent = getattr(self, "config", {}).get(name) == (None, None)
+        if is_absent and value is not None:
+            self.register_modules(**{name: value})
+        else:
+            super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        """Delete an attribute; a component becomes None, like one that is absent."""
+        if name in self._optional_components:
+            setattr(self, name, None)
+        else:
+            super().__delattr__(name)
+
+    def to_json_string(self) -> str:
+        """What is saved as the index; the class is named with its module, which users import."""
+        index = json.loads(super().to_json_string())
+        index["_class_name"] = f"{type(self).__module__}.{type(self).__name__}"
+        return json.dumps(index, indent=2, sort_keys=True) + "\n"
 
     def register_module(self, model_or_path: Any, name: str) -> Any:
         """Record one component, see :meth:`register_modules`.

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import ast
 import importlib
-import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+from diffnext.models.modeling_utils import MODEL_MODULES
+from diffnext.utils.json_files import read_json, write_json
 
 __all__ = [
     "BASE_FOLDER_FILE",
@@ -26,36 +28,15 @@ __all__ = [
     "link_component",
     "link_release_folder",
     "read_base_reference",
-    "read_json",
+    "read_class_name",
     "resolve_index",
     "write_base_reference",
-    "write_json",
     "write_shim",
 ]
 
 INDEX_FILE = "model_index.json"
 BASE_FOLDER_FILE = "base_folder.json"
 LORA_FILE = "pytorch_lora_weights.safetensors"  # as diffusers names it
-
-# Homes of the classes that shims name; used where the shim itself is missing.
-_CLASS_MODULES = {
-    "NOVATransformer3DModel": "diffnext.models.transformers.transformer_nova",
-    "PhiEncoderModel": "diffnext.models.text_encoders.phi",
-    "AutoencoderKL": "diffnext.models.autoencoders.autoencoder_kl",
-    "AutoencoderKLOpenSora": "diffnext.models.autoencoders.autoencoder_kl_opensora",
-    "AutoencoderKLCogVideoX": "diffnext.models.autoencoders.autoencoder_kl_cogvideox",
-    "AutoencoderKLLTXVideo": "diffnext.models.autoencoders.autoencoder_kl_ltx",
-}
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object."""
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON object, indented."""
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def find_folder(path_or_id: str | os.PathLike, **hub_kwargs: Any) -> Path:
@@ -154,6 +135,12 @@ def link_release_folder(source: Path, target: Path, index: dict[str, Any]) -> No
     write_json(target / INDEX_FILE, index)
 
 
+def read_class_name(folder: Path) -> str | None:
+    """The pipeline class of a release folder, with or without a module in the index."""
+    name = read_json(folder / INDEX_FILE).get("_class_name")
+    return None if name is None else name.rpartition(".")[2]
+
+
 def resolve_index(folder: Path) -> dict[str, Any]:
     """The index of a release folder with shims replaced by the modules of their classes.
 
@@ -181,7 +168,7 @@ def _resolve_entry(component: Path, entry: list[Any]) -> list[Any]:
     if shim.is_file():
         module = _imported_module(shim.read_text(encoding="utf-8"), class_name)
     else:
-        module = _CLASS_MODULES.get(class_name)
+        module = MODEL_MODULES.get(class_name)
     return entry if module is None else [module, class_name]
 
 
@@ -190,7 +177,9 @@ def _imported_module(source: str, class_name: str) -> str | None:
     module = None
     for statement in ast.parse(source).body:
         is_docstring = isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
-        is_all = isinstance(statement, ast.Assign) and ast.unparse(statement.targets) == "__all__"
+        is_all = (
+            isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == "__all__"
+        )
         if is_docstring or is_all:
             continue
         if not isinstance(statement, ast.ImportFrom) or statement.level:
@@ -222,7 +211,7 @@ def write_shim(folder: Path, component: str, class_name: str) -> str:
         The library name for ``model_index.json``, such as ``__vae__``.
     """
     library = f"__{component}__"
-    statement = f"from {_CLASS_MODULES[class_name]} import {class_name}"
+    statement = f"from {MODEL_MODULES[class_name]} import {class_name}"
     source = f'"""The class of this component."""\n\n{statement}\n'
     (folder / f"{library}.py").write_text(source, encoding="utf-8")
     return library

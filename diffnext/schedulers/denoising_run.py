@@ -1,4 +1,4 @@
-"""Run any scheduler of the flow-matching or DDPM family from noise to data.
+"""One drawing's own copy of a scheduler, of the flow-matching or the DDPM family.
 
 Shapes: ``sample`` is anything the schedulers take, here frames of latents (B, C, h, w).
 """
@@ -11,6 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from diffnext.schedulers.linear_update import LinearUpdate, linear_updates
+from diffnext.utils.arguments import naming
 
 __all__ = ["DenoisingRun", "check_scheduler", "predicts_flow"]
 
@@ -26,19 +29,20 @@ def predicts_flow(scheduler: Any) -> bool:
     return scheduler.config.get("prediction_type", default) in _FLOW_TYPES
 
 
-def check_scheduler(scheduler: Any) -> None:
+def check_scheduler(scheduler: Any, flow_shift: float | None = None) -> None:
     """Check that a scheduler can denoise what NOVA predicts.
 
     Args:
         scheduler: Of diffusers or diffnext.
+        flow_shift: Timestep shift that it is to be given, if any.
 
     Raises:
-        ValueError: If it has another interface, or takes another prediction than the noise or
-            the flow.
+        ValueError: If it has another interface, takes another prediction than the noise or the
+            flow, or cannot be shifted.
     """
     name = type(scheduler).__name__
     if not all(hasattr(scheduler, method) for method in ("set_timesteps", "step", "config")):
-        raise ValueError(f"{name} is no scheduler with set_timesteps and step")
+        raise ValueError(f"scheduler must have set_timesteps and step, got {name}")
     if "num_train_timesteps" not in scheduler.config:
         raise ValueError(f"{name} has no num_train_timesteps: it is not of the diffusion kind")
     required = {
@@ -53,39 +57,68 @@ def check_scheduler(scheduler: Any) -> None:
         )
     if hasattr(scheduler, "precondition_inputs"):
         raise ValueError(f"{name} preconditions its model, which NOVA was not trained for")
+    if scheduler.config.get("use_dynamic_shifting"):
+        raise ValueError(f"{name} has use_dynamic_shifting, for which NOVA has no shift to give")
     prediction_type = scheduler.config.get("prediction_type")
     if prediction_type not in (None, "epsilon", *_FLOW_TYPES):
         raise ValueError(
             f"{name} has the prediction_type {prediction_type!r}, NOVA predicts 'epsilon' or the "
             "flow"
         )
+    if flow_shift is not None and not hasattr(scheduler, "set_shift"):
+        raise ValueError(
+            f"flow_shift={flow_shift} needs a flow-matching scheduler, but the pipeline has "
+            f"{name}, which cannot be shifted"
+        )
 
 
 class DenoisingRun:
-    """One pass over a schedule; the scheduler it follows stays as it is.
+    """A copy of a scheduler with its timesteps set; the scheduler itself stays as it is.
 
     Args:
-        scheduler: With its timesteps set.
-        generator: Source of noise, for schedulers that draw some.
+        scheduler: Of diffusers or diffnext.
+        num_steps: Denoising steps.
+        flow_shift: Timestep shift in place of the scheduler's own.
+
+    Attributes:
+        timesteps: As the scheduler lists them.
+        updates: Its steps as weighted sums, if it is known that they are.
+
+    Raises:
+        ValueError: If the scheduler does not fit, or cannot make so many steps.
     """
 
-    def __init__(self, scheduler: Any, generator: Generators = None) -> None:
-        self.scheduler = copy.deepcopy(scheduler)  # it counts steps and keeps earlier outputs
-        takes_generator = "generator" in inspect.signature(scheduler.step).parameters
-        self.step_options = {"generator": generator} if takes_generator else {}
+    def __init__(self, scheduler: Any, num_steps: int, flow_shift: float | None = None) -> None:
+        check_scheduler(scheduler, flow_shift)
+        self._scheduler = copy.deepcopy(scheduler)
+        self._num_steps = num_steps
+        self._takes_generator = "generator" in inspect.signature(scheduler.step).parameters
+        if flow_shift is not None:
+            self._scheduler.set_shift(flow_shift)
+        with naming("num_diffusion_steps"):
+            self.restart()
+        self.timesteps = list(self._scheduler.timesteps)
+        self.updates: list[LinearUpdate] | None = linear_updates(self._scheduler)
 
-    def start(self, noise: Tensor) -> Tensor:
+    def restart(self) -> None:
+        """Forget what earlier sets of tokens left: steps taken and outputs kept."""
+        self._scheduler.set_timesteps(self._num_steps)
+
+    def scale_noise(self, noise: Tensor) -> Tensor:
         """Unit noise at the scale the schedule begins with."""
-        sigma = float(getattr(self.scheduler, "init_noise_sigma", 1.0))
+        sigma = float(getattr(self._scheduler, "init_noise_sigma", 1.0))
         return noise if sigma == 1.0 else noise * sigma
 
     def model_input(self, sample: Tensor, timestep: Any) -> Tensor:
         """What the model is shown of a sample."""
-        if not hasattr(self.scheduler, "scale_model_input"):
+        if not hasattr(self._scheduler, "scale_model_input"):
             return sample
-        return self.scheduler.scale_model_input(sample, timestep).to(sample.dtype)
+        return self._scheduler.scale_model_input(sample, timestep).to(sample.dtype)
 
-    def step(self, prediction: Tensor, timestep: Any, sample: Tensor) -> Tensor:
+    def step(
+        self, prediction: Tensor, timestep: Any, sample: Tensor, generator: Generators = None
+    ) -> Tensor:
         """The sample one step nearer to data, in its own dtype."""
-        output = self.scheduler.step(prediction, timestep, sample, **self.step_options)
+        options = {"generator": generator} if self._takes_generator else {}
+        output = self._scheduler.step(prediction, timestep, sample, **options)
         return output.prev_sample.to(sample.dtype)

@@ -5,27 +5,24 @@ Shapes: B batch, N tokens; samples are (B, ...).
 
 from __future__ import annotations
 
-from functools import lru_cache
+from numbers import Real
+from typing import Any
 
-import diffusers
 import torch
-from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
-    FlowMatchEulerDiscreteSchedulerOutput,
-)
-from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.schedulers import scheduling_flow_match_euler_discrete as euler
+from diffusers.schedulers.scheduling_utils import SchedulerMixin as SchedulerMixin
 from torch import Tensor
 
 __all__ = ["FlowMatchEulerDiscreteScheduler", "FlowMatchEulerDiscreteSchedulerOutput"]
 
 
-@lru_cache(maxsize=8)
-def _training_sigmas(num_train_timesteps: int, shift: float) -> Tensor:
-    levels = torch.arange(num_train_timesteps, 0, -1, dtype=torch.float32) / num_train_timesteps
-    return shift * levels / (1 + (shift - 1) * levels)
+FlowMatchEulerDiscreteSchedulerOutput = euler.FlowMatchEulerDiscreteSchedulerOutput
+# Unknown to type checkers: its methods take some arguments at other places than those below.
+_EulerScheduler: Any = euler.FlowMatchEulerDiscreteScheduler
 
 
-# diffusers finds a class's loader by the base class in the namespace of its module.
-class FlowMatchEulerDiscreteScheduler(diffusers.FlowMatchEulerDiscreteScheduler, SchedulerMixin):
+# diffusers finds a class's loader by the name SchedulerMixin in the module of the class.
+class FlowMatchEulerDiscreteScheduler(_EulerScheduler):
     """diffusers' flow-matching scheduler with a training side of its own.
 
     The training tables run from sigma 1 down and stay as they are whatever is sampled meanwhile.
@@ -41,11 +38,46 @@ class FlowMatchEulerDiscreteScheduler(diffusers.FlowMatchEulerDiscreteScheduler,
     timestep: Tensor | None = None
     sigma: Tensor | None = None
 
-    @property
-    def _train_sigmas(self) -> Tensor:
-        """Noise levels of the training indices, (K,), descending from 1, float32 on the CPU."""
-        shift = 1.0 if self.config.use_dynamic_shifting else self.config.shift
-        return _training_sigmas(self.config.num_train_timesteps, shift)
+    def set_timesteps(
+        self, num_inference_steps: int | None = None, mu: float | None = None, **kwargs: Any
+    ) -> None:
+        """Make the sampling schedule.
+
+        Args:
+            num_inference_steps: Number of steps.
+            mu: Shift in place of ``shift``, with ``use_dynamic_shifting``.
+            **kwargs: ``device``, ``sigmas`` and ``timesteps`` of diffusers' method.
+
+        Raises:
+            TypeError: If ``mu`` is not a number.
+        """
+        if not isinstance(mu, Real | None):
+            raise TypeError(f"mu, the second argument of set_timesteps, is a number, got {mu!r}")
+        super().set_timesteps(num_inference_steps, mu=mu, **kwargs)
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: float | Tensor,
+        sample: Tensor,
+        generator: torch.Generator | None = None,
+        return_dict: bool = True,
+    ) -> FlowMatchEulerDiscreteSchedulerOutput | tuple[Tensor]:
+        """One Euler step: x + (sigma' - sigma) v.
+
+        Args:
+            model_output: Predicted flow v, shaped like ``sample``.
+            timestep: One of ``timesteps``; finds the step when none was taken yet.
+            sample: x, (B, ...).
+            generator: Source of noise, with ``stochastic_sampling``.
+            return_dict: Whether to wrap the result in a named output.
+
+        Returns:
+            ``prev_sample``, shaped like ``sample`` and in its dtype.
+        """
+        output = super().step(model_output, timestep, sample, generator=generator)
+        output.prev_sample = output.prev_sample.to(sample.dtype)
+        return output if return_dict else output.to_tuple()
 
     def sample_timesteps(
         self, size: int | tuple[int, ...], device: torch.device | str | None = None
@@ -63,7 +95,7 @@ class FlowMatchEulerDiscreteScheduler(diffusers.FlowMatchEulerDiscreteScheduler,
         """
         size = (size,) if isinstance(size, int) else tuple(size)
         normal = torch.normal(0.0, 1.0, size, device=device)
-        return (normal.sigmoid() * self.config.num_train_timesteps).to(torch.int64)
+        return (normal.sigmoid() * self.config["num_train_timesteps"]).to(torch.int64)
 
     def corrupt(
         self, original_samples: Tensor, noise: Tensor, index: Tensor
@@ -90,9 +122,12 @@ class FlowMatchEulerDiscreteScheduler(diffusers.FlowMatchEulerDiscreteScheduler,
     def _training_levels(self, index: Tensor, sample: Tensor) -> tuple[Tensor, Tensor]:
         """Sigma broadcastable to ``sample``, and timesteps shaped like ``index``, float32."""
         index = index.to(sample.device)
-        sigma = self._train_sigmas.to(sample.device)[index]
-        timestep = sigma * self.config.num_train_timesteps
-        return sigma.reshape(*index.shape, *[1] * (sample.ndim - index.ndim)), timestep
+        num = self.config["num_train_timesteps"]
+        shift = 1.0 if self.config["use_dynamic_shifting"] else self.config["shift"]
+        levels = torch.arange(num, 0, -1, dtype=torch.float32) / num
+        table = shift * levels / (1 + (shift - 1) * levels)  # (K,), descending from 1
+        sigma = table.to(sample.device)[index]
+        return sigma.reshape(*index.shape, *[1] * (sample.ndim - index.ndim)), sigma * num
 
     def scale_noise(
         self, sample: Tensor, timestep: float | Tensor, noise: Tensor | None = None

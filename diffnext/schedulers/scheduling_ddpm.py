@@ -5,14 +5,14 @@ Shapes: B batch, N tokens; samples are (B, ...), channels second.
 
 from __future__ import annotations
 
-import diffusers
 import torch
+from diffusers.schedulers import scheduling_ddpm
 from diffusers.schedulers.scheduling_ddpm import (
     DDPMSchedulerOutput,
     betas_for_alpha_bar,
     rescale_zero_terminal_snr,
 )
-from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.schedulers.scheduling_utils import SchedulerMixin as SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
@@ -24,8 +24,8 @@ __all__ = [
 ]
 
 
-# diffusers finds a class's loader by the base class in the namespace of its module.
-class DDPMScheduler(diffusers.DDPMScheduler, SchedulerMixin):
+# diffusers finds a class's loader by the name SchedulerMixin in the module of the class.
+class DDPMScheduler(scheduling_ddpm.DDPMScheduler):
     """diffusers' DDPM scheduler without clipping, as NOVA was trained and sampled with.
 
     ``clip_sample`` and ``thresholding`` are accepted and do nothing, and the step before t is
@@ -34,12 +34,12 @@ class DDPMScheduler(diffusers.DDPMScheduler, SchedulerMixin):
     The arguments are those of diffusers' class.
     """
 
-    def previous_timestep(self, timestep: int | Tensor) -> int | Tensor:
+    def previous_timestep(self, timestep: int) -> int | Tensor:
         """The timestep after ``timestep`` in sampling order; -1 or below past the end."""
         if self.custom_timesteps:
             return super().previous_timestep(timestep)
-        num_steps = self.num_inference_steps or self.config.num_train_timesteps
-        return timestep - self.config.num_train_timesteps // num_steps
+        num_train_timesteps = self.config["num_train_timesteps"]
+        return timestep - num_train_timesteps // (self.num_inference_steps or num_train_timesteps)
 
     def step(
         self,
@@ -85,7 +85,7 @@ class DDPMScheduler(diffusers.DDPMScheduler, SchedulerMixin):
         return DDPMSchedulerOutput(prev_sample=prev_sample) if return_dict else (prev_sample,)
 
     def _predict_original(self, model_output: Tensor, sample: Tensor, abar: Tensor) -> Tensor:
-        prediction_type = self.config.prediction_type
+        prediction_type = self.config["prediction_type"]
         if prediction_type == "epsilon":
             return (sample - (1 - abar) ** 0.5 * model_output) / abar**0.5
         if prediction_type == "sample":
@@ -114,7 +114,7 @@ class DDPMScheduler(diffusers.DDPMScheduler, SchedulerMixin):
     ) -> Tensor:
         """Draw training timesteps, uniform int64 of the given shape."""
         size = (size,) if isinstance(size, int) else tuple(size)
-        return torch.randint(0, self.config.num_train_timesteps, size, device=device)
+        return torch.randint(0, self.config["num_train_timesteps"], size, device=device)
 
     def corrupt(
         self, original_samples: Tensor, noise: Tensor, index: Tensor

@@ -69,7 +69,10 @@ def precision_to_dtype(precision: str | bool | None = "bf16") -> torch.dtype:
 
 
 def build_accelerator(
-    config: DictConfig, log_with: str | None = None, deepspeed_log_lvl: str = "WARNING"
+    config: DictConfig,
+    log_with: str | None = None,
+    deepspeed_log_lvl: str = "WARNING",
+    **kwargs: Any,
 ) -> Accelerator:
     """Start accelerate for a training configuration.
 
@@ -77,6 +80,7 @@ def build_accelerator(
         config: Training configuration; its ``training`` section is read.
         log_with: Tracker that the run may start later, such as "wandb".
         deepspeed_log_lvl: Log level of DeepSpeed.
+        **kwargs: Further arguments of ``Accelerator``.
 
     Raises:
         ConfigError: If the precision is unknown or does not work on this device.
@@ -86,7 +90,7 @@ def build_accelerator(
         mixed_precision=precision,
         gradient_accumulation_steps=config.training.get("gradient_accumulation_steps", 1),
         log_with=log_with,
-        **_cpu_launch_arguments(),
+        **{**_cpu_launch_arguments(), **kwargs},
     )
     # On a CPU accelerate would silently train in float32 instead.
     if precision == "fp16" and not _supports_fp16(accelerator):
@@ -271,7 +275,7 @@ def set_logger(
     for handler in list(target.handlers):
         target.removeHandler(handler)
         handler.close()
-    handlers = [logging.StreamHandler(sys.stdout)]
+    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout)]
     if output_dir is not None and is_main:
         handlers.append(logging.FileHandler(_log_file(output_dir), encoding="utf-8"))
     formatter = logging.Formatter(

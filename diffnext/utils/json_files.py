@@ -1,4 +1,4 @@
-"""Reading of JSON files that people may have touched."""
+"""JSON files: written whole, and read though people may have touched them."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-__all__ = ["read_json_object"]
+__all__ = ["read_json", "write_json"]
 
 
-def read_json_object(path: str | os.PathLike[str]) -> dict[str, Any]:
+def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The JSON object of a file.
 
     Raises:
@@ -23,3 +23,17 @@ def read_json_object(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds no JSON object")
     return content
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON object, indented, so that the file is whole or not there.
+
+    A link in its place is replaced, and what it leads to stays as it is.
+    """
+    temporary = path.with_name(f"{path.name}.tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        json.dump(content, file, indent=2, ensure_ascii=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)

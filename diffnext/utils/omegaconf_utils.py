@@ -9,6 +9,7 @@ import operator
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import IO, Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -59,7 +60,7 @@ def get_config(argv: Sequence[str] | None = None, schema: type | None = TrainCon
     """
     OmegaConf.register_resolver("eval", evaluate_arithmetic, replace=True)
     items = list(sys.argv[1:] if argv is None else argv)
-    overrides = OmegaConf.to_container(_parse_overrides(items), resolve=False)
+    overrides: Any = OmegaConf.to_container(_parse_overrides(items), resolve=False)
     file_config = _load_yaml(overrides.get("config"))
     config = _apply_items(file_config, items)
     origins = Origins(
@@ -122,14 +123,14 @@ def fill_defaults(config: DictConfig, schema: type = TrainConfig) -> DictConfig:
     return filled
 
 
-def save_config(config: DictConfig, file: str | os.PathLike | IO) -> None:
+def save_config(config: DictConfig, f: str | Path | IO[str]) -> None:
     """Write a configuration as YAML, interpolations unresolved.
 
     Args:
         config: The configuration.
-        file: A path or an open text file.
+        f: A path or an open text file.
     """
-    OmegaConf.save(config, file)
+    OmegaConf.save(config, f)
 
 
 def config_to_yaml(config: DictConfig) -> str:
@@ -231,7 +232,7 @@ _OPERATORS: dict[type, Callable] = {
     ast.Eq: operator.eq,
     ast.NotEq: operator.ne,
 }
-_FUNCTIONS = {"min": min, "max": max, "round": round, "int": int, "float": float, "abs": abs}
+_FUNCTIONS: dict[str, Callable] = {f.__name__: f for f in (min, max, round, int, float, abs)}
 _MAX_BITS = 4096  # of a power: 9**9**9 would compute for hours
 
 
@@ -294,8 +295,10 @@ def _apply_items(file_config: DictConfig, items: Sequence[str]) -> DictConfig:
 
 
 def _merge(config: DictConfig, settings: list[str]) -> DictConfig:
+    merged = config.copy()
     try:
-        return OmegaConf.merge(config, _parse_overrides(settings))
+        merged.merge_with(_parse_overrides(settings))
+        return merged
     except (OmegaConfBaseException, TypeError, ValueError) as error:
         if len(settings) == 1:
             reason = one_line(error)
@@ -332,6 +335,7 @@ def _load_yaml(path: Any) -> DictConfig:
 
 
 def _flatten(tree: Any, prefix: str = "") -> list[tuple[str, Any]]:
+    children: Iterable[tuple[Any, Any]]
     if isinstance(tree, dict) and tree:
         children = tree.items()
     elif isinstance(tree, list) and tree:

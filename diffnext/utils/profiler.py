@@ -21,7 +21,7 @@ class SmoothedValue:
 
     def __init__(self, window_size: int | None = None, fmt: str | None = None) -> None:
         self.fmt = fmt or "{median:.4f} ({mean:.4f})"
-        self.values = deque(maxlen=window_size)
+        self.values: deque[float] = deque(maxlen=window_size)
 
     def update(self, value: float) -> None:
         """Append a value."""
@@ -70,20 +70,21 @@ class Timer:
         Returns:
             Seconds.
         """
-        self.add_diff(time.perf_counter() - self._start, n)
-        return self.average_time if average else self.diff
+        return self.add_diff(time.perf_counter() - self._start, n, average)
 
-    def add_diff(self, diff: float, n: int = 1) -> None:
-        """Add a time measured elsewhere.
+    def add_diff(self, diff: float, n: int = 1, average: bool = False) -> float:
+        """Add a time measured elsewhere; arguments and result as for :meth:`toc`.
 
         Args:
             diff: Seconds.
             n: Number of calls it covers.
+            average: Return the average per call so far rather than ``diff``.
         """
         self.diff = diff
         self.total_time += diff
         self.calls += n
         self.average_time = self.total_time / self.calls
+        return self.average_time if average else self.diff
 
     @contextlib.contextmanager
     def tic_and_toc(self, n: int = 1) -> Iterator[Timer]:

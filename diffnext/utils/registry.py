@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -22,7 +21,7 @@ class Registry:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.registry: OrderedDict[str, Callable[..., Any]] = OrderedDict()
+        self.registry: dict[str, Callable[..., Any]] = {}
 
     def has(self, key: str) -> bool:
         """Whether ``key`` is registered."""

@@ -140,7 +140,7 @@ def test_numpys_global_generator_is_the_default_source():
 def test_pipe_returns_lists_of_one_element():
     moments = np.ones((2, 2), dtype=np.float16)
     example = {"moments": moments.tobytes(), "shape": [2, 2], "caption": "One.", "flow": 5.0}
-    outputs = FeaturePipe().get_outputs(example)
+    outputs = FeaturePipe().get_outputs(inputs=example)
     assert list(outputs) == ["latents", "prompt", "motion_flow"]
     assert np.array_equal(outputs["latents"], [moments])
     assert outputs["prompt"] == ["One."]

@@ -13,7 +13,7 @@ from diffnext.engine.checkpoint import (
     temporary_folder,
     write_component,
 )
-from diffnext.pipelines.release_folder import write_json
+from diffnext.utils.json_files import write_json
 from diffnext.utils.omegaconf_utils import ConfigError
 
 

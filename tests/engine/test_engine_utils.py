@@ -50,27 +50,48 @@ def draws():
     return (random.random(), float(np.random.rand()), float(torch.rand(())))
 
 
-def test_seeding_covers_python_numpy_and_torch():
-    manual_seed(3)
+@pytest.mark.parametrize("device", [None, torch.device("cpu")])
+def test_the_seed_of_a_rank_covers_python_numpy_and_torch(device):
+    results = []
+    for rank in (0, 1, 0):
+        manual_seed(3, (device, 3 + rank))
+        results.append(draws())
+    assert results[0] == results[2]
+    assert all(a != b for a, b in zip(*results[:2], strict=True))
+
+
+def test_a_seed_alone_is_for_torch():
+    manual_seed(1, (None, 1))
     first = draws()
-    manual_seed(3)
+    manual_seed(1, (None, 1))
+    manual_seed(5)
+    python, numpy, noise = draws()
+    assert (python, numpy) == first[:2] and noise != first[2]
+    manual_seed(5)
+    assert float(torch.rand(())) == noise
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="the index names a GPU there")
+def test_a_gpu_index_on_a_cpu_machine_means_the_cpu():
+    manual_seed(3, (0, 7))
+    first = draws()
+    manual_seed(3, (None, 7))
     assert draws() == first
 
 
-def test_ranks_on_a_cpu_draw_different_noise():
-    results = []
-    for rank in range(2):
-        manual_seed(3, (None, 3 + rank))
-        results.append(draws())
-    assert all(a != b for a, b in zip(*results, strict=True))
-    manual_seed(3)
-    assert draws() == results[0]
+def test_a_frozen_module_is_in_evaluation_mode_and_a_thawed_one_in_training():
+    module = nn.Sequential(nn.Linear(2, 2), nn.Dropout())
+    for trainable in (False, True):
+        assert freeze_module(module, trainable) is module
+        assert [part.training for part in module.modules()] == [trainable] * 3
+        assert [p.requires_grad for p in module.parameters()] == [trainable] * 2
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
-def test_only_a_leading_prefix_is_stripped(tmp_path, suffix):
+def test_a_leading_prefix_is_stripped_and_weights_without_it_left_out(tmp_path, suffix):
     source = nn.Sequential(nn.Sequential(nn.Linear(2, 2)))
     state = {f"0.{name}": value.clone() for name, value in source.state_dict().items()}
+    state["1.weight"] = torch.zeros(2)
     path = tmp_path / f"weights{suffix}"
     if suffix == ".bin":
         torch.save(state, path)

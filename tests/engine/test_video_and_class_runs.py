@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from diffnext.data.records import RecordWriter
 from diffnext.pipelines import NOVAPipeline
 from diffnext.pipelines.nova.pipeline_nova_c2i import NOVAC2IPipeline
-from diffnext.pipelines.release_folder import read_json
+from diffnext.utils.json_files import read_json
 from diffnext.utils.omegaconf_utils import ConfigError
 from tests.pipelines.conftest import make_text_encoder, make_tokenizer, write_release
 from tests.tiny import make_model, make_vae, make_video_vae

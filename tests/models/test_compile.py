@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.nn.attention.flex_attention import flex_attention
 
 from diffnext.models import attention
-from diffnext.models.attention import BlockCausalMask, can_flex, flex_layout
+from diffnext.models.attention import BlockCausalMask, can_flex
+from diffnext.models.flex_attention import FlexAttentionCausal2D
 from tests.tiny import generation_inputs, make_model, make_prompts
 
 
@@ -17,19 +19,71 @@ def fresh_compiler():
     torch._dynamo.reset()
 
 
-def compiled_model(**options):
-    """A model that is compiled wherever it can be; a graph break is an error."""
-    model = make_model(frames=3, **options)
-    model.compile_parts(fullgraph=True, backend="aot_eager")
-    return model
-
-
 @pytest.mark.parametrize("options", [{}, {"rotary_pos_embed": True}], ids=["tables", "rotary"])
-def test_blocks_compile_without_graph_breaks_in_generation(options):
+def test_compiled_drawings_equal_eager_ones_without_graph_breaks(options):
     inputs = {"max_latent_length": 3, "motion_flow": 5}
-    eager = make_model(frames=3, **options)(generation_inputs(**inputs))["x"]
-    compiled = compiled_model(**options)(generation_inputs(**inputs))["x"]
-    torch.testing.assert_close(compiled, eager, atol=1e-5, rtol=1e-5)
+    model = make_model(frames=3, **options)
+    eager = model(generation_inputs(**inputs))["x"]
+    model.compile_drawing(fullgraph=True, backend="aot_eager")
+    compiled = model(generation_inputs(**inputs))["x"]
+    torch.testing.assert_close(compiled, eager, atol=1e-4, rtol=1e-4)
+
+
+class Graphs:
+    """A compiler that runs what it is given as it is, and counts."""
+
+    def __init__(self):
+        self.count = 0
+
+    def __call__(self, graph, inputs):
+        self.count += 1
+        return graph.forward
+
+
+@pytest.mark.parametrize(
+    "num_preds", [[1] * 6 + [18], [2, 7, 15], [24]], ids=["ones", "three", "one"]
+)
+def test_the_number_of_graphs_is_bounded(num_preds):
+    """None for another prompt, seed, weight or schedule; few for another batch or no guidance."""
+    model, graphs = make_model(frames=3), Graphs()
+    model.compile_drawing(backend=graphs)
+
+    def draw(**options):
+        before = graphs.count
+        inputs = generation_inputs(num_preds=num_preds, **options)
+        model({**inputs, "prompt": make_prompts(len(inputs["prompt"]), options.get("seed", 0))})
+        return graphs.count - before
+
+    assert 0 < draw() <= 10
+    others = [
+        {},
+        {"seed": 1},
+        {"guidance_scale": 2.5},
+        {"min_guidance_scale": 1.0},
+        {"num_diffusion_steps": 7},
+        {"on_step": lambda frame, step, latents: latents + 1},
+        {"max_latent_length": 2, "motion_flow": 5},
+    ]
+    assert [draw(**options) for options in others] == [0] * len(others)
+    assert 0 < draw(guidance_scale=1.0) <= 10
+    assert 0 < draw(batch=3) <= 10
+    repeated = [draw(), draw(guidance_scale=1.0), draw(batch=3)]
+    assert repeated == [0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mode": "reduce-overhead"}, "replays CUDA graphs, whose results"),
+        ({"mode": "max-autotune"}, "use mode='max-autotune-no-cudagraphs'"),
+        ({"options": {"triton.cudagraphs": True}}, "replays CUDA graphs"),
+        ({"dynamic": True}, "padded to few fixed ones instead"),
+        ({"mode": "fast"}, "mode must be one of .*got 'fast'"),
+    ],
+)
+def test_options_that_cannot_work_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        make_model().compile_drawing(**options)
 
 
 @pytest.mark.parametrize("level", [0, 3])
@@ -47,24 +101,21 @@ def test_blocks_compile_without_graph_breaks_in_training(level, monkeypatch):
         return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
     eager = gradients(make_model(frames=3))
-    compiled = gradients(compiled_model())
+    model = make_model(frames=3)
+    model.compile_parts(fullgraph=True, backend="aot_eager")
+    compiled = gradients(model)
     torch.testing.assert_close(compiled, eager, atol=1e-5, rtol=1e-4)
 
 
-def test_flex_attention_and_prefixes_equal_the_dense_mask(monkeypatch):
-    flex_attention = pytest.importorskip("torch.nn.attention.flex_attention").flex_attention
+def test_flex_attention_and_prefixes_equal_the_dense_mask():
     mask = BlockCausalMask.of_frames(num_frames=4, frame_tokens=6, num_condition=5)
     q, k, v = torch.randn(3, 2, 2, 29, 16).unbind(0)
     dense = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.dense(q.dtype))
     torch.testing.assert_close(mask.attend(q, k, v), dense)
-    layout = flex_layout(mask.lengths)
-    monkeypatch.setattr(layout, "get_attn_func", lambda: flex_attention)  # not compiled
-    torch.testing.assert_close(layout(q, k, v), dense, atol=1e-5, rtol=1e-5)
-
-
-def test_layouts_are_made_once():
-    assert flex_layout((5, 6)) is flex_layout((5, 6))
-    assert flex_layout((5, 6)) is not flex_layout((6, 5))
+    layout = FlexAttentionCausal2D()
+    layout.set_offsets_by_lens(mask.lengths)
+    result = flex_attention(q, k, v, block_mask=layout.get_block_mask(q))  # not compiled
+    torch.testing.assert_close(result, dense, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("width", [8, 96])
@@ -77,4 +128,5 @@ def test_flex_attention_on_a_gpu_equals_the_dense_mask():
     mask = BlockCausalMask.of_frames(num_frames=4, frame_tokens=60, num_condition=17)
     q, k, v = torch.randn(3, 2, 2, 257, 64, device="cuda").unbind(0)
     dense = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.dense(q.dtype, "cuda"))
+    mask = mask.prepare(q.device, 64)
     torch.testing.assert_close(mask.attend(q, k, v), dense, atol=1e-2, rtol=1e-2)

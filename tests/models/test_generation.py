@@ -8,7 +8,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffnext.models.guidance_scaler import GuidanceScaler
-from diffnext.models.transformers.transformer_3d import GenerationMonitor
+from diffnext.pipelines.nova.sampling import GenerationRun, denoise, draw_order, embed_steps
+from diffnext.schedulers.denoising_run import DenoisingRun
 from diffnext.schedulers.scheduling_cfm import FlowMatchEulerDiscreteScheduler
 from diffnext.schedulers.scheduling_ddpm import DDPMScheduler
 from tests.tiny import generation_inputs, make_model, make_prompts
@@ -41,24 +42,30 @@ def test_per_sample_generators_make_samples_independent_of_their_neighbours():
             torch.testing.assert_close(together[row : row + 1], alone, atol=1e-4, rtol=0)
 
 
-def test_every_token_is_predicted_once(monkeypatch):
+def recorded_frames(model, **options):
+    """What a generation looks like behind each of its sets."""
+    frames = []
+
+    def record(frame, step, latents):
+        frames.append(latents)
+        return latents
+
+    model(generation_inputs(on_step=record, **options))
+    return frames
+
+
+def test_every_token_is_predicted_once():
     model = make_model()
-    seen = []
-    denoise = model.denoise
-
-    def record(z, noise, ids, *args):
-        seen.append(ids)
-        return denoise(z, noise, ids, *args)
-
-    monkeypatch.setattr(model, "denoise", record)
-    model(generation_inputs(num_preds=[3, 0, 21]))
-    for row in torch.cat(seen, dim=1).squeeze(-1):
-        assert sorted(row.tolist()) == list(range(24))
+    empty = torch.zeros(2, 4, 8, 12)
+    frames = [empty, *recorded_frames(model, num_preds=[3, 0, 21])]
+    patchify = model.image_encoder.patch_embed.patchify
+    pairs = zip(frames, frames[1:], strict=False)
+    changed = [(patchify(after) != patchify(before)).any(-1) for before, after in pairs]
+    assert [one.sum(1).tolist() for one in changed] == [[3, 3], [21, 21]]
+    assert sum(one.long() for one in changed).eq(1).all()
 
 
 def test_prediction_order_is_stable_under_ties():
-    from diffnext.models.transformers.transformer_3d import draw_order
-
     order = draw_order(1, 4096, torch.Generator().manual_seed(0), torch.empty(0, dtype=torch.half))
     scores = torch.rand(
         1, 4096, 1, generator=torch.Generator().manual_seed(0), dtype=torch.half
@@ -93,14 +100,8 @@ def test_given_frames_are_seen_and_kept():
 
 def video_states(model, frames, c):
     """States the video encoder gives to image generation, one frame after the other."""
-    model.eval()
     states = []
-
-    def record(frame, given, *args):
-        states.append(given)
-        return torch.zeros(len(frames), 4, 8, 12)
-
-    model.generate_frame = record
+    hook = model.image_encoder.register_forward_pre_hook(lambda _, args: states.append(args[1]))
     given = list(frames.unbind(2))
     inputs = generation_inputs(
         batch=len(frames),
@@ -110,8 +111,8 @@ def video_states(model, frames, c):
         max_latent_length=len(given),
     )
     inputs.pop("prompt")
-    model(inputs)
-    del model.generate_frame
+    model.eval()(inputs)
+    hook.remove()
     return states[0]
 
 
@@ -237,25 +238,10 @@ def test_a_guidance_interval_is_guidance_where_it_reaches():
     assert not torch.allclose(middle, guided) and not torch.allclose(middle, nowhere)
 
 
-class FramesRecorder(GenerationMonitor):
-    """Keeps the frame after every set."""
-
-    def __init__(self):
-        self.frames = []
-
-    def on_step(self, frame, step, latents):
-        self.frames.append(latents)
-        return latents
-
-
 @pytest.mark.parametrize("options", [{}, {"rotary_pos_embed": True}])
 def test_reused_guidance_leaves_the_sets_that_have_their_own(options):
     model = make_model(**options)
-    frames = {}
-    for reuse in (1, 2, 3):
-        monitor = FramesRecorder()
-        model(generation_inputs(guidance_reuse=reuse, monitor=monitor))
-        frames[reuse] = monitor.frames
+    frames = {reuse: recorded_frames(model, guidance_reuse=reuse) for reuse in (1, 2, 3)}
     # The first set is that of full guidance, the second depends on older states.
     torch.testing.assert_close(frames[2][0], frames[1][0], atol=1e-5, rtol=1e-5)
     assert not torch.allclose(frames[2][1], frames[1][1], atol=1e-5)
@@ -271,19 +257,23 @@ def test_reused_guidance_runs_the_unguided_passes_less_often():
 
 
 def test_reused_guidance_needs_a_set():
-    with pytest.raises(ValueError, match="guidance_reuse must be at least 1 set, got 0"):
-        GuidanceScaler(guidance_scale=5, guidance_reuse=0)
+    with pytest.raises(
+        ValueError, match="guidance_reuse must be greater than or equal to 1, got 0"
+    ):
+        make_model()(generation_inputs(guidance_reuse=0))
 
 
 def test_rows_that_are_not_predicted_cannot_leak():
     model = make_model()
     z = torch.randn(1, 2, 64)
-    steps = model.prepare_steps(3, z)
+    run = GenerationRun(DenoisingRun(FlowMatchEulerDiscreteScheduler(), 3))
+    steps = embed_steps(model, run.scheduler, z)
     noise = torch.randn(1, 4, 8, 12)
     ids = torch.tensor([[[0], [7]]])
-    clean = model.denoise(z, noise, ids, steps, GuidanceScaler())
-    noise[:, :, 6:, 10:] = float("inf")  # token 23
-    assert torch.equal(model.denoise(z, noise, ids, steps, GuidanceScaler()), clean)
+    with torch.no_grad():
+        clean = denoise(model, GuidanceScaler(), run, steps, z, noise, ids)
+        noise[:, :, 6:, 10:] = float("inf")  # token 23
+        assert torch.equal(denoise(model, GuidanceScaler(), run, steps, z, noise, ids), clean)
 
 
 def test_diffusers_schedulers_sample_the_same():

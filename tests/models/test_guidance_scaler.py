@@ -62,12 +62,12 @@ def test_the_scale_grows_from_its_minimum():
 
 def test_guidance_stops_below_the_timestep():
     guidance = GuidanceScaler(guidance_scale=5, guidance_trunc=300)
-    assert guidance.is_truncated(299.0) and not guidance.is_truncated(300.0)
-    assert not GuidanceScaler(guidance_scale=5).is_truncated(0.0)
+    assert guidance.is_off(299.0) and not guidance.is_off(300.0)
+    assert not GuidanceScaler(guidance_scale=5).is_off(0.0)
 
 
 def test_two_extra_passes_are_refused():
-    with pytest.raises(ValueError, match="got scales 1 and 2"):
+    with pytest.raises(ValueError, match="cannot be combined, got 1.0 and 2.0"):
         GuidanceScaler(5, image_guidance_scale=1, spatiotemporal_guidance_scale=2)
 
 
@@ -75,5 +75,5 @@ def test_an_interval_switches_guidance_off_outside():
     scaler = GuidanceScaler(guidance_scale=5, guidance_interval=(200, 800), guidance_trunc=300)
     assert [scaler.is_off(t) for t in (900, 800, 500, 299, 100)] == [True, False, False, True, True]
     assert not GuidanceScaler(guidance_scale=1, guidance_interval=(200, 800)).is_off(900)
-    with pytest.raises(ValueError, match=r"least and the greatest timestep, got \(800, 200\)"):
+    with pytest.raises(ValueError, match=r"least and the greatest timestep, got \(800.0, 200.0\)"):
         GuidanceScaler(guidance_scale=5, guidance_interval=(800, 200))

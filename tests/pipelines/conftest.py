@@ -7,14 +7,15 @@ from transformers import PhiConfig, PreTrainedTokenizerFast
 from diffnext.models.text_encoders.phi import PhiEncoderModel
 from diffnext.pipelines import NOVAPipeline
 from diffnext.pipelines.nova.pipeline_nova_c2i import NOVAC2IPipeline
-from diffnext.pipelines.release_folder import read_json, write_json, write_shim
+from diffnext.pipelines.release_folder import write_shim
+from diffnext.utils.json_files import read_json, write_json
 from tests.tiny import make_model, make_vae, make_video_vae
 
 WORDS = ("a", "cat", "dog", "on", "the", "mat", "red")
 
 
-def make_tokenizer():
-    vocabulary = {word: index for index, word in enumerate(["[PAD]", "[UNK]", *WORDS])}
+def make_tokenizer(words=WORDS):
+    vocabulary = {word: index for index, word in enumerate(["[PAD]", "[UNK]", *words])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]")

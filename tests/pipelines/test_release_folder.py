@@ -12,7 +12,7 @@ from diffnext.models.text_encoders.phi import PhiEncoderModel
 from diffnext.models.transformers.transformer_nova import NOVATransformer3DModel
 from diffnext.pipelines import NOVAPipeline
 from diffnext.pipelines.nova.pipeline_train_t2i import NOVATrainT2IPipeline
-from diffnext.pipelines.release_folder import read_json, write_json
+from diffnext.utils.json_files import read_json, write_json
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -40,8 +40,7 @@ def test_a_relative_path_loads(release, monkeypatch):
 
 def test_training_pipelines_load_the_same_folder(release):
     pipe = NOVATrainT2IPipeline.from_pretrained(release)
-    assert pipe.model.noise_scheduler is not None
-    assert pipe.model.sample_scheduler is pipe.scheduler
+    assert type(pipe.noise_scheduler).__module__.startswith("diffnext.")
 
 
 def test_save_and_load_round_trips(release, tmp_path):

@@ -33,15 +33,15 @@ FITTING = [
 def test_a_run_repeats_itself(name, config):
     """Nothing of one set of tokens may reach the next through the scheduler."""
     scheduler = getattr(diffusers, name)(**config)
-    check_scheduler(scheduler)
-    scheduler.set_timesteps(4)
+    run = DenoisingRun(scheduler, 4)
     noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
 
     def denoise():
-        run = DenoisingRun(scheduler, torch.Generator().manual_seed(1))
-        x = run.start(noise)
-        for timestep in scheduler.timesteps:
-            x = run.step(run.model_input(x, timestep) * 0.5, timestep, x)
+        generator = torch.Generator().manual_seed(1)
+        run.restart()
+        x = run.scale_noise(noise)
+        for timestep in run.timesteps:
+            x = run.step(run.model_input(x, timestep) * 0.5, timestep, x, generator)
         return x
 
     first = denoise()
@@ -63,11 +63,9 @@ def test_an_exact_model_leads_every_flow_scheduler_to_the_data():
     data = torch.randn(1, 4, 8, 8)
     noise = torch.randn(1, 4, 8, 8)
     for name, config in FITTING[:5]:
-        scheduler = getattr(diffusers, name)(**config)
-        scheduler.set_timesteps(10)
-        run = DenoisingRun(scheduler, torch.Generator().manual_seed(0))
-        x = run.start(noise)
-        for timestep in scheduler.timesteps:
+        run = DenoisingRun(getattr(diffusers, name)(**config), 10)
+        x = run.scale_noise(noise)
+        for timestep in run.timesteps:
             if name == "FlowMatchLCMScheduler":  # draws new noise at every step
                 sigma = float(timestep) / 1000
                 x = run.step((x - data) / sigma, timestep, x)
@@ -79,8 +77,8 @@ def test_an_exact_model_leads_every_flow_scheduler_to_the_data():
 @pytest.mark.parametrize(
     ("scheduler", "message"),
     [
-        (None, "NoneType is no scheduler"),
-        (diffusers.ScoreSdeVeScheduler(), "no scheduler with set_timesteps and step"),
+        (None, "must have set_timesteps and step, got NoneType"),
+        (diffusers.ScoreSdeVeScheduler(), "must have set_timesteps and step"),
         (diffusers.RePaintScheduler(), r"it needs \['mask', .*'original_image'"),
         (diffusers.EDMEulerScheduler(), "preconditions its model"),
         (diffusers.DDPMScheduler(prediction_type="v_prediction"), "prediction_type 'v_prediction'"),

@@ -5,7 +5,9 @@ import pytest
 import torch
 
 from diffnext.models.guidance_scaler import GuidanceScaler
-from diffnext.models.transformers import transformer_3d
+from diffnext.pipelines.nova import sampling
+from diffnext.pipelines.nova.sampling import GenerationRun, denoise, embed_steps
+from diffnext.schedulers.denoising_run import DenoisingRun
 from diffnext.schedulers.linear_update import linear_updates
 from diffnext.schedulers.scheduling_cfm import FlowMatchEulerDiscreteScheduler
 from diffnext.schedulers.scheduling_ddpm import DDPMScheduler
@@ -60,12 +62,13 @@ def test_other_schedulers_are_not_taken_for_linear(scheduler):
 
 @pytest.mark.parametrize("scheduler", LINEAR, ids=name_of)
 @pytest.mark.parametrize("options", [{}, {"guidance_trunc": 500}, {"image_guidance_scale": 1.5}])
-def test_denoising_tokens_equals_denoising_frames(scheduler, options, monkeypatch):
+def test_denoising_tokens_equals_denoising_frames(scheduler, options):
     """The same random draws, the same latents, whether or not tokens are put into frames."""
     model = make_model()
     model.sample_scheduler = scheduler
     tokens = model(generation_inputs(num_diffusion_steps=6, **options))["x"]
-    monkeypatch.setattr(transformer_3d, "linear_updates", lambda scheduler: None)
+    unknown = type("Unknown", (type(scheduler),), {})  # not known to be linear
+    model.sample_scheduler = unknown.from_config(scheduler.config)
     frames = model(generation_inputs(num_diffusion_steps=6, **options))["x"]
     scale = frames.abs().max()  # untrained models may end far out
     torch.testing.assert_close(tokens / scale, frames / scale, atol=1e-4, rtol=0)
@@ -74,7 +77,7 @@ def test_denoising_tokens_equals_denoising_frames(scheduler, options, monkeypatc
 def test_modulations_of_few_steps_at_a_time_change_nothing(monkeypatch):
     model = make_model()
     at_once = model(generation_inputs(guidance_trunc=500, num_diffusion_steps=6))["x"]
-    monkeypatch.setattr(transformer_3d, "MAX_MODULATION_BYTES", 1)
+    monkeypatch.setattr(sampling, "MAX_MODULATION_BYTES", 1)
     one_by_one = model(generation_inputs(guidance_trunc=500, num_diffusion_steps=6))["x"]
     torch.testing.assert_close(at_once, one_by_one, atol=1e-5, rtol=1e-5)
 
@@ -82,12 +85,16 @@ def test_modulations_of_few_steps_at_a_time_change_nothing(monkeypatch):
 def test_renormalised_guidance_sees_the_whole_frame():
     model = make_model()
     z = torch.randn(2, 2, 64)
-    steps = model.prepare_steps(3, z)
+    run = GenerationRun(DenoisingRun(FlowMatchEulerDiscreteScheduler(), 3))
+    steps = embed_steps(model, run.scheduler, z)
     ids = torch.tensor([[[0], [7]]])
     noise = torch.randn(1, 4, 8, 12)
     other = noise.clone()
     other[:, :, 6:, 10:] += 1  # a token that is not predicted
     for renorm, is_equal in ((1.0, True), (0.1, False)):
         guidance = GuidanceScaler(guidance_scale=5, guidance_renorm=renorm)
-        first, second = (model.denoise(z, x, ids, steps, guidance) for x in (noise, other))
+        with torch.no_grad():
+            first, second = (
+                denoise(model, guidance, run, steps, z, x, ids) for x in (noise, other)
+            )
         assert torch.equal(first, second) == is_equal

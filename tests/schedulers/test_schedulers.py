@@ -20,6 +20,28 @@ def test_flow_schedule_equals_that_of_diffusers(shift):
         assert ours.timesteps[[0, 1, -2, -1]].tolist() == [1000.0, 958.375, 42.625, 1.0]
 
 
+def test_the_second_place_of_a_flow_schedule_is_its_shift():
+    ours = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    theirs = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    ours.set_timesteps(7, 0.5)
+    theirs.set_timesteps(7, mu=0.5)
+    assert torch.equal(ours.sigmas, theirs.sigmas)
+    with pytest.raises(TypeError, match="mu, the second argument of set_timesteps, .* got 'cpu'"):
+        ours.set_timesteps(7, "cpu")
+
+
+def test_a_flow_step_takes_its_arguments_in_place_and_keeps_the_dtype_of_the_sample():
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    scheduler.set_timesteps(4)
+    x, flow = torch.randn(2, 2, 3)
+    sigma, after = scheduler.sigmas[:2]
+    (stepped,) = scheduler.step(flow.bfloat16(), scheduler.timesteps[0], x, None, False)
+    assert stepped.dtype == torch.float32
+    torch.testing.assert_close(stepped, x + (after - sigma) * flow, atol=1e-2, rtol=1e-2)
+    output = scheduler.step(flow, scheduler.timesteps[1], x, torch.Generator())
+    assert output.prev_sample.shape == x.shape and scheduler.step_index == 2
+
+
 def test_sampling_leaves_the_training_tables_alone():
     scheduler = FlowMatchEulerDiscreteScheduler(shift=2.0)
     x, noise = torch.randn(2, 3, 4, 5)

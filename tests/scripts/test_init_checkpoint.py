@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from diffnext.pipelines import NOVAPipeline
 from diffnext.pipelines.nova.pipeline_nova_c2i import NOVAC2IPipeline
-from diffnext.pipelines.release_folder import read_json
+from diffnext.utils.json_files import read_json
 from tests.tiny import make_vae
 
 ROOT = Path(__file__).parents[2]

@@ -75,6 +75,12 @@ def test_accelerator_takes_precision_and_accumulation_from_the_configuration():
     assert get_ddp_shards(built) == {"shard_id": 0, "num_shards": 1}
 
 
+def test_further_arguments_reach_the_accelerator():
+    built = build_accelerator(config(), cpu=True, step_scheduler_with_optimizer=False)
+    assert built.device.type == "cpu"
+    assert built.step_scheduler_with_optimizer is False
+
+
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="fp16 works there")
 def test_half_precision_without_an_accelerator_is_explained():
     with pytest.raises(ConfigError, match="mixed_precision=fp16"):

@@ -72,6 +72,13 @@ def test_timer_averages_over_calls():
     assert timer.calls == 5 and timer.diff >= 0
 
 
+@pytest.mark.parametrize(("average", "expected"), [(False, 1.0), (True, 2.0)])
+def test_an_added_time_is_returned_or_the_average_so_far(average, expected):
+    timer = Timer()
+    timer.add_diff(3.0)
+    assert timer.add_diff(1.0, average=average) == expected
+
+
 def test_progress_line():
     timer = Timer()
     timer.add_diff(1.5)

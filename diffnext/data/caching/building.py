@@ -37,7 +37,6 @@ from diffnext.data.caching.manifest import (
     MOMENTS_DTYPE,
     package_versions,
     read_manifest,
-    write_json,
 )
 from diffnext.data.caching.settings import CacheSettings, Size, format_size
 from diffnext.data.caching.sources import hash_items, list_items
@@ -50,6 +49,7 @@ from diffnext.data.caching.work_folder import (
 )
 from diffnext.data.records import normalize_features, write_metadata
 from diffnext.models.autoencoders.loading import read_autoencoder_config
+from diffnext.utils.json_files import write_json
 from diffnext.utils.weights_files import hash_weights
 
 logger = logging.getLogger(__name__)

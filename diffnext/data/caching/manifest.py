@@ -6,14 +6,13 @@ The keys are described in docs/data_format.md.
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import os
 import platform
 from pathlib import Path
 from typing import Any
 
 from diffnext.data.caching.errors import CacheError
-from diffnext.utils.json_files import read_json_object
+from diffnext.utils.json_files import read_json
 from diffnext.version import __version__
 
 MANIFEST_NAME = "manifest.json"
@@ -32,20 +31,9 @@ def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        return read_json_object(path)
+        return read_json(path)
     except ValueError as error:
         raise CacheError(f"the manifest is damaged: {error}") from error
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON object so that the file is whole or not there."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=2, ensure_ascii=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def package_versions() -> dict[str, str]:

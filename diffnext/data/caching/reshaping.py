@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 
 from diffnext.data.caching.errors import CacheError
-from diffnext.data.caching.manifest import MANIFEST_NAME, read_manifest, write_json
+from diffnext.data.caching.manifest import MANIFEST_NAME, read_manifest
 from diffnext.data.records import RecordDataset, RecordWriter
+from diffnext.utils.json_files import write_json
 
 UNLIMITED = 2**63 - 1
 SAME = ("vae_hash", "dtype", "shape", "size", "kind", "text_encoder")

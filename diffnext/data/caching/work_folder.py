@@ -26,9 +26,9 @@ from typing import Any
 
 from diffnext.data.caching.errors import CacheError
 from diffnext.data.caching.examples import Skipped
-from diffnext.data.caching.manifest import write_json
 from diffnext.data.caching.settings import Size, format_size
 from diffnext.data.records import RecordDataset, RecordWriter
+from diffnext.utils.json_files import write_json
 
 logger = logging.getLogger(__name__)
 

@@ -7,27 +7,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import diffusers
 from diffusers.configuration_utils import register_to_config
-from diffusers.models.autoencoders.vae import Encoder
-from diffusers.models.modeling_outputs import AutoencoderKLOutput
+from diffusers.models.autoencoders import autoencoder_kl
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.accelerate_utils import apply_forward_hook
-from torch import Tensor, nn
+from torch import Tensor, cat, nn
 
 from diffnext.models.autoencoders.modeling_utils import (
     DecoderOutput,
-    DiagonalGaussianDistribution,
+    EncoderOutput,
+    Generators,
     IdentityDistribution,
-    LatentScalingMixin,
+    LatentsMixin,
 )
-from diffnext.models.modeling_utils import StrictLoadingMixin
 
 __all__ = ["AutoencoderKL"]
 
 
 # diffusers finds a class's loader by the base class in the namespace of its module.
-class AutoencoderKL(LatentScalingMixin, StrictLoadingMixin, diffusers.AutoencoderKL, ModelMixin):
+class AutoencoderKL(LatentsMixin, autoencoder_kl.AutoencoderKL, ModelMixin):
     """KL-regularised image autoencoder (latent diffusion, arXiv:2112.10752).
 
     diffusers' class with this package's defaults, float32 posteriors and single-frame videos.
@@ -49,7 +47,7 @@ class AutoencoderKL(LatentScalingMixin, StrictLoadingMixin, diffusers.Autoencode
         shift_factor: Mean of the latents, subtracted before scaling.
         latents_mean: Ignored.
         latents_std: Ignored.
-        force_upcast: Kept in the config for other tools.
+        force_upcast: Kept in the config for pipelines: whether float16 ones decode in float32.
         double_z: Whether the encoder gives a mean and a log-variance, or a point.
         use_quant_conv: Whether a 1x1 convolution follows the encoder.
         use_post_quant_conv: Whether a 1x1 convolution precedes the decoder.
@@ -98,22 +96,14 @@ class AutoencoderKL(LatentScalingMixin, StrictLoadingMixin, diffusers.Autoencode
             use_post_quant_conv=use_post_quant_conv,
             mid_block_add_attention=mid_block_add_attention,
         )
-        self.latent_dist = DiagonalGaussianDistribution if double_z else IdentityDistribution
         if not double_z:
-            self.encoder = Encoder(
-                in_channels=in_channels,
-                out_channels=latent_channels,
-                down_block_types=("DownEncoderBlock2D",) * levels,
-                block_out_channels=block_out_channels,
-                layers_per_block=layers_per_block,
-                double_z=False,
-                mid_block_add_attention=mid_block_add_attention,
-            )
+            self.latent_dist = IdentityDistribution
+            self.encoder.conv_out = nn.Conv2d(block_out_channels[-1], latent_channels, 3, padding=1)
             if use_quant_conv:
                 self.quant_conv = nn.Conv2d(latent_channels, latent_channels, 1)
 
     @apply_forward_hook
-    def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple:
+    def encode(self, x: Tensor, return_dict: bool = True) -> EncoderOutput | tuple:
         """Encode pictures.
 
         Args:
@@ -121,25 +111,27 @@ class AutoencoderKL(LatentScalingMixin, StrictLoadingMixin, diffusers.Autoencode
             return_dict: Whether to wrap the result in a named output.
 
         Returns:
-            ``latent_dist`` with ``parameters`` (B, 2C, h, w) and a method ``sample``.
+            ``latent_dist``, a posterior with ``parameters`` (B, 2C, h, w).
 
         Raises:
             ValueError: If ``x`` is not a batch of pictures with the right channels.
         """
-        channels = self.config.in_channels
+        channels = self.config["in_channels"]
         if x.ndim != 4 or x.size(1) != channels:
             raise ValueError(f"pictures must be (B, {channels}, H, W), got {tuple(x.shape)}")
-        (posterior,) = super().encode(x, return_dict=False)
-        latent_dist = self.latent_dist(posterior.parameters)
-        return AutoencoderKLOutput(latent_dist=latent_dist) if return_dict else (latent_dist,)
+        moments = cat([self._encode(part) for part in self.slices(x)])
+        return self.posterior(moments, return_dict)
 
     @apply_forward_hook
-    def decode(self, z: Tensor, return_dict: bool = True) -> DecoderOutput | tuple:
+    def decode(
+        self, z: Tensor, return_dict: bool = True, generator: Generators = None
+    ) -> DecoderOutput | tuple:
         """Decode latents.
 
         Args:
             z: Unscaled latents, (B, C, h, w), or one frame of a video, (B, C, 1, h, w).
             return_dict: Whether to wrap the result in a named output.
+            generator: Ignored, as by diffusers' class, whose pipelines pass it.
 
         Returns:
             ``sample``: pictures, (B, 3, H, W).
@@ -147,18 +139,11 @@ class AutoencoderKL(LatentScalingMixin, StrictLoadingMixin, diffusers.Autoencode
         Raises:
             ValueError: If ``z`` holds more than one frame, or the wrong channels.
         """
-        channels = self.config.latent_channels
-        is_one_frame = z.ndim == 5 and z.size(2) == 1
-        if not (z.ndim == 4 or is_one_frame) or z.size(1) != channels:
+        channels = self.config["latent_channels"]
+        picture = z.squeeze(2) if z.ndim == 5 else z
+        if picture.ndim != 4 or z.size(1) != channels:
             raise ValueError(
                 f"latents must be (B, {channels}, h, w) or (B, {channels}, 1, h, w), "
                 f"got {tuple(z.shape)}"
             )
-        if is_one_frame:
-            z = z[:, :, 0]
-        (sample,) = super().decode(z, return_dict=False)
-        return DecoderOutput(sample=sample) if return_dict else (sample,)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the input; offload hooks attach here."""
-        return x
+        return super().decode(picture, return_dict=return_dict)

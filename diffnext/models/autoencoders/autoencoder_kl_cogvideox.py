@@ -6,17 +6,26 @@ Shapes: B batch, c channels, C latent channels, F frames, T latent frames, H W p
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
-from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.configuration_utils import register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from diffnext.models.autoencoders.modeling_utils import DiagonalGaussianDistribution
-from diffnext.models.autoencoders.video_autoencoder import VideoAutoencoderMixin
-from diffnext.models.autoencoders.video_layers import CausalConv3d, apply_per_frame
-from diffnext.models.modeling_utils import StrictLoadingMixin
+from diffnext.models.autoencoders.video_autoencoder import VideoAutoencoder
+from diffnext.models.autoencoders.video_layers import (
+    CausalConv3d,
+    ClipDecoder,
+    ClipEncoder,
+    Downsample,
+    FrameConv2d,
+    Level,
+    ResBlock,
+    Upsample,
+    pointwise,
+)
 
 __all__ = ["AutoencoderKLCogVideoX"]
 
@@ -34,8 +43,9 @@ class AdaGroupNorm(nn.GroupNorm):
 
     def __init__(self, dim: int, z_dim: int | None = None) -> None:
         super().__init__(32, dim, eps=1e-6)
-        self.scale = None if z_dim is None else CausalConv3d(z_dim, dim, 1)
-        self.shift = None if z_dim is None else CausalConv3d(z_dim, dim, 1)
+        if z_dim is not None:
+            self.scale = CausalConv3d(z_dim, dim, 1)
+            self.shift = CausalConv3d(z_dim, dim, 1)
 
     def forward(self, x: Tensor, z: Tensor | None = None) -> Tensor:
         """Normalise.
@@ -45,7 +55,7 @@ class AdaGroupNorm(nn.GroupNorm):
             z: Latents, (B, C, T, h, w).
         """
         x = super().forward(x)
-        if self.scale is None:
+        if z is None:
             return x
         z = resize_latents(z, x.shape[2:])
         return x * self.scale(z) + self.shift(z)
@@ -66,208 +76,63 @@ def resize_latents(z: Tensor, size: Sequence[int]) -> Tensor:
     return torch.cat([first, later], dim=2)
 
 
-class ResBlock(nn.Module):
-    """Residual block of two causal convolutions.
-
-    Args:
-        dim: Input channels.
-        out_dim: Output channels.
-        z_dim: Latent channels that the norms see; None in the encoder.
-    """
-
-    def __init__(self, dim: int, out_dim: int, z_dim: int | None = None) -> None:
-        super().__init__()
-        self.norm1 = AdaGroupNorm(dim, z_dim)
-        self.conv1 = CausalConv3d(dim, out_dim, 3, padding=1)
-        self.norm2 = AdaGroupNorm(out_dim, z_dim)
-        self.conv2 = CausalConv3d(out_dim, out_dim, 3, padding=1)
-        self.conv_shortcut = nn.Identity() if dim == out_dim else CausalConv3d(dim, out_dim, 1)
-
-    def forward(self, x: Tensor, z: Tensor | None = None) -> Tensor:
-        """(B, dim, F, H, W) to (B, out_dim, F, H, W), under latents ``z``."""
-        h = self.conv1(F.silu(self.norm1(x, z)))
-        h = self.conv2(F.silu(self.norm2(h, z)))
-        return h + self.conv_shortcut(x)
-
-
-class Downsample(nn.Module):
-    """Halves the size, and time if asked to: 1 + 2 n frames to 1 + n.
-
-    Args:
-        dim: Channels.
-        has_time: Whether time is halved.
-    """
-
-    def __init__(self, dim: int, has_time: bool) -> None:
-        super().__init__()
-        self.has_time = has_time
-        self.conv = nn.Conv2d(dim, dim, 3, stride=2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, c, F, H, W), reduced; pairs of frames behind the first are averaged."""
-        if self.has_time and x.size(2) > 1:
-            pairs = x[:, :, 1:].unflatten(2, (-1, 2)).mean(dim=3)
-            x = torch.cat([x[:, :, :1], pairs], dim=2)
-        return apply_per_frame(self.conv, F.pad(x, (0, 1, 0, 1)))
-
-
-class Upsample(nn.Module):
-    """Doubles the size, and time if asked to: 1 + n frames to 1 + 2 n.
-
-    Args:
-        dim: Channels.
-        has_time: Whether time is doubled.
-    """
-
-    def __init__(self, dim: int, has_time: bool) -> None:
-        super().__init__()
-        self.has_time = has_time
-        self.conv = nn.Conv2d(dim, dim, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, c, T, h, w), enlarged by nearest neighbours and smoothed."""
-        first = F.interpolate(x[:, :, :1], scale_factor=(1.0, 2.0, 2.0))
-        if x.size(2) > 1:
-            scale = (2.0 if self.has_time else 1.0, 2.0, 2.0)
-            first = torch.cat([first, F.interpolate(x[:, :, 1:], scale_factor=scale)], dim=2)
-        return apply_per_frame(self.conv, first)
-
-
-class MidBlock(nn.Module):
-    """Two residual blocks.
-
-    Args:
-        dim: Channels.
-        z_dim: Latent channels that the norms see; None in the encoder.
-    """
-
-    def __init__(self, dim: int, z_dim: int | None = None) -> None:
-        super().__init__()
-        self.resnets = nn.ModuleList([ResBlock(dim, dim, z_dim), ResBlock(dim, dim, z_dim)])
-
-    def forward(self, x: Tensor, z: Tensor | None = None) -> Tensor:
-        """(B, c, F, H, W) to the same, under latents ``z``."""
-        for resnet in self.resnets:
-            x = resnet(x, z)
-        return x
-
-
-class DownBlock(nn.Module):
-    """One level of the encoder.
-
-    Args:
-        dim: Input channels.
-        out_dim: Output channels.
-        depth: Residual blocks.
-        downsample: What ends the level, if anything does.
-    """
-
-    def __init__(self, dim: int, out_dim: int, depth: int, downsample: Downsample | None) -> None:
-        super().__init__()
-        self.resnets = nn.ModuleList(ResBlock(out_dim if i else dim, out_dim) for i in range(depth))
-        self.downsamplers = nn.ModuleList([] if downsample is None else [downsample])
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, c, F, H, W), reduced."""
-        for layer in (*self.resnets, *self.downsamplers):
-            x = layer(x)
-        return x
-
-
-class UpBlock(nn.Module):
-    """One level of the decoder.
-
-    Args:
-        dim: Input channels.
-        out_dim: Output channels.
-        depth: Residual blocks.
-        z_dim: Latent channels that the norms see.
-        upsample: What ends the level, if anything does.
-    """
-
-    def __init__(
-        self, dim: int, out_dim: int, depth: int, z_dim: int, upsample: Upsample | None
-    ) -> None:
-        super().__init__()
-        self.resnets = nn.ModuleList(
-            ResBlock(out_dim if i else dim, out_dim, z_dim) for i in range(depth)
-        )
-        self.upsamplers = nn.ModuleList([] if upsample is None else [upsample])
-
-    def forward(self, x: Tensor, z: Tensor) -> Tensor:
-        """(B, c, T, h, w), enlarged, under latents ``z``."""
-        for resnet in self.resnets:
-            x = resnet(x, z)
-        for upsample in self.upsamplers:
-            x = upsample(x)
-        return x
-
-
-class Encoder(nn.Module):
+class Encoder(ClipEncoder):
     """Clip to moments.
 
     Args:
         dim: Channels of the pictures.
         out_dim: Channels of the moments.
         widths: Width of each level.
-        depth: Residual blocks a level.
+        depth: Residual blocks per level.
     """
 
     def __init__(self, dim: int, out_dim: int, widths: Sequence[int], depth: int) -> None:
         super().__init__()
-        last = len(widths) - 1
+        block = partial(ResBlock, conv=CausalConv3d, norm=AdaGroupNorm)
         self.conv_in = CausalConv3d(dim, widths[0], 3, padding=1)
         self.down_blocks = nn.ModuleList()
         for i, width in enumerate(widths):
-            downsample = Downsample(width, has_time=i < _TIME_LEVELS) if i < last else None
+            downsample = partial(Downsample, conv=FrameConv2d, has_time=i < _TIME_LEVELS)
             before = widths[max(i - 1, 0)]
-            self.down_blocks.append(DownBlock(before, width, depth, downsample))
-        self.mid_block = MidBlock(widths[-1])
+            is_last = i == len(widths) - 1
+            level = Level(before, width, depth, block, downsample=None if is_last else downsample)
+            self.down_blocks.append(level)
+        self.mid_block = Level(widths[-1], widths[-1], 2, block)
         self.conv_norm_out = AdaGroupNorm(widths[-1])
         self.conv_out = CausalConv3d(widths[-1], out_dim, 3, padding=1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, 3, F, H, W) to (B, 2C, T, h, w)."""
-        x = self.conv_in(x)
-        for block in self.down_blocks:
-            x = block(x)
-        x = self.mid_block(x)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
 
-
-class Decoder(nn.Module):
+class Decoder(ClipDecoder):
     """Latents to clip; every norm sees the latents.
 
     Args:
         dim: Channels of the latents.
         out_dim: Channels of the pictures.
         widths: Width of each level, from small to large pictures.
-        depth: Residual blocks a level.
+        depth: Residual blocks per level.
     """
+
+    sees_latents = True
 
     def __init__(self, dim: int, out_dim: int, widths: Sequence[int], depth: int) -> None:
         super().__init__()
-        last = len(widths) - 1
+        norm = partial(AdaGroupNorm, z_dim=dim)
+        block = partial(ResBlock, conv=CausalConv3d, norm=norm)
         self.conv_in = CausalConv3d(dim, widths[0], 3, padding=1)
-        self.mid_block = MidBlock(widths[0], dim)
+        self.mid_block = Level(widths[0], widths[0], 2, block)
         self.up_blocks = nn.ModuleList()
         for i, width in enumerate(widths):
-            upsample = Upsample(width, has_time=i < _TIME_LEVELS) if i < last else None
+            upsample = partial(Upsample, conv=FrameConv2d, has_time=i < _TIME_LEVELS)
             before = widths[max(i - 1, 0)]
-            self.up_blocks.append(UpBlock(before, width, depth, dim, upsample))
-        self.conv_norm_out = AdaGroupNorm(widths[-1], dim)
+            is_last = i == len(widths) - 1
+            level = Level(before, width, depth, block, upsample=None if is_last else upsample)
+            self.up_blocks.append(level)
+        self.conv_norm_out = norm(widths[-1])
         self.conv_out = CausalConv3d(widths[-1], out_dim, 3, padding=1)
-
-    def forward(self, z: Tensor) -> Tensor:
-        """(B, C, T, h, w) to (B, 3, F, H, W)."""
-        x = self.mid_block(self.conv_in(z), z)
-        for block in self.up_blocks:
-            x = block(x, z)
-        return self.conv_out(F.silu(self.conv_norm_out(x, z)))
 
 
 # diffusers finds a class's loader by the base class in the namespace of its module.
-class AutoencoderKLCogVideoX(VideoAutoencoderMixin, StrictLoadingMixin, ModelMixin, ConfigMixin):
+class AutoencoderKLCogVideoX(VideoAutoencoder, ModelMixin):
     """Causal video autoencoder of CogVideoX (arXiv:2408.06072).
 
     Clips of 17 frames are 5 latent frames; longer ones are cut into tiles that share a frame of
@@ -289,7 +154,7 @@ class AutoencoderKLCogVideoX(VideoAutoencoderMixin, StrictLoadingMixin, ModelMix
         shift_factor: Mean of the latents, subtracted before scaling.
         latents_mean: Ignored.
         latents_std: Ignored.
-        force_upcast: Kept in the config for other tools.
+        force_upcast: Kept in the config for pipelines: whether float16 ones decode in float32.
         use_quant_conv: Whether a 1x1x1 convolution follows the encoder.
         use_post_quant_conv: Whether a 1x1x1 convolution precedes the decoder.
     """
@@ -321,15 +186,8 @@ class AutoencoderKLCogVideoX(VideoAutoencoderMixin, StrictLoadingMixin, ModelMix
         self.decoder = Decoder(
             latent_channels, out_channels, block_out_channels[::-1], layers_per_block + 1
         )
-        self.quant_conv = CausalConv3d(moments, moments, 1) if use_quant_conv else nn.Identity()
-        self.post_quant_conv = (
-            CausalConv3d(latent_channels, latent_channels, 1)
-            if use_post_quant_conv
-            else nn.Identity()
-        )
-        self.latent_dist = DiagonalGaussianDistribution
-
-    @property
-    def temporal_compression_ratio(self) -> int:
-        """Frames a latent frame stands for, but the first."""
-        return 2 ** min(len(self.config.block_out_channels) - 1, _TIME_LEVELS)
+        self.quant_conv = pointwise(CausalConv3d, moments, use_quant_conv)
+        self.post_quant_conv = pointwise(CausalConv3d, latent_channels, use_post_quant_conv)
+        levels = len(block_out_channels) - 1
+        self.spatial_compression_ratio = 2**levels
+        self.temporal_compression_ratio = 2 ** min(levels, _TIME_LEVELS)

@@ -6,21 +6,22 @@ Shapes: B batch, c channels, C latent channels, F frames, T latent frames, H W p
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
-from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.configuration_utils import register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from diffnext.models.autoencoders.modeling_utils import DecoderOutput, DiagonalGaussianDistribution
-from diffnext.models.autoencoders.video_autoencoder import VideoAutoencoderMixin
-from diffnext.models.autoencoders.video_layers import CausalConv3d
+from diffnext.models.autoencoders.modeling_utils import DecoderOutput
+from diffnext.models.autoencoders.video_autoencoder import VideoAutoencoder
+from diffnext.models.autoencoders.video_layers import CausalConv3d, ClipEncoder, Level
 from diffnext.models.diffusion_mlp import Projector
 from diffnext.models.embeddings import timestep_features
-from diffnext.models.modeling_utils import StrictLoadingMixin
 
 __all__ = ["AutoencoderKLLTXVideo"]
 
@@ -71,14 +72,12 @@ def depth_to_space(x: Tensor, stride: Stride) -> Tensor:
 
 def patchify(x: Tensor) -> Tensor:
     """Pixels of a patch into channels, ordered (c, column, row)."""
-    x = x.unflatten(4, (-1, PATCH_SIZE)).unflatten(3, (-1, PATCH_SIZE))  # (B, c, F, h, p, w, q)
-    return x.permute(0, 1, 6, 4, 2, 3, 5).flatten(1, 3)
+    return space_to_depth(x.mT, (1, PATCH_SIZE, PATCH_SIZE)).mT
 
 
 def unpatchify(x: Tensor) -> Tensor:
     """Inverse of :func:`patchify`."""
-    x = x.unflatten(1, (-1, PATCH_SIZE, PATCH_SIZE))  # (B, c, q, p, F, h, w)
-    return x.permute(0, 1, 4, 5, 3, 6, 2).flatten(5).flatten(3, 4)
+    return depth_to_space(x.mT, (1, PATCH_SIZE, PATCH_SIZE)).mT
 
 
 class TimeEmbed(nn.Module):
@@ -97,6 +96,11 @@ class TimeEmbed(nn.Module):
         return self.timestep_proj(features)
 
 
+def causal_conv(in_channels: int, out_channels: int) -> CausalConv3d:
+    """Causal 3-D convolution of size 3 that keeps the size."""
+    return CausalConv3d(in_channels, out_channels, 3, padding=1)
+
+
 class ResBlock(nn.Module):
     """Residual block of two convolutions, modulated by the timestep in the decoder.
 
@@ -104,6 +108,8 @@ class ResBlock(nn.Module):
         dim: Channels.
         is_decoder: Whether it is modulated and not causal.
     """
+
+    scale_shift_table: nn.Parameter | None
 
     def __init__(self, dim: int, is_decoder: bool = False) -> None:
         super().__init__()
@@ -115,7 +121,7 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor, temb: Tensor | None = None) -> Tensor:
         """(B, dim, F, H, W) to the same; ``temb`` (B, 4 dim) for decoders."""
-        if temb is None:
+        if temb is None or self.scale_shift_table is None:
             h = self.conv1(F.silu(rms_norm(x)))
             return x + self.conv2(F.silu(rms_norm(h)))
         stats = modulation(temb, self.scale_shift_table)
@@ -123,15 +129,15 @@ class ResBlock(nn.Module):
         return x + self.conv2(F.silu(rms_norm(h) * (1 + stats[3]) + stats[2]))
 
 
-def causal_conv(in_channels: int, out_channels: int) -> CausalConv3d:
-    """Causal 3-D convolution of size 3 that keeps the size."""
-    return CausalConv3d(in_channels, out_channels, 3, padding=1)
-
-
 def modulation(temb: Tensor, table: Tensor) -> tuple[Tensor, ...]:
     """Statistics (B, dim, 1, 1, 1) each, from a projected timestep and a learned table."""
     stats = temb + table.flatten()  # (B, n * dim)
     return stats.unflatten(1, table.shape)[..., None, None, None].unbind(1)
+
+
+def causal_block(dim: int, _: int) -> ResBlock:
+    """A residual block of the encoder, which keeps its width."""
+    return ResBlock(dim)
 
 
 class Downsample(nn.Module):
@@ -180,86 +186,25 @@ class Upsample(nn.Module):
         return y[:, :, self.stride[0] - 1 :]
 
 
-class DownBlock(nn.Module):
-    """One level of the encoder.
+class ModulatedLevel(nn.Module):
+    """Modulated residual blocks of one size, behind what enlarges to it.
 
     Args:
-        dim: Input channels.
-        out_dim: Output channels.
+        dim: Channels of the blocks.
         depth: Residual blocks.
-        stride: Reduction at the end.
+        upsample: Of all levels but the smallest.
     """
 
-    def __init__(self, dim: int, out_dim: int, depth: int, stride: Stride) -> None:
+    def __init__(self, dim: int, depth: int, upsample: Upsample | None = None) -> None:
         super().__init__()
-        self.resnets = nn.ModuleList(ResBlock(dim) for _ in range(depth))
-        self.downsamplers = nn.ModuleList([Downsample(dim, out_dim, stride)])
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, dim, F, H, W), reduced."""
-        for layer in (*self.resnets, *self.downsamplers):
-            x = layer(x)
-        return x
-
-
-class UpBlock(nn.Module):
-    """One level of the decoder.
-
-    Args:
-        dim: Input channels.
-        out_dim: Output channels.
-        depth: Residual blocks.
-    """
-
-    def __init__(self, dim: int, out_dim: int, depth: int) -> None:
-        super().__init__()
-        self.upsamplers = nn.ModuleList([Upsample(dim, out_dim)])
-        self.time_embed = TimeEmbed(4 * out_dim)
-        self.resnets = nn.ModuleList(ResBlock(out_dim, is_decoder=True) for _ in range(depth))
-
-    def forward(self, x: Tensor, features: Tensor) -> Tensor:
-        """(B, dim, T, h, w), enlarged, under timestep features."""
-        x = self.upsamplers[0](x)
-        temb = self.time_embed(features)
-        for resnet in self.resnets:
-            x = resnet(x, temb)
-        return x
-
-
-class EncoderMidBlock(nn.Module):
-    """Residual blocks at the smallest size.
-
-    Args:
-        dim: Channels.
-        depth: Residual blocks.
-    """
-
-    def __init__(self, dim: int, depth: int) -> None:
-        super().__init__()
-        self.resnets = nn.ModuleList(ResBlock(dim) for _ in range(depth))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, dim, T, h, w) to the same."""
-        for resnet in self.resnets:
-            x = resnet(x)
-        return x
-
-
-class DecoderMidBlock(nn.Module):
-    """Modulated residual blocks at the smallest size.
-
-    Args:
-        dim: Channels.
-        depth: Residual blocks.
-    """
-
-    def __init__(self, dim: int, depth: int) -> None:
-        super().__init__()
+        self.upsamplers = nn.ModuleList([] if upsample is None else [upsample])
         self.time_embed = TimeEmbed(4 * dim)
         self.resnets = nn.ModuleList(ResBlock(dim, is_decoder=True) for _ in range(depth))
 
     def forward(self, x: Tensor, features: Tensor) -> Tensor:
-        """(B, dim, T, h, w) to the same, under timestep features."""
+        """(B, c, T, h, w), enlarged, under timestep features."""
+        for upsample in self.upsamplers:
+            x = upsample(x)
         temb = self.time_embed(features)
         for resnet in self.resnets:
             x = resnet(x, temb)
@@ -271,7 +216,7 @@ def spatial_reduction(levels: int) -> int:
     return PATCH_SIZE * math.prod(stride[1] for stride in STRIDES[:levels])
 
 
-class Encoder(nn.Module):
+class Encoder(ClipEncoder):
     """Clip to moments, causal in time.
 
     Args:
@@ -288,10 +233,11 @@ class Encoder(nn.Module):
         self.reduction = spatial_reduction(len(widths) - 1)
         self.conv_in = causal_conv(dim * PATCH_SIZE**2, widths[0])
         self.down_blocks = nn.ModuleList(
-            DownBlock(*level)
-            for level in zip(widths[:-1], widths[1:], depths[:-1], STRIDES, strict=False)
+            Level(dim, dim, depth, causal_block, partial(Downsample, out_dim=out, stride=stride))
+            for dim, out, depth, stride in zip(widths, widths[1:], depths, STRIDES, strict=False)
         )
-        self.mid_block = EncoderMidBlock(widths[-1], depths[-1])
+        self.mid_block = Level(widths[-1], widths[-1], depths[-1], causal_block)
+        self.conv_norm_out = rms_norm
         self.conv_out = causal_conv(widths[-1], out_dim)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -304,17 +250,14 @@ class Encoder(nn.Module):
             (B, C + 1, T, h, w).
 
         Raises:
-            ValueError: If H or W is no multiple of what a latent stands for.
+            ValueError: If H or W is not a multiple of what a latent stands for.
         """
         height, width = x.shape[-2:]
         if height % self.reduction or width % self.reduction:
             raise ValueError(
                 f"height and width must be multiples of {self.reduction}, got {height}x{width}"
             )
-        x = self.conv_in(patchify(x))
-        for block in self.down_blocks:
-            x = block(x)
-        return self.conv_out(F.silu(rms_norm(self.mid_block(x))))
+        return super().forward(patchify(x))
 
 
 class Decoder(nn.Module):
@@ -333,9 +276,10 @@ class Decoder(nn.Module):
         super().__init__()
         widths = widths[::-1]
         self.conv_in = SymmetricConv3d(dim, widths[0])
-        self.mid_block = DecoderMidBlock(widths[0], depths[-1])
+        self.mid_block = ModulatedLevel(widths[0], depths[-1])
         self.up_blocks = nn.ModuleList(
-            UpBlock(*level) for level in zip(widths[:-1], widths[1:], depths[:-1], strict=True)
+            ModulatedLevel(dim, depth, Upsample(previous, dim))
+            for previous, dim, depth in zip(widths[:-1], widths[1:], depths[:-1], strict=True)
         )
         self.time_embed = TimeEmbed(2 * widths[-1])
         self.timestep_scale = nn.Parameter(torch.tensor(1000.0))
@@ -363,7 +307,7 @@ class Decoder(nn.Module):
 
 
 # diffusers finds a class's loader by the base class in the namespace of its module.
-class AutoencoderKLLTXVideo(VideoAutoencoderMixin, StrictLoadingMixin, ModelMixin, ConfigMixin):
+class AutoencoderKLLTXVideo(VideoAutoencoder, ModelMixin):
     """Video autoencoder of LTX-Video (arXiv:2501.00103).
 
     Clips of 249 frames are 32 latent frames; longer ones are cut into tiles that share a frame of
@@ -387,6 +331,7 @@ class AutoencoderKLLTXVideo(VideoAutoencoderMixin, StrictLoadingMixin, ModelMixi
         latents_mean: Ignored.
         latents_std: Ignored.
         patch_size: Ignored; 4.
+        force_upcast: Kept in the config for pipelines: whether float16 ones decode in float32.
     """
 
     @register_to_config
@@ -407,6 +352,7 @@ class AutoencoderKLLTXVideo(VideoAutoencoderMixin, StrictLoadingMixin, ModelMixi
         latents_mean: Sequence[float] | None = None,
         latents_std: Sequence[float] | None = None,
         patch_size: int = 4,
+        force_upcast: bool = True,
     ) -> None:
         super().__init__(sample_min_t=249, latent_min_t=32, sample_ovr_t=1, latent_ovr_t=0)
         self.encoder = Encoder(
@@ -417,21 +363,12 @@ class AutoencoderKLLTXVideo(VideoAutoencoderMixin, StrictLoadingMixin, ModelMixi
         )
         self.quant_conv = nn.Identity()
         self.post_quant_conv = nn.Identity()
-        self.latent_dist = DiagonalGaussianDistribution
+        levels = len(block_out_channels) - 1
+        self.spatial_compression_ratio = spatial_reduction(levels)
+        self.temporal_compression_ratio = math.prod(stride[0] for stride in STRIDES[:levels])
         self.register_buffer("shift_factors", None)
         self.register_buffer("scaling_factors", None)
         self.register_load_state_dict_pre_hook(make_room_for_factors)
-
-    @property
-    def spatial_compression_ratio(self) -> int:
-        """Pixels a latent stands for, in each direction."""
-        return spatial_reduction(len(self.config.block_out_channels) - 1)
-
-    @property
-    def temporal_compression_ratio(self) -> int:
-        """Frames a latent frame stands for, but the first."""
-        levels = len(self.config.block_out_channels) - 1
-        return math.prod(stride[0] for stride in STRIDES[:levels])
 
     def decode(
         self, z: Tensor, temb: Tensor | None = None, return_dict: bool = True
@@ -466,7 +403,7 @@ class AutoencoderKLLTXVideo(VideoAutoencoderMixin, StrictLoadingMixin, ModelMixi
             return super().unscale_(x)
         return x / per_channel(self.scaling_factors, x) + per_channel(self.shift_factors, x)
 
-    def _fix_state_dict_keys_on_load(self, state_dict: dict[str, Tensor]) -> None:
+    def _fix_state_dict_keys_on_load(self, state_dict: OrderedDict[str, Tensor]) -> None:
         # `from_pretrained` compares keys before it loads any weight, and calls this before that.
         super()._fix_state_dict_keys_on_load(state_dict)
         make_room_for_factors(self, state_dict)
@@ -478,7 +415,7 @@ def per_channel(factors: Tensor, x: Tensor) -> Tensor:
 
 
 def make_room_for_factors(
-    model: ModelMixin, state_dict: dict[str, Tensor], prefix: str = "", *_: Any
+    model: ModelMixin, state_dict: Mapping[str, Tensor], prefix: str = "", *_: Any
 ) -> None:
     """Give the model the buffers of a checkpoint that has them; one alone is then missing."""
     given = [state_dict[prefix + name] for name in FACTORS if prefix + name in state_dict]

@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from diffnext.utils.json_files import read_json_object
-
-AUTOENCODERS = {
-    "AutoencoderKL": "autoencoder_kl",
-    "AutoencoderKLOpenSora": "autoencoder_kl_opensora",
-    "AutoencoderKLCogVideoX": "autoencoder_kl_cogvideox",
-    "AutoencoderKLLTXVideo": "autoencoder_kl_ltx",
-}
+from diffnext.models.modeling_utils import MODEL_MODULES, find_model_class
+from diffnext.utils.json_files import read_json
 
 
 def find_autoencoder(folder: str | os.PathLike[str]) -> Path:
@@ -48,15 +41,16 @@ def load_autoencoder(
 
     Raises:
         FileNotFoundError: If there is none.
-        ValueError: If its class is none of this package, or its config is damaged.
+        ValueError: If its class is not one of this package, or its config is damaged.
     """
     place = find_autoencoder(folder)
     name = read_autoencoder_config(place).get("_class_name")
-    if name not in AUTOENCODERS:
-        known = ", ".join(AUTOENCODERS)
-        raise ValueError(f"{place}/config.json names the class {name!r}; known are {known}")
-    module = importlib.import_module(f"diffnext.models.autoencoders.{AUTOENCODERS[name]}")
-    model = getattr(module, name).from_pretrained(place, dtype=dtype)
+    known = [name for name in MODEL_MODULES if name.startswith("AutoencoderKL")]
+    if name not in known:
+        raise ValueError(
+            f"{place}/config.json names the class {name!r}; known are {', '.join(known)}"
+        )
+    model = find_model_class(name).from_pretrained(place, dtype=dtype)
     return model.eval().requires_grad_(False).to(device)
 
 
@@ -64,6 +58,6 @@ def read_autoencoder_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """The config.json of an autoencoder.
 
     Raises:
-        ValueError: If it is no JSON object.
+        ValueError: If it is not a JSON object.
     """
-    return read_json_object(Path(folder) / "config.json")
+    return read_json(Path(folder) / "config.json")

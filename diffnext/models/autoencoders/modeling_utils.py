@@ -5,56 +5,48 @@ Shapes: B batch, C latent channels, T latent frames, h w latent size.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from typing import Any
 
 import torch
-from diffusers.utils import BaseOutput
+from diffusers.models.autoencoders import vae
+from diffusers.models.autoencoders.vae import DecoderOutput, IdentityDistribution
+from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from diffnext.models.autoencoders.tiling import TilingMixin
+from diffnext.models.modeling_utils import StrictLoadingMixin
 
 __all__ = [
     "DecoderOutput",
     "DiagonalGaussianDistribution",
+    "EncoderOutput",
     "IdentityDistribution",
-    "LatentScalingMixin",
+    "LatentsMixin",
     "TilingMixin",
 ]
 
 Generators = torch.Generator | list[torch.Generator] | None
 
 
-@dataclass
-class DecoderOutput(BaseOutput):
-    """Pixels of a decoded latent.
+class EncoderOutput(AutoencoderKLOutput):
+    """What a picture or video is encoded to.
 
     Attributes:
-        sample: (B, 3, H, W) or (B, 3, F, H, W), about -1 to 1.
+        latent_dist: Posterior, with ``parameters``, ``sample(generator)`` and ``mode()``.
     """
 
-    sample: Tensor
+    @property
+    def latents(self) -> Tensor:
+        """The posterior's mode: of an encoder to points, the latents themselves."""
+        return self.latent_dist.mode()
 
 
-class IdentityDistribution:
-    """A posterior without noise, for autoencoders that encode to a point.
-
-    Args:
-        z: The latents, (B, C, ...).
-    """
-
-    def __init__(self, z: Tensor) -> None:
-        self.parameters = z
-
-    def sample(self, generator: Generators = None) -> Tensor:
-        """Return the latents; nothing is drawn."""
-        return self.parameters
-
-
-class DiagonalGaussianDistribution:
+class DiagonalGaussianDistribution(vae.DiagonalGaussianDistribution):
     """Gaussian posterior of a VAE, q(z|x) = N(mean, diag(var)) (arXiv:1312.6114).
 
-    Statistics are float32 whatever the dtype of the moments.
+    diffusers' class, with statistics in float32 whatever the dtype of the moments.
 
     Args:
         z: Moments, mean and log-variance concatenated on channels, (B, 2C, ...). With an odd
@@ -62,17 +54,14 @@ class DiagonalGaussianDistribution:
     """
 
     def __init__(self, z: Tensor) -> None:
+        moments = z.float()
+        if z.size(1) % 2:
+            shared = moments[:, -1:].repeat_interleave(z.size(1) - 2, dim=1)
+            moments = torch.cat([moments, shared], dim=1)
+        super().__init__(moments)
         self.parameters = z
         self.device = z.device
         self.dtype = z.dtype
-        if z.size(1) % 2:
-            means = z.size(1) - 1
-            shared = z[:, -1:].expand(-1, means, *z.shape[2:])
-            z = torch.cat([z[:, :means], shared], dim=1)
-        self.mean, logvar = z.float().chunk(2, dim=1)
-        self.logvar = logvar.clamp(-30.0, 20.0)
-        self.std = torch.exp(0.5 * self.logvar)
-        self.var = torch.exp(self.logvar)
 
     def sample(self, generator: Generators = None) -> Tensor:
         """Draw z = mean + std * eps.
@@ -82,27 +71,61 @@ class DiagonalGaussianDistribution:
 
         Returns:
             Latents, (B, C, ...), in the dtype of the moments.
+
+        Raises:
+            ValueError: If a list holds another number of generators than there are samples.
         """
-        eps = randn_tensor(
-            self.mean.shape, generator=generator, device=self.device, dtype=torch.float32
-        )
+        if isinstance(generator, list) and len(generator) != len(self.mean):
+            raise ValueError(
+                f"generator must be one or one per sample, got {len(generator)} "
+                f"for {len(self.mean)} samples"
+            )
+        eps = randn_tensor(self.mean.shape, generator, device=self.device, dtype=torch.float32)
         return (self.mean + self.std * eps).to(self.dtype)
 
+    def mode(self) -> Tensor:
+        """The mean, in the dtype of the moments."""
+        return self.mean.to(self.dtype)
 
-class LatentScalingMixin:
-    """Scaling between raw VAE latents and the unit-variance latents that NOVA models.
+
+def return_input(self: Any, x: Tensor) -> Tensor:
+    """Return the input."""
+    return x
+
+
+class LatentsMixin(StrictLoadingMixin):
+    """Posteriors and scaled latents of an autoencoder; put before diffusers' classes.
 
     Reads ``scaling_factor`` and ``shift_factor`` from the model's config. The trailing
     underscores are historical: nothing is changed in place.
+
+    Attributes:
+        latent_dist: Class of the posteriors; a batch of stored moments makes one.
+        use_slicing: Whether samples are encoded and decoded one at a time.
     """
+
+    latent_dist: type[DiagonalGaussianDistribution | IdentityDistribution] = (
+        DiagonalGaussianDistribution
+    )
+    use_slicing: bool
+    forward: Callable[..., Any] = return_input  # offload hooks attach here
 
     def scale_(self, x: Tensor) -> Tensor:
         """Raw to model latents: (x - shift) * scaling."""
-        if self.config.shift_factor:
-            x = x - self.config.shift_factor
-        return x * self.config.scaling_factor
+        if self.config["shift_factor"]:
+            x = x - self.config["shift_factor"]
+        return x * self.config["scaling_factor"]
 
     def unscale_(self, x: Tensor) -> Tensor:
         """Model to raw latents: x / scaling + shift."""
-        x = x * (1.0 / self.config.scaling_factor)
-        return x + self.config.shift_factor if self.config.shift_factor else x
+        x = x * (1.0 / self.config["scaling_factor"])
+        return x + self.config["shift_factor"] if self.config["shift_factor"] else x
+
+    def slices(self, x: Tensor) -> tuple[Tensor, ...]:
+        """One sample at a time when slicing is enabled."""
+        return x.split(1) if self.use_slicing else (x,)
+
+    def posterior(self, moments: Tensor, return_dict: bool) -> EncoderOutput | tuple:
+        """What ``encode`` returns."""
+        latent_dist = self.latent_dist(moments)
+        return EncoderOutput(latent_dist=latent_dist) if return_dict else (latent_dist,)

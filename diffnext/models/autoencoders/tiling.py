@@ -5,15 +5,17 @@ Shapes: B batch, C channels, F frames, T latent frames, H W size.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import count
 from typing import Any
 
 import torch
 from diffusers.models.autoencoders.vae import AutoencoderMixin
 from torch import Tensor
 
-__all__ = ["SpatialTiles", "Tile", "TilingMixin", "run_in_spatial_tiles"]
+__all__ = ["Tile", "TilingMixin", "run_in_spatial_tiles"]
 
 
 @dataclass(frozen=True)
@@ -31,21 +33,6 @@ class Tile:
     drop: int
 
 
-@dataclass(frozen=True)
-class SpatialTiles:
-    """Sizes of spatial tiles.
-
-    Attributes:
-        height: Pixels.
-        width: Pixels.
-        overlap: Share of a tile that it has in common with the next one, 0 to 1.
-    """
-
-    height: int = 256
-    width: int = 256
-    overlap: float = 0.25
-
-
 class TilingMixin(AutoencoderMixin):
     """Temporal and spatial tiling of a video autoencoder's ``encoder`` and ``decoder``.
 
@@ -58,7 +45,16 @@ class TilingMixin(AutoencoderMixin):
         latent_min_t: Latent frames of a tile.
         sample_ovr_t: Frames that neighbouring tiles share.
         latent_ovr_t: Latent frames that neighbouring tiles share.
+
+    Attributes:
+        temporal_compression_ratio: Frames a latent frame stands for, but the first, which stands
+            for one.
+        spatial_compression_ratio: Pixels a latent stands for, in each direction.
     """
+
+    encoder: Callable[..., Tensor]
+    decoder: Callable[..., Tensor]
+    spatial_compression_ratio = 1
 
     def __init__(
         self,
@@ -72,53 +68,41 @@ class TilingMixin(AutoencoderMixin):
         self.latent_min_t = latent_min_t
         self.sample_ovr_t = sample_ovr_t
         self.latent_ovr_t = latent_ovr_t
+        self.temporal_compression_ratio = (sample_min_t - 1) // (latent_min_t - 1)
         self.use_slicing = False
         self.use_tiling = False
-        self.spatial_tiles = SpatialTiles()
-
-    @property
-    def temporal_compression_ratio(self) -> int:
-        """Frames a latent frame stands for, but the first, which stands for one."""
-        return (self.sample_min_t - 1) // (self.latent_min_t - 1)
-
-    @property
-    def spatial_compression_ratio(self) -> int:
-        """Pixels a latent stands for, in each direction."""
-        return 2 ** (len(self.config.block_out_channels) - 1)
+        self.tile_sample_min_size = (256, 256)
+        self.tile_overlap_factor = 0.25
 
     def enable_tiling(
         self,
-        tile_sample_min_height: int | None = None,
-        tile_sample_min_width: int | None = None,
-        tile_overlap_factor: float | None = None,
+        tile_sample_min_height: int = 256,
+        tile_sample_min_width: int = 256,
+        tile_overlap_factor: float = 0.25,
     ) -> None:
         """Cut large pictures into overlapping spatial tiles, to save memory.
 
         Args:
-            tile_sample_min_height: Height of a tile in pixels; 256 when None.
-            tile_sample_min_width: Width of a tile in pixels; 256 when None.
-            tile_overlap_factor: Share of a tile common with the next one; a quarter when None.
+            tile_sample_min_height: Height of a tile in pixels.
+            tile_sample_min_width: Width of a tile in pixels.
+            tile_overlap_factor: Share of a tile common with the next one.
 
         Raises:
-            ValueError: If a tile is no positive multiple of the compression ratio, or the overlap
-                leaves nothing new.
+            ValueError: If a side of a tile is not a positive multiple of the compression ratio, or
+                the overlap leaves nothing new.
         """
-        default = SpatialTiles()
-        overlap = default.overlap if tile_overlap_factor is None else tile_overlap_factor
-        tiles = SpatialTiles(
-            default.height if tile_sample_min_height is None else tile_sample_min_height,
-            default.width if tile_sample_min_width is None else tile_sample_min_width,
-            overlap,
-        )
         ratio = self.spatial_compression_ratio
-        if any(side < 1 or side % ratio for side in (tiles.height, tiles.width)):
+        size = (tile_sample_min_height, tile_sample_min_width)
+        if any(side < 1 or side % ratio for side in size):
             raise ValueError(
-                f"tiles must be positive multiples of {ratio} pixels, "
-                f"got {tiles.height}x{tiles.width}"
+                f"tiles must be positive multiples of {ratio} pixels, got {size[0]}x{size[1]}"
             )
-        if not 0 <= overlap < 1:
-            raise ValueError(f"tile_overlap_factor must be at least 0 and below 1, got {overlap}")
-        self.spatial_tiles = tiles
+        if not 0 <= tile_overlap_factor < 1:
+            raise ValueError(
+                f"tile_overlap_factor must be at least 0 and below 1, got {tile_overlap_factor}"
+            )
+        self.tile_sample_min_size = size
+        self.tile_overlap_factor = tile_overlap_factor
         super().enable_tiling()
 
     def sample_tiles(self, num_frames: int) -> list[Tile]:
@@ -167,11 +151,8 @@ class TilingMixin(AutoencoderMixin):
         Raises:
             ValueError: If the length is not legal.
         """
-        if x.ndim == 4:
-            return self._encode_tile(x)
-        tiles = self.sample_tiles(x.size(2))
-        parts = [self._encode_tile(x[:, :, tile.start : tile.end]) for tile in tiles]
-        return torch.cat([y[:, :, t.drop :] for y, t in zip(parts, tiles, strict=True)], dim=2)
+        run = partial(self._run_tile, self.encoder, self.spatial_compression_ratio)
+        return run(x) if x.ndim == 4 else run_in_time(run, x, self.sample_tiles(x.size(2)))
 
     def tiled_decoder(self, x: Tensor, *args: Any) -> Tensor:
         """Decode in temporal tiles.
@@ -186,70 +167,61 @@ class TilingMixin(AutoencoderMixin):
         Raises:
             ValueError: If the length is not legal.
         """
-        if x.ndim == 4:
-            return self._decode_tile(x, *args)
-        tiles = self.latent_tiles(x.size(2))
-        parts = [self._decode_tile(x[:, :, tile.start : tile.end], *args) for tile in tiles]
-        return torch.cat([y[:, :, t.drop :] for y, t in zip(parts, tiles, strict=True)], dim=2)
+        run = partial(self._run_tile, lambda tile: self.decoder(tile, *args), 1)
+        return run(x) if x.ndim == 4 else run_in_time(run, x, self.latent_tiles(x.size(2)))
 
-    def _encode_tile(self, x: Tensor) -> Tensor:
-        tiles = self.spatial_tiles
-        if not self.use_tiling or fits(x, (tiles.height, tiles.width)):
-            return self.encoder(x)
-        ratio = self.spatial_compression_ratio
-        if x.size(-2) % ratio or x.size(-1) % ratio:
-            raise ValueError(
-                f"sizes must be multiples of {ratio} to be tiled, got {tuple(x.shape[-2:])}"
-            )
-        return run_in_spatial_tiles(
-            self.encoder, x, (tiles.height, tiles.width), tiles.overlap, unit=ratio
-        )
+    def _run_tile(self, run: Callable[[Tensor], Tensor], unit: int, x: Tensor) -> Tensor:
+        """Run a network on a temporal tile, in spatial ones if they are enabled and it is larger.
 
-    def _decode_tile(self, z: Tensor, *args: Any) -> Tensor:
+        Args:
+            run: The network.
+            unit: Positions of its input that a latent stands for, in each direction.
+            x: The tile, (..., H, W).
+        """
         if not self.use_tiling:
-            return self.decoder(z, *args)
-        ratio = self.spatial_compression_ratio
-        size = (self.spatial_tiles.height // ratio, self.spatial_tiles.width // ratio)
-        if fits(z, size):
-            return self.decoder(z, *args)
-        return run_in_spatial_tiles(
-            lambda tile: self.decoder(tile, *args), z, size, self.spatial_tiles.overlap
+            return run(x)
+        height, width = (
+            n * unit // self.spatial_compression_ratio for n in self.tile_sample_min_size
         )
+        if x.size(-2) <= height and x.size(-1) <= width:
+            return run(x)
+        if x.size(-2) % unit or x.size(-1) % unit:
+            raise ValueError(
+                f"sizes must be multiples of {unit} to be tiled, got {tuple(x.shape[-2:])}"
+            )
+        return run_in_spatial_tiles(run, x, (height, width), self.tile_overlap_factor, unit)
 
     def _is_legal_sample(self, num_frames: int) -> bool:
         return num_frames >= 1 and (num_frames - 1) % self.temporal_compression_ratio == 0
 
     def _is_legal_latent(self, num_latents: int) -> bool:
         """Whether the last tile adds frames to those of the tile before."""
-        if num_latents <= self.latent_min_t:
-            return num_latents >= 1
-        stride = self.latent_min_t - self.latent_ovr_t
-        last = (num_latents - self.latent_ovr_t - 1) % stride + 1 + self.latent_ovr_t
-        return (last - 1) * self.temporal_compression_ratio + 1 > self.sample_ovr_t
+        tiles = plan_tiles(num_latents, self.latent_min_t, self.latent_ovr_t, self.sample_ovr_t)
+        frames = (tiles[-1].end - tiles[-1].start - 1) * self.temporal_compression_ratio + 1
+        return num_latents >= 1 and frames > tiles[-1].drop
 
     def _check_length(self, what: str, length: int, is_legal: Callable[[int], bool]) -> None:
         if is_legal(length):
             return
-        nearest = [next(filter(is_legal, range(max(length, 1), 0, -1)), None)]
-        nearest.append(
-            next(filter(is_legal, range(max(length, 1), length + self.sample_min_t + 2)))
-        )
-        names = " or ".join(str(n) for n in dict.fromkeys(nearest) if n is not None)
+        below = next(filter(is_legal, range(length, 0, -1)), None)
+        above = next(filter(is_legal, count(max(length, 1))))
+        names = f"{above}" if below is None else f"{below} or {above}"
         raise ValueError(
             f"{type(self).__name__} cannot take {length} {what}: "
             f"the nearest legal number is {names}"
         )
 
 
+def run_in_time(run: Callable[[Tensor], Tensor], x: Tensor, tiles: Sequence[Tile]) -> Tensor:
+    """Run a network on temporal tiles of a video (B, c, F, H, W); its outputs, end to end."""
+    parts = [run(x[:, :, tile.start : tile.end])[:, :, tile.drop :] for tile in tiles]
+    return torch.cat(parts, dim=2)
+
+
 def plan_tiles(length: int, size: int, overlap: int, drop: int) -> list[Tile]:
     """Cover ``length`` frames by tiles of ``size``, neighbours sharing ``overlap``."""
     starts = range(0, max(length - overlap, 1), size - overlap)
     return [Tile(start, min(start + size, length), drop if start else 0) for start in starts]
-
-
-def fits(x: Tensor, size: tuple[int, int]) -> bool:
-    """Whether the last two dimensions are within ``size``."""
-    return x.size(-2) <= size[0] and x.size(-1) <= size[1]
 
 
 def run_in_spatial_tiles(
@@ -271,8 +243,7 @@ def run_in_spatial_tiles(
     Returns:
         The output for all of ``x``.
     """
-    result = None
-    weights = None
+    result = weights = x.new_zeros(0)  # sized by the first output
     for top in tile_starts(x.size(-2), size[0], overlap, unit):
         for left in tile_starts(x.size(-1), size[1], overlap, unit):
             tile = x[..., top : top + size[0], left : left + size[1]]
@@ -280,7 +251,7 @@ def run_in_spatial_tiles(
             # The same factor maps sizes and positions of the input to those of the output.
             height, first_row = (n * y.size(-2) // tile.size(-2) for n in (x.size(-2), top))
             width, first_column = (n * y.size(-1) // tile.size(-1) for n in (x.size(-1), left))
-            if result is None:
+            if not len(result):
                 result = y.new_zeros(*y.shape[:-2], height, width)
                 weights = y.new_zeros(height, width, dtype=torch.float32)
             rows = slice(first_row, first_row + y.size(-2))

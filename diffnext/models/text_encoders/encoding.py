@@ -5,11 +5,17 @@ Shapes: n tokens of a text, D width of the states.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from diffnext.models.modeling_utils import evaluating
+
+# A fast tokenizer holds the truncation of a call, and lets one thread change it at a time.
+_TOKENIZER_LOCK = threading.Lock()
 
 
 def encode_texts(
@@ -18,9 +24,10 @@ def encode_texts(
     texts: Sequence[str],
     max_tokens: int,
     width: int,
-    device: torch.device | None = None,
 ) -> list[Tensor]:
-    """Encode texts in one batch, each different one once.
+    """Encode texts in one batch, each different one once; safe to call from several threads.
+
+    The encoder runs in evaluation mode and in its own type, whatever autocast says.
 
     Args:
         tokenizer: Callable that returns ``input_ids``.
@@ -28,21 +35,56 @@ def encode_texts(
         texts: At least one.
         max_tokens: Tokens of a text that are encoded at most.
         width: D.
-        device: Of the input; default: the encoder's.
 
     Returns:
-        States of the real tokens of each text, (n, D); n is 0 for a text without tokens.
+        States of the real tokens of each text, (n, D), in the type of the encoder; n is 0 for a
+        text without tokens.
+
+    Raises:
+        TypeError: If a text is not a string.
+        ValueError: If there is no tokenizer or encoder, or the tokenizer gives more tokens, or
+            others than the encoder knows.
     """
+    if tokenizer is None or text_encoder is None:
+        raise ValueError(
+            "prompts given as text need a tokenizer and a text encoder, and one is missing: load "
+            "the pipeline with both, or pass prompt_embeds"
+        )
+    for index, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise TypeError(f"prompt {index} must be a string, got {type(text).__name__}: {text!r}")
     unique = list(dict.fromkeys(texts))
-    ids = tokenizer(unique, truncation=True, max_length=max_tokens)["input_ids"]
+    ids = tokenize(tokenizer, unique, max_tokens)
+    vocabulary = text_encoder.config.vocab_size
+    for text, row in zip(unique, ids, strict=True):
+        if len(row) > max_tokens or max(row, default=0) >= vocabulary:
+            raise ValueError(
+                f"the tokenizer must give at most {max_tokens} tokens, below {vocabulary} as the "
+                f"text encoder knows them; it gave {list(row)} for {text!r}"
+            )
     longest = max(len(row) for row in ids)
-    device = text_encoder.device if device is None else device
+    device = text_encoder.device
+    device = torch.device("cpu") if device.type == "meta" else device  # offloaded: hooks move it
     if longest == 0:
-        return [torch.empty(0, width, device=device) for _ in texts]
+        return [torch.empty(0, width, device=device, dtype=text_encoder.dtype) for _ in texts]
     # The encoder is causal: what stands behind a prompt does not reach its states.
     padding = tokenizer.pad_token_id or 0
     padded = [list(row) + [padding] * (longest - len(row)) for row in ids]
     input_ids = torch.tensor(padded, dtype=torch.int64, device=device)
-    states = text_encoder(input_ids).last_hidden_state
+    with evaluating(text_encoder), torch.autocast(device.type, enabled=False):
+        states = text_encoder(input_ids).last_hidden_state
     found = {text: state[: len(row)] for text, state, row in zip(unique, states, ids, strict=True)}
     return [found[text] for text in texts]
+
+
+def tokenize(tokenizer: Any, texts: Sequence[str], max_tokens: int) -> list[list[int]]:
+    """Token ids of texts; a fast tokenizer is left as it was."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    with _TOKENIZER_LOCK:
+        truncation = None if backend is None else backend.truncation
+        ids = tokenizer(texts, truncation=True, max_length=max_tokens)["input_ids"]
+        if backend is not None:
+            backend.no_truncation()
+            if truncation is not None:
+                backend.enable_truncation(**truncation)
+    return ids

@@ -8,8 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import PhiConfig, PreTrainedModel
-from transformers import PhiModel as _PhiModel
+from transformers import PhiConfig, PhiModel, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.phi.modeling_phi import (
     PhiAttention,
@@ -20,7 +19,7 @@ from transformers.models.phi.modeling_phi import (
 from transformers.models.phi.modeling_phi import PhiDecoderLayer as PhiLayer
 from transformers.models.phi.modeling_phi import PhiRotaryEmbedding as PhiCache
 
-from diffnext.models.modeling_utils import check_loading_info
+from diffnext.models.modeling_utils import load_strictly
 
 __all__ = [
     "PhiAttention",
@@ -40,10 +39,6 @@ __all__ = [
 PhiFlashAttention2 = PhiAttention
 apply_rotary_emb = apply_rotary_pos_emb
 apply_rotary_emb_torch = apply_rotary_pos_emb
-
-
-class PhiModel(_PhiModel):
-    """transformers' Phi decoder stack."""
 
 
 class PhiPreTrainedModel(PreTrainedModel):
@@ -70,12 +65,9 @@ class PhiPreTrainedModel(PreTrainedModel):
         Raises:
             RuntimeError: If weights are missing or unknown; the message lists the keys.
         """
-        wants_info = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(
-            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+        return load_strictly(
+            super().from_pretrained, pretrained_model_name_or_path, *args, **kwargs
         )
-        check_loading_info(cls.__name__, pretrained_model_name_or_path, info)
-        return (model, info) if wants_info else model
 
 
 class PhiEncoderModel(PhiPreTrainedModel):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -40,71 +40,41 @@ IMAGE_ENCODERS = Registry("image_encoders")
 IMAGE_DECODERS = Registry("image_decoders")
 
 
-def _register_each(
-    registry: Registry, prefix: str, entries: dict[str, dict[str, int]]
-) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register one constructor under several sizes."""
-
-    def decorate(func: Callable[..., Any]) -> Callable[..., Any]:
-        for size, kwargs in entries.items():
-            registry.register(prefix + size, func, **kwargs)
-        return func
-
-    return decorate
-
-
-@_register_each(
-    VIDEO_ENCODERS,
-    "vit_",
-    {
-        "d16w768": {"depth": 16, "embed_dim": 768, "num_heads": 12},
-        "d16w1024": {"depth": 16, "embed_dim": 1024, "num_heads": 16},
-        "d16w1536": {"depth": 16, "embed_dim": 1536, "num_heads": 16},
-        "d2w64": {"depth": 2, "embed_dim": 64, "num_heads": 2},
-        "d3w128": {"depth": 3, "embed_dim": 128, "num_heads": 4},
-        "d3w192": {"depth": 3, "embed_dim": 192, "num_heads": 3},
-        "d4w256": {"depth": 4, "embed_dim": 256, "num_heads": 4},
-    },
-)
 def video_encoder(**kwargs: Any) -> VisionTransformer:
     """Encoder of text and earlier frames; arguments of :class:`VisionTransformer`."""
     return VisionTransformer(**kwargs)
 
 
-@_register_each(
-    IMAGE_ENCODERS,
-    "vit_",
-    {
-        "d32w768": {"depth": 32, "embed_dim": 768, "num_heads": 12},
-        "d32w1024": {"depth": 32, "embed_dim": 1024, "num_heads": 16},
-        "d32w1536": {"depth": 32, "embed_dim": 1536, "num_heads": 16},
-        "d4w64": {"depth": 4, "embed_dim": 64, "num_heads": 2},
-        "d6w128": {"depth": 6, "embed_dim": 128, "num_heads": 4},
-        "d6w192": {"depth": 6, "embed_dim": 192, "num_heads": 3},
-        "d8w256": {"depth": 8, "embed_dim": 256, "num_heads": 4},
-    },
-)
 def image_encoder(**kwargs: Any) -> VisionTransformer:
     """Encoder of the tokens of one frame; arguments of :class:`VisionTransformer`."""
     return VisionTransformer(**kwargs)
 
 
-@_register_each(
-    IMAGE_DECODERS,
-    "mlp_",
-    {
-        "d3w1280": {"depth": 3, "embed_dim": 1280},
-        "d6w768": {"depth": 6, "embed_dim": 768},
-        "d6w1024": {"depth": 6, "embed_dim": 1024},
-        "d6w1536": {"depth": 6, "embed_dim": 1536},
-        "d2w64": {"depth": 2, "embed_dim": 64},
-        "d3w192": {"depth": 3, "embed_dim": 192},
-        "d3w256": {"depth": 3, "embed_dim": 256},
-    },
-)
 def image_decoder(**kwargs: Any) -> DiffusionMLP:
     """Denoiser of single tokens; arguments of :class:`DiffusionMLP`."""
     return DiffusionMLP(**kwargs)
+
+
+# Depth, width and heads of the name vit_d<depth>w<width>: the released sizes, then small ones.
+for _depth, _width, _heads in (
+    *((16, 768, 12), (16, 1024, 16), (16, 1536, 16)),
+    *((2, 64, 2), (3, 128, 4), (3, 192, 3), (4, 256, 4)),
+):
+    _size = {"depth": _depth, "embed_dim": _width, "num_heads": _heads}
+    VIDEO_ENCODERS.register(f"vit_d{_depth}w{_width}", video_encoder, **_size)
+for _depth, _width, _heads in (
+    *((32, 768, 12), (32, 1024, 16), (32, 1536, 16)),
+    *((4, 64, 2), (6, 128, 4), (6, 192, 3), (8, 256, 4)),
+):
+    _size = {"depth": _depth, "embed_dim": _width, "num_heads": _heads}
+    IMAGE_ENCODERS.register(f"vit_d{_depth}w{_width}", image_encoder, **_size)
+# Depth and width of the name mlp_d<depth>w<width>.
+for _depth, _width in (
+    *((3, 1280), (6, 768), (6, 1024), (6, 1536)),
+    *((2, 64), (3, 192), (3, 256)),
+):
+    _size = {"depth": _depth, "embed_dim": _width}
+    IMAGE_DECODERS.register(f"mlp_d{_depth}w{_width}", image_decoder, **_size)
 
 
 class NOVATransformer3DModel(
@@ -141,17 +111,24 @@ class NOVATransformer3DModel(
         rotary_pos_embed: bool = False,
         arch: Sequence[str] = ("", "", ""),
     ) -> None:
+        if not (image_dim and image_size and image_stride and image_base_size and video_base_size):
+            sizes = (image_dim, image_size, image_stride, image_base_size, video_base_size)
+            raise ValueError(
+                "image_dim, image_size, image_stride, image_base_size and video_base_size are "
+                f"needed, got {sizes}"
+            )
         image_size = (image_size,) * 2 if isinstance(image_size, int) else image_size
         latent_size = tuple(side // image_stride for side in image_size)
         patch_size = 15 // image_stride + 1
-        sizes = {"image_size": latent_size, "image_dim": image_dim}
+        size = {"image_size": latent_size, "image_dim": image_dim}
         video_name, image_name, decoder_name = arch
-        video = VIDEO_ENCODERS.get(video_name)(patch_size=patch_size * 2, **sizes)
-        image = IMAGE_ENCODERS.get(image_name)(patch_size=patch_size, **sizes)
+        video = VIDEO_ENCODERS.get(video_name)(patch_size=patch_size * 2, **size)
+        image = IMAGE_ENCODERS.get(image_name)(patch_size=patch_size, **size)
         decoder = IMAGE_DECODERS.get(decoder_name)(
             patch_size=patch_size, image_dim=image_dim, cond_dim=image.embed_dim
         )
         width = video.embed_dim
+        video_pos: VideoPosEmbed | RotaryEmbed3D
         if rotary_pos_embed:
             video_pos = RotaryEmbed3D(video.rope.dim, video_base_size[1:])
             image_pos = RotaryEmbed3D(image.rope.dim, image_base_size)
@@ -161,14 +138,14 @@ class NOVATransformer3DModel(
             image.pos_embed = PosEmbed(image.embed_dim, image_base_size)
         if video_mixer_rank:
             video.mixer = AdaLayerNorm(width, rank=max(video_mixer_rank, 0), eps=None)
-        has_text = bool(text_token_dim)
+        text = TextEmbed(text_token_dim, width, text_token_len or 256) if text_token_dim else None
         super().__init__(
             video_encoder=video,
             image_encoder=image,
             image_decoder=decoder,
             mask_embed=MaskEmbed(width),
-            text_embed=TextEmbed(text_token_dim, width, text_token_len) if has_text else None,
-            label_embed=None if has_text else LabelEmbed(width),
+            text_embed=text,
+            label_embed=None if text else LabelEmbed(width),
             video_pos_embed=video_pos,
             image_pos_embed=image_pos,
             motion_embed=MotionEmbed(width) if video_base_size[0] > 1 else None,

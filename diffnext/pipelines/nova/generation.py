@@ -1,76 +1,139 @@
-"""What the generating pipelines share: one run of the model, callbacks, decoding.
+"""What the generating pipelines share: a call from its arguments to pictures, clips or latents.
 
-Shapes: B samples, C latent channels, T latent frames, h w latent size.
+Shapes: B samples, n prompts, C latent channels, h w latent size, T latent frames, F frames, H W
+pixels.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager, nullcontext
+from contextvars import ContextVar
+from dataclasses import replace
+from itertools import islice
 from typing import Any
+from weakref import WeakKeyDictionary
 
+import diffusers
 import numpy as np
 import torch
+from accelerate.hooks import CpuOffload
 from diffusers.loaders import CogVideoXLoraLoaderMixin
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import Tensor
 
-from diffnext.image_processor import OUTPUT_TYPES, VaeImageProcessor
+from diffnext.image_processor import VaeImageProcessor, full_precision
 from diffnext.models.autoencoders.modeling_utils import TilingMixin
 from diffnext.models.autoencoders.tiling import Tile
 from diffnext.models.packed_linear import prepack_linears
 from diffnext.models.quantization import quantize_blocks
-from diffnext.models.transformers.transformer_3d import GenerationMonitor
-from diffnext.pipelines.pipeline_utils import NOVAPipelineOutput, cosine_set_sizes
-from diffnext.schedulers.denoising_run import check_scheduler, predicts_flow
+from diffnext.models.transformers.transformer_nova import NOVATransformer3DModel
+from diffnext.pipelines.nova.arguments import CallArguments
+from diffnext.pipelines.nova.sampling import (
+    GenerationRequest,
+    GenerationRun,
+    check_fit,
+    generate_frames,
+    own_precision,
+)
+from diffnext.pipelines.pipeline_utils import NOVAPipelineOutput, PipelineMixin, cosine_set_sizes
+from diffnext.schedulers.denoising_run import DenoisingRun, Generators, predicts_flow
+from diffnext.utils.arguments import build_checked, naming
 
-__all__ = ["GenerationPipelineMixin", "StepCallback"]
+__all__ = ["GenerationPipeline"]
 
 logger = logging.getLogger(__name__)
 
 StepCallback = Callable[[Any, int, int, dict[str, Any]], dict[str, Any] | None]
 
-# Arguments of the apps and evaluation scripts that are theirs alone.
-_TOLERATED_ARGUMENTS = {"seed", "randomize_seed", "progress", "num_images"}
+_RUNS: set[PipelineRun] = set()  # the drawings in progress
+_CALLING_BACK: ContextVar[PipelineRun | None] = ContextVar("calling back", default=None)
+_OFFLOADING = threading.RLock()  # held while weights are in use that hooks move
 
 
-class PipelineMonitor(GenerationMonitor):
-    """Hands every step to a callback of the user, and stops when the pipeline is interrupted.
+class _LastShifts(threading.local):
+    """The shift that a thread's last call gave each pipeline, and the scheduler that it is for."""
+
+    def __init__(self) -> None:
+        self.of: WeakKeyDictionary[GenerationPipeline, tuple[Any, float]] = WeakKeyDictionary()
+
+
+_LAST_SHIFTS = _LastShifts()
+
+
+class PipelineRun(GenerationRun):
+    """A drawing of a pipeline, which a callback may follow and the user stop.
 
     Args:
-        pipeline: The running pipeline.
-        steps_per_frame: Sets of tokens of a frame.
-        callback: See ``callback_on_step_end``; None for nobody.
-        tensor_inputs: Names of what it is given.
+        pipeline: Who draws.
+        arguments: Of the call.
+        flow_shift: Timestep shift in force.
+        num_frames: Latent frames T.
+        num_sets: Sets of tokens of a frame that hold any.
     """
 
     def __init__(
         self,
-        pipeline: Any,
-        steps_per_frame: int,
-        callback: StepCallback | None,
-        tensor_inputs: Sequence[str],
+        pipeline: GenerationPipeline,
+        arguments: CallArguments,
+        flow_shift: float | None,
+        num_frames: int,
+        num_sets: int,
     ) -> None:
+        is_shown = not arguments.disable_progress_bar
+        super().__init__(
+            DenoisingRun(pipeline.scheduler, arguments.num_diffusion_steps, flow_shift),
+            arguments.generator,
+            None if arguments.callback_on_step_end is None else self._call_back,
+            show_frames=is_shown and num_frames > 1,
+            show_sets=is_shown and num_frames == 1,
+            bar_options=getattr(pipeline, "_progress_bar_config", None),
+        )
         self.pipeline = pipeline
-        self.steps_per_frame = steps_per_frame
-        self.callback = callback
-        self.tensor_inputs = tensor_inputs
+        self.transformer = pipeline.transformer
+        self.vae = pipeline.vae
+        self.num_frames = num_frames
+        self.callback: StepCallback = arguments.callback_on_step_end or (lambda *_: None)
+        self.tensor_inputs = arguments.callback_on_step_end_tensor_inputs
+        self.num_sets = num_sets
 
-    @property
-    def is_stopped(self) -> bool:
-        """Whether the user interrupted the pipeline."""
-        return self.pipeline.interrupt
-
-    def on_step(self, frame: int, step: int, latents: Tensor) -> Tensor:
-        """Call the user; what comes back as ``latents`` replaces the frame."""
-        if self.callback is None:
-            return latents
+    def _call_back(self, frame: int, step: int, latents: Tensor) -> Tensor:
+        """Show the user a frame, (B, C, h, w); returns what is to be gone on with."""
         given = {"latents": latents} if "latents" in self.tensor_inputs else {}
-        index = frame * self.steps_per_frame + step
-        return (self.callback(self.pipeline, index, frame, given) or {}).get("latents", latents)
+        token = _CALLING_BACK.set(self)
+        try:
+            index = frame * self.num_sets + step
+            result = self.callback(self.pipeline, index, frame, given)
+        finally:
+            _CALLING_BACK.reset(token)
+        result = {} if result is None else result
+        if not isinstance(result, dict):
+            raise TypeError(
+                f"callback_on_step_end must return a dict or None, got {type(result).__name__}"
+            )
+        if result.keys() - {"latents"}:
+            raise ValueError(f"callback_on_step_end may return 'latents' alone, got {list(result)}")
+        changed = {"latents": latents, **given, **result}["latents"]
+        if not isinstance(changed, Tensor):
+            raise TypeError(
+                "callback_on_step_end must return a tensor as 'latents', got "
+                f"{type(changed).__name__}"
+            )
+        wanted, got = (
+            f"{tuple(one.shape)}, {one.dtype}, on {one.device}" for one in (latents, changed)
+        )
+        if got != wanted:
+            raise ValueError(f"callback_on_step_end must return 'latents' of {wanted}, got {got}")
+        return changed
 
 
-class GenerationPipelineMixin(CogVideoXLoraLoaderMixin):
-    """Runs the model of a pipeline and decodes what it made.
+class GenerationPipeline(CogVideoXLoraLoaderMixin, PipelineMixin, DiffusionPipeline):
+    """Draws with NOVA, whatever conditions it.
+
+    Components are read at the moment of a call, and nothing of a call is left on them or here,
+    so that calls in several threads, and of pipelines that share components, do not meet.
 
     The methods for low-rank adapters (``load_lora_weights``, ``fuse_lora``, ...) are diffusers'
     own: those for any pipeline whose one trained component is called ``transformer``.
@@ -78,25 +141,32 @@ class GenerationPipelineMixin(CogVideoXLoraLoaderMixin):
 
     _callback_tensor_inputs = ["latents"]
 
+    transformer: NOVATransformer3DModel
+    scheduler: Any
+    vae: Any
+    model_cpu_offload_seq: Any
+
     def _setup_generation(self) -> None:
         """Set what every generating pipeline has, at the end of its constructor."""
         self.image_processor = VaeImageProcessor()
-        self.guidance_scale = 5.0
-        self._interrupt = False
-        self._first_scheduler = self.scheduler
-        if self.transformer is not None:
-            self.transformer.sample_scheduler = self.scheduler
+        self._comes_with_flow = None if self.scheduler is None else predicts_flow(self.scheduler)
+
+    # Settings
 
     def compile(self, **options: Any) -> None:
-        """Compile the model's blocks and its denoising step.
+        """Compile the image encoder's blocks and the denoising step.
 
-        The first samples then take minutes. It pays where launching operations is what takes the
-        time: small batches on a GPU.
+        The first sample of every batch size, with and without guidance, then takes a while; others
+        reuse its graphs, whatever their prompts, seeds and weights of guidance. It pays where
+        launching operations is what takes the time: small batches on a GPU.
 
         Args:
-            **options: Of ``torch.compile``, such as ``mode="reduce-overhead"`` for CUDA graphs.
+            **options: Of ``torch.compile``, such as ``mode="max-autotune-no-cudagraphs"``.
+
+        Raises:
+            ValueError: For options that cannot work, with the reason.
         """
-        self.transformer.compile_parts(**options)
+        self.transformer.compile_drawing(**options)
 
     def prepack(self) -> None:
         """Lay out the model's weights for the processor: faster or not, by the processor's maker.
@@ -104,7 +174,7 @@ class GenerationPipelineMixin(CogVideoXLoraLoaderMixin):
         Pictures stay the same up to rounding; the model takes twice its memory.
 
         Raises:
-            ValueError: If the model is not of float32 on a CPU.
+            ValueError: If the model is not in float32 on a CPU.
         """
         prepack_linears(self.transformer)
 
@@ -123,137 +193,410 @@ class GenerationPipelineMixin(CogVideoXLoraLoaderMixin):
 
     @property
     def interrupt(self) -> bool:
-        """Whether the run is to stop after its current step; callbacks set ``_interrupt``."""
-        return self._interrupt
+        """Whether the drawing that calls back stops, else whether any of this pipeline does."""
+        return any(run.is_stopped for run in self._current_runs())
 
-    def warn_unknown(self, names: set[str]) -> None:
-        """Report arguments that nothing reads."""
-        unknown = sorted(names - _TOLERATED_ARGUMENTS)
-        if unknown:
-            logger.warning("%s ignores unknown arguments: %s", type(self).__name__, unknown)
+    @property
+    def _interrupt(self) -> bool:
+        return self.interrupt
 
-    def check_run(
-        self, output_type: str, vae_batch_size: int, callback_on_step_end_tensor_inputs: Any
-    ) -> None:
-        """Check what every run needs.
+    @_interrupt.setter
+    def _interrupt(self, value: bool) -> None:
+        """Stop a drawing: in its callback that one alone, elsewhere all of this pipeline."""
+        for run in self._current_runs():
+            run.is_stopped = bool(value)
+
+    def _current_runs(self) -> list[PipelineRun]:
+        calling = _CALLING_BACK.get()
+        if calling is not None and calling.pipeline is self:
+            return [calling]
+        return [run for run in list(_RUNS) if run.pipeline is self]
+
+    # Drawing
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """Lets one call at a time use weights that hooks move; all others need not wait.
+
+        Autocast is off inside for a model in half precision.
 
         Raises:
-            ValueError: If an argument or the scheduler cannot work.
+            RuntimeError: In a callback of a drawing that would lose its weights.
         """
-        if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"output_type must be one of {OUTPUT_TYPES}, got {output_type!r}")
-        if vae_batch_size < 1:
-            raise ValueError(f"vae_batch_size must be at least 1, got {vae_batch_size}")
-        unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
-        if unknown:
-            raise ValueError(
-                "callback_on_step_end_tensor_inputs must be among "
-                f"{self._callback_tensor_inputs}, got {sorted(unknown)}"
+        calling = _CALLING_BACK.get()
+        if isinstance(getattr(calling and calling.transformer, "_hf_hook", None), CpuOffload):
+            raise RuntimeError(
+                "a callback cannot draw while whole models are offloaded, as the drawing that "
+                "calls it needs its own: draw behind it, or use enable_sequential_cpu_offload"
             )
-        check_scheduler(self.scheduler)
-        first = self._first_scheduler
-        if first is not None and predicts_flow(first) != predicts_flow(self.scheduler):
-            logger.warning(
-                "%s is for models that predict the %s, but this one came with %s",
-                type(self.scheduler).__name__,
-                "flow" if predicts_flow(self.scheduler) else "noise",
-                type(first).__name__,
-            )
-
-    def common_inputs(self, num_inference_steps: int, num_frames: int, is_silent: bool) -> dict:
-        """Inputs of the model that every run has: the sets of tokens and the progress bars."""
-        num_tokens = int(np.prod(self.transformer.config.image_base_size))
-        return {
-            "num_preds": cosine_set_sizes(num_inference_steps, num_tokens),
-            "tqdm1": num_frames > 1 and not is_silent,
-            "tqdm2": num_frames == 1 and not is_silent,
-            "progress_bar_config": getattr(self, "_progress_bar_config", {}),
-        }
-
-    def start_run(
-        self,
-        inputs: dict[str, Any],
-        callback: StepCallback | None,
-        tensor_inputs: Sequence[str],
-    ) -> dict[str, Any]:
-        """Hand over the scheduler and forget interruptions; returns the inputs with a monitor."""
-        self._interrupt = False
-        self.transformer.sample_scheduler = self.scheduler
-        steps = int(np.count_nonzero(inputs["num_preds"]))
-        return {**inputs, "monitor": PipelineMonitor(self, steps, callback, tensor_inputs)}
-
-    def generate(self, inputs: dict[str, Any]) -> Tensor:
-        """Run the model.
-
-        Returns:
-            Latents, (B, C, T, h, w); fewer frames after an interruption, but a legal number.
-        """
-        x = self.transformer(inputs)["x"]
-        if self.interrupt and isinstance(self.vae, TilingMixin):
-            return x[:, :, : self.vae.legal_latent_length(x.size(2))]
-        return x
+        parts = self.components.values()
+        is_offloaded = hasattr(self, "_offload_device") or any(
+            hasattr(part, "_hf_hook") for part in parts
+        )
+        with (
+            _OFFLOADING if is_offloaded else nullcontext(),
+            nullcontext() if self.transformer is None else own_precision(self.transformer),
+        ):
+            yield
 
     @torch.no_grad()
-    def stream_frames(
-        self, inputs: dict[str, Any], num_frames: int, vae_batch_size: int, output_type: str
+    def draw(self, arguments: CallArguments) -> NOVAPipelineOutput | tuple[Any]:
+        """Draw what a call asks for.
+
+        Raises:
+            ValueError: If arguments contradict each other or the model.
+        """
+        scheduler = self.scheduler
+        with self._turn():
+            try:
+                frames, run = self.prepare(arguments)
+                done = list(self._followed(frames, run))
+                if run.is_stopped and isinstance(run.vae, TilingMixin):
+                    done = done[: run.vae.legal_latent_length(len(done))]
+                x = self._decode(torch.stack(done, dim=2), arguments, run.vae)
+            finally:
+                self.maybe_free_model_hooks()
+        if arguments.flow_shift is not None:
+            _LAST_SHIFTS.of[self] = (scheduler, arguments.flow_shift)
+        result = self.image_processor.postprocess(x, arguments.output_type)
+        if not arguments.return_dict:
+            return (result,)
+        return NOVAPipelineOutput(**{self._name_of(x): result})
+
+    @torch.no_grad()
+    def draw_pieces(self, arguments: CallArguments) -> Iterator[Any]:
+        """Draw what a call asks for, tile by tile of the autoencoder.
+
+        Arguments are checked and prompts encoded at once; the drawing begins with the first piece.
+
+        Returns:
+            An iterator over the new frames of each tile, in the form of ``output_type``.
+
+        Raises:
+            ValueError: If arguments contradict each other or the model.
+        """
+        with self._turn():
+            frames, run = self.prepare(arguments)
+        return self._pieces(arguments, frames, run)
+
+    @torch.no_grad()
+    def _pieces(
+        self, arguments: CallArguments, frames: Iterator[Tensor], run: PipelineRun
     ) -> Iterator[Any]:
-        """Run the model and decode each tile of the autoencoder once its latents exist.
+        held: list[Tensor] = []
+        tiles = latent_tiles(run.vae, run.num_frames)
+        try:
+            with closing(self._followed(frames, run)) as followed:
+                for index in range(len(tiles)):
+                    with self._turn():
+                        held.extend(islice(followed, tiles[index].end - len(held)))
+                        if run.is_stopped:
+                            tiles = latent_tiles(run.vae, len(held), is_cut=True)[: len(tiles)]
+                            if index >= len(tiles):
+                                return
+                        piece = self._present(held, tiles[index], arguments, run.vae)
+                    yield piece
+        finally:
+            with self._turn():
+                self.maybe_free_model_hooks()
+
+    @staticmethod
+    def _followed(frames: Iterator[Tensor], run: PipelineRun) -> Generator[Tensor, None, None]:
+        """The frames of a drawing, which can be interrupted while it lasts."""
+        _RUNS.add(run)
+        try:
+            yield from frames
+        finally:
+            _RUNS.discard(run)
+
+    def prepare(self, arguments: CallArguments) -> tuple[Iterator[Tensor], PipelineRun]:
+        """Check a call, and encode its prompts and first frames.
+
+        Returns:
+            The latent frames, which are drawn as they are asked for, and the drawing.
+
+        Raises:
+            ValueError: If arguments contradict each other or the components.
+        """
+        num_frames = self.check_inputs(arguments)
+        is_guided = arguments.guidance_scale > 1
+        prompts = self._parse_prompts(arguments, is_guided)
+        num_prompts = len(prompts) // (2 if is_guided else 1)
+        samples = num_prompts * arguments.num_images_per_prompt
+        sizes = cosine_set_sizes(
+            arguments.num_inference_steps, int(np.prod(self.transformer.config["image_base_size"]))
+        )
+        flow_shift = arguments.flow_shift
+        if flow_shift is None:  # this thread's last one, if it was for this scheduler
+            scheduler, last = _LAST_SHIFTS.of.get(self, (None, None))
+            flow_shift = last if scheduler is self.scheduler else None
+        run = PipelineRun(self, arguments, flow_shift, num_frames, int(np.count_nonzero(sizes)))
+        pixels = self._given_pixels(arguments)
+        self._check_firsts(arguments, pixels, num_prompts, num_frames)
+        has_motion = self.transformer.motion_embed is not None
+        request = build_checked(
+            GenerationRequest,
+            {
+                "latent_shape": (samples, *self.transformer.image_encoder.latent_shape),
+                "num_preds": sizes,
+                "max_latent_length": num_frames,
+                "motion_flow": arguments.motion_flow if has_motion else None,
+                "fps": arguments.fps,
+                "latents": arguments.latents or (),
+                "guidance": arguments.guidance,
+            },
+        )
+        check_fit(self.transformer, request, run)
+        # All is checked: only now the components begin to work.
+        condition = self._condition(prompts, arguments.num_images_per_prompt)
+        request = replace(request, **condition)
+        if pixels is not None:
+            frames = self._encode_pixels(pixels, samples, arguments.generator)
+            request = replace(request, latents=tuple(frames))
+        return generate_frames(self.transformer, request, run), run
+
+    def _parse_prompts(self, arguments: CallArguments, is_guided: bool) -> Any:
+        """Checked prompts and, with guidance, those to avoid below them."""
+        raise NotImplementedError
+
+    def _condition(self, prompts: Any, num_images_per_prompt: int) -> dict[str, Any]:
+        """The field of a request that says what is to be drawn, encoded from parsed prompts."""
+        raise NotImplementedError
+
+    # Checks
+
+    def check_inputs(self, arguments: CallArguments) -> int:
+        """Reject what cannot work with these components, before any work is done.
+
+        Returns:
+            The number of latent frames of the result.
+
+        Raises:
+            ValueError: Naming the rule and the value.
+        """
+        for name in ("transformer", "scheduler"):
+            if getattr(self, name) is None:
+                raise ValueError(f"the pipeline has no {name}: give it one to draw with")
+        needs_vae = arguments.output_type != "latent" or self._has_pixels(arguments)
+        if needs_vae and not all(hasattr(self.vae, name) for name in ("unscale_", "decode")):
+            raise ValueError(
+                "images and videos need an autoencoder of this package as vae, got "
+                f"{type(self.vae).__name__}; output_type='latent' does without"
+            )
+        if arguments.image is not None and arguments.video is not None:
+            raise ValueError("a video begins with an image or with a video, got both")
+        if arguments.image is None and arguments.video is None:
+            for name, usual in (("pixel_range", None), ("resize_mode", "crop")):
+                given = getattr(arguments, name)
+                if given != usual:
+                    raise ValueError(f"{name}={given!r} is for image or video, and none is given")
+        for name, wanted in zip(("height", "width"), self._pixel_size(), strict=True):
+            value = getattr(arguments, name)
+            if value not in (None, wanted):
+                raise ValueError(f"the model makes pictures of {name} {wanted}, got {value}")
+        if self.transformer.motion_embed is None:
+            for name, unset in (("motion_flow", 5), ("fps", None)):
+                value = getattr(arguments, name)
+                if value != unset:
+                    raise ValueError(f"{name}={value} is for models of videos, which this is not")
+        if self._comes_with_flow not in (None, predicts_flow(self.scheduler)):
+            logger.warning(
+                "%s is for models that predict the %s, but this one came with another kind",
+                type(self.scheduler).__name__,
+                "flow" if predicts_flow(self.scheduler) else "noise",
+            )
+        return self._check_length(arguments)
+
+    def _check_length(self, arguments: CallArguments) -> int:
+        length, num_frames = arguments.max_latent_length, arguments.num_frames
+        if not self._makes_videos():
+            for name, value in (("max_latent_length", length), ("num_frames", num_frames or 1)):
+                if value > 1:
+                    raise ValueError(
+                        f"{name}={value} asks for a video, but this is an image model: use "
+                        f"{name}=1 or a video checkpoint"
+                    )
+            latents = arguments.latents or None
+            firsts = {"image": arguments.image, "video": arguments.video, "latents": latents}
+            for name, first in firsts.items():
+                if first is not None:
+                    raise ValueError(
+                        f"{name} is what a video begins with, but this is an image model: leave "
+                        "it out or use a video checkpoint"
+                    )
+            return 1
+        if not isinstance(self.vae, TilingMixin):  # absent, or one whose lengths are not known
+            if num_frames is not None:
+                raise ValueError(
+                    f"num_frames={num_frames} needs a video autoencoder of this package, not "
+                    f"{type(self.vae).__name__}: use max_latent_length"
+                )
+            return length
+        if num_frames is not None:
+            with naming("num_frames"):
+                wanted = self.vae.latent_length(num_frames)
+            if length not in (1, wanted):
+                raise ValueError(
+                    f"num_frames={num_frames} is {wanted} latent frames, but max_latent_length "
+                    f"is {length}: give one of them"
+                )
+            return wanted
+        if arguments.output_type != "latent":
+            with naming("max_latent_length"):
+                self.vae.latent_tiles(length)
+        return length
+
+    @staticmethod
+    def _has_pixels(arguments: CallArguments) -> bool:
+        has_any = arguments.image is not None or arguments.video is not None
+        return has_any and not arguments.latents
+
+    def _makes_videos(self) -> bool:
+        is_image_vae = isinstance(self.vae, diffusers.AutoencoderKL)
+        return self.transformer.config["video_base_size"][0] > 1 and not is_image_vae
+
+    def _pixel_size(self) -> tuple[int, int]:
+        """Height and width of the pictures."""
+        size = self.transformer.config["image_size"]
+        return (size, size) if isinstance(size, int) else tuple(size)
+
+    # First frames
+
+    def _given_pixels(self, arguments: CallArguments) -> Tensor | None:
+        """The picture or clip to begin with, (n, 3, H, W) or (n, 3, F, H, W), if there is one."""
+        if not self._has_pixels(arguments):
+            return None
+        options = (*self._pixel_size(), arguments.resize_mode, arguments.pixel_range)
+        if arguments.video is not None:
+            return self.image_processor.preprocess_video(arguments.video, *options)
+        return self.image_processor.preprocess(arguments.image, *options)
+
+    def _check_firsts(
+        self, arguments: CallArguments, pixels: Tensor | None, num_prompts: int, num_frames: int
+    ) -> None:
+        """Check that there are as many pictures as needed, and that they leave frames to draw."""
+        name = "image" if arguments.video is None else "video"
+        given = 0 if pixels is None else 1
+        if arguments.latents:
+            name, given = "latents", len(arguments.latents)
+        elif pixels is not None and pixels.ndim == 5:
+            with naming(name):
+                given = self.vae.latent_length(pixels.size(2))
+        if pixels is not None and len(pixels) not in (1, num_prompts):
+            raise ValueError(
+                f"{name} must be one for all prompts or one per prompt, got {len(pixels)} for "
+                f"{num_prompts} prompts"
+            )
+        if given >= num_frames:
+            raise ValueError(
+                f"{name}: {given} latent frames are given, which leaves none of {num_frames} to "
+                "draw: ask for a longer video"
+            )
+
+    def prepare_latents(
+        self,
+        image: Any = None,
+        num_images_per_prompt: int = 1,
+        generator: Generators = None,
+        latents: Sequence[Tensor] | None = None,
+        resize_mode: str = "crop",
+    ) -> list[Tensor]:
+        """The latent frames a video begins with: those given, the encoded image, or none.
 
         Args:
-            inputs: Inputs of the model.
-            num_frames: Latent frames T that will come.
-            vae_batch_size: Samples decoded at once.
-            output_type: As for the pipeline.
-
-        Yields:
-            The new frames of each tile, as the pipeline returns them.
+            image: As for :meth:`encode_image`.
+            num_images_per_prompt: Samples to make of the image.
+            generator: As for :meth:`encode_image`.
+            latents: Scaled latent frames, (B, C, h, w) each.
+            resize_mode: As for :meth:`encode_image`.
         """
-        frames = self.transformer.iterate_frames(inputs)
-        held: list[Tensor] = []
-        tiles = self._latent_tiles(num_frames)
-        try:
-            for index in range(len(tiles)):
-                held.extend(self._frames_until(frames, tiles[index].end - len(held)))
-                if self.interrupt:
-                    tiles = self._latent_tiles(len(held), is_cut=True)[: len(tiles)]
-                    if index >= len(tiles):
-                        return
-                tile = tiles[index]
-                x = torch.stack(held[tile.start : tile.end], dim=2)
-                yield self._present_tile(x, tile, vae_batch_size, output_type)
-        finally:
-            self.maybe_free_model_hooks()
+        if latents is not None:
+            return list(latents)
+        if image is None:
+            return []
+        return [self.encode_image(image, num_images_per_prompt, generator, resize_mode)]
 
-    def _frames_until(self, frames: Iterator[Tensor], count: int) -> Iterator[Tensor]:
-        """The next frames; each is made in a call of the model, which offload hooks see."""
-        for _ in range(count):
-            frame = self.transformer({"frames": frames})["x"]
-            if frame is None:
-                return
-            yield frame
+    @torch.no_grad()
+    def encode_image(
+        self,
+        image: Any,
+        num_images_per_prompt: int = 1,
+        generator: Generators = None,
+        resize_mode: str = "crop",
+        pixel_range: tuple[float, float] | None = None,
+    ) -> Tensor:
+        """Pictures as a scaled latent frame.
 
-    def _latent_tiles(self, num_frames: int, is_cut: bool = False) -> list[Tile]:
-        if not isinstance(self.vae, TilingMixin):
-            return [Tile(0, num_frames, 0)]
-        if is_cut:
-            num_frames = self.vae.legal_latent_length(num_frames)
-        return self.vae.latent_tiles(num_frames)
+        Args:
+            image: One picture or several, see ``VaeImageProcessor.preprocess``.
+            num_images_per_prompt: Samples to make of them, a multiple of their number.
+            generator: Source of the posterior sample; with a list, each sample draws its own.
+            resize_mode: What happens to pictures of another size than the model's.
+            pixel_range: Values of black and white, see ``VaeImageProcessor.preprocess``.
 
-    def _present_tile(self, x: Tensor, tile: Tile, vae_batch_size: int, output_type: str) -> Any:
-        if output_type == "latent":
-            shared = self.vae.latent_ovr_t if isinstance(self.vae, TilingMixin) else 0
+        Returns:
+            (num_images_per_prompt, C, h, w), the samples of one picture together.
+
+        Raises:
+            ValueError: If there are more pictures than samples, or they do not divide them.
+        """
+        size = self._pixel_size()
+        pixels = self.image_processor.preprocess(image, *size, resize_mode, pixel_range)
+        return self._encode_pixels(pixels, num_images_per_prompt, generator)[0]
+
+    def _encode_pixels(
+        self, pixels: Tensor, batch_size: int, generator: Generators
+    ) -> list[Tensor]:
+        """Scaled latent frames, (batch_size, C, h, w) each; pixels are repeated as needed."""
+        repeats, rest = divmod(batch_size, len(pixels))
+        if rest or repeats == 0:
+            raise ValueError(
+                f"num_images_per_prompt must be a multiple of the {len(pixels)} pictures, got "
+                f"{batch_size}"
+            )
+        with full_precision(self.vae) as dtype:
+            pixels = pixels.to(device=self._execution_device, dtype=dtype)
+            posterior = self.vae.encode(pixels).latent_dist
+        if isinstance(generator, list):
+            moments = posterior.parameters.repeat_interleave(repeats, dim=0)
+            x = self.vae.scale_(self.vae.latent_dist(moments).sample(generator))
+        else:
+            x = self.vae.scale_(posterior.sample(generator)).repeat_interleave(repeats, dim=0)
+        return list(x.unbind(2)) if x.ndim == 5 else [x]
+
+    # Results
+
+    def _present(
+        self, held: Sequence[Tensor], tile: Tile, arguments: CallArguments, vae: Any
+    ) -> Any:
+        """The new frames of a tile, as the pipeline returns them."""
+        x = torch.stack(list(held[tile.start : tile.end]), dim=2)
+        if arguments.output_type == "latent":
+            shared = vae.latent_ovr_t if isinstance(vae, TilingMixin) else 0
             return x[:, :, shared if tile.start else 0 :]
-        x = self.image_processor.decode_latents(self.vae, x, vae_batch_size)
+        x = self._decode(x, arguments, vae)
         x = x[:, :, tile.drop :] if x.ndim == 5 else x
-        return self.image_processor.postprocess(x, output_type)
+        return self.image_processor.postprocess(x, arguments.output_type)
 
-    def decode(self, x: Tensor, vae_batch_size: int, output_type: str) -> Tensor:
+    def _decode(self, x: Tensor, arguments: CallArguments, vae: Any) -> Tensor:
         """Pixels of latents, or the latents themselves when those are asked for."""
-        if output_type == "latent":
+        if arguments.output_type == "latent":
             return x
-        return self.image_processor.decode_latents(self.vae, x, vae_batch_size)
+        return self.image_processor.decode_latents(vae, x, arguments.vae_batch_size)
 
-    def package(self, x: Tensor, name: str, output_type: str, return_dict: bool) -> Any:
-        """Convert pixels and name them, or put them into a tuple."""
-        result = self.image_processor.postprocess(x, output_type)
-        return NOVAPipelineOutput(**{name: result}) if return_dict else (result,)
+    def _name_of(self, x: Tensor) -> str:
+        """The field of the output that holds pixels or latents."""
+        return "images" if x.ndim == 4 else "frames"
+
+
+def latent_tiles(vae: Any, num_frames: int, is_cut: bool = False) -> list[Tile]:
+    """The tiles that latent frames are decoded in, one where the autoencoder has none.
+
+    Args:
+        vae: Any autoencoder, or None.
+        num_frames: Latent frames.
+        is_cut: Whether frames that a last tile has no use for are left out.
+    """
+    if not isinstance(vae, TilingMixin):
+        return [Tile(0, num_frames, 0)]
+    return vae.latent_tiles(vae.legal_latent_length(num_frames) if is_cut else num_frames)

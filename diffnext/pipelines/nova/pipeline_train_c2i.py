@@ -7,7 +7,9 @@ Shapes: B samples.
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
 from diffnext.models.transformers.transformer_nova import NOVATransformer3DModel
@@ -33,9 +35,9 @@ class NOVATrainC2IPipeline(TrainingPipelineMixin, PipelineMixin, DiffusionPipeli
 
     def __init__(
         self,
-        transformer: NOVATransformer3DModel = None,
-        scheduler: SchedulerMixin = None,
-        vae: ModelMixin = None,
+        transformer: NOVATransformer3DModel | None = None,
+        scheduler: SchedulerMixin | None = None,
+        vae: ModelMixin | None = None,
         trust_remote_code: bool = True,
     ) -> None:
         super().__init__()
@@ -48,22 +50,23 @@ class NOVATrainC2IPipeline(TrainingPipelineMixin, PipelineMixin, DiffusionPipeli
         """See :meth:`TrainingPipelineMixin.make_generation_pipeline`."""
         return NOVAC2IPipeline(transformer, self.scheduler, vae)
 
-    def encode_prompt(self, inputs: dict[str, Any]) -> list[Tensor]:
-        """One token a class id; takes the ids out of ``inputs``.
+    def encode_prompt(self, inputs: dict[str, Any]) -> Tensor:
+        """Class ids of a batch, (B,), on the device of the model, which drops some.
 
         Raises:
             ValueError: If the batch has no class ids, or unknown ones.
         """
         if "prompt" not in inputs:
             raise ValueError(f"a batch needs class ids as 'prompt', got {sorted(inputs)}")
-        label_embed = self.model.label_embed
-        prompt = inputs.pop("prompt")
+        prompt = inputs["prompt"]
         if any(isinstance(value, str) for value in prompt):
             raise ValueError("class-conditional models train on records with a label, got captions")
-        ids = torch.as_tensor(prompt, device=self.model.device).reshape(-1)
-        if ids.is_floating_point() or not ((0 <= ids) & (ids < label_embed.num_classes)).all():
+        ids = torch.as_tensor(prompt).reshape(-1)
+        if self.model.label_embed is None:
+            raise ValueError("the transformer takes texts, not classes: use NOVATrainT2IPipeline")
+        num_classes = self.model.label_embed.num_classes
+        if ids.is_floating_point() or not ((0 <= ids) & (ids < num_classes)).all():
             raise ValueError(
-                f"labels must be whole numbers from 0 to {label_embed.num_classes - 1}, "
-                f"got {ids.tolist()}"
+                f"labels must be whole numbers from 0 to {num_classes - 1}, got {ids.tolist()}"
             )
-        return [label_embed(ids)]
+        return ids.to(self.model.device)

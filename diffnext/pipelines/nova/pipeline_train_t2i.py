@@ -1,7 +1,9 @@
 """Training of text-to-image models."""
 
 # Annotations of the constructor are read by diffusers: they must be classes, not strings.
-from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from diffnext.models.transformers.transformer_nova import NOVATransformer3DModel
@@ -24,7 +26,7 @@ class NOVATrainT2IPipeline(TextConditionMixin, PipelineMixin, DiffusionPipeline)
     """
 
     _optional_components = ["transformer", "scheduler", "vae", "text_encoder", "tokenizer"]
-    frozen_modules = (
+    frozen_modules: tuple[str, ...] = (
         "text_embed.norm",
         "video_pos_embed",
         "video_encoder.patch_embed",
@@ -33,11 +35,11 @@ class NOVATrainT2IPipeline(TextConditionMixin, PipelineMixin, DiffusionPipeline)
 
     def __init__(
         self,
-        transformer: NOVATransformer3DModel = None,
-        scheduler: SchedulerMixin = None,
-        vae: ModelMixin = None,
-        text_encoder: PreTrainedModel = None,
-        tokenizer: PreTrainedTokenizerBase = None,
+        transformer: NOVATransformer3DModel | None = None,
+        scheduler: SchedulerMixin | None = None,
+        vae: ModelMixin | None = None,
+        text_encoder: PreTrainedModel | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
         trust_remote_code: bool = True,
     ) -> None:
         super().__init__()

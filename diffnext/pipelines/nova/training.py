@@ -1,6 +1,6 @@
 """What the training pipelines share: readying the model, and batches of cached latents.
 
-Shapes: B samples, C latent channels, T latent frames, h w latent size.
+Shapes: B samples, C latent channels, T latent frames, h w latent size, L prompt length.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffnext.models.text_encoders.encoding import encode_texts
 from diffnext.models.transformers.transformer_nova import NOVATransformer3DModel
 from diffnext.pipelines.builder import build_diffusion_scheduler
 from diffnext.pipelines.nova.pipeline_nova import NOVAPipeline
@@ -24,12 +25,14 @@ class TrainingPipelineMixin(ABC):
     # Parts of the model that stay as they are.
     frozen_modules: tuple[str, ...] = ()
 
+    transformer: NOVATransformer3DModel
+    scheduler: Any
+    vae: Any
+    loss_repeat = 4
+
     def _setup_training(self) -> None:
-        """Give the model its schedulers, at the end of the constructor."""
-        self.guidance_scale = 5.0
-        if self.transformer is not None:
-            self.transformer.noise_scheduler = build_diffusion_scheduler(self.scheduler)
-            self.transformer.sample_scheduler = self.scheduler
+        """Make the scheduler that adds noise, at the end of the constructor."""
+        self.noise_scheduler = build_diffusion_scheduler(self.scheduler)
 
     @property
     def model(self) -> NOVATransformer3DModel:
@@ -37,7 +40,24 @@ class TrainingPipelineMixin(ABC):
         return self.transformer
 
     def configure_model(self, config: Any) -> NOVATransformer3DModel:
-        """Make the model ready to be trained on this pipeline's batches.
+        """Make the model ready to be trained by calls on this pipeline's batches.
+
+        Args:
+            config: Training config, see :meth:`prepare_model`.
+
+        Returns:
+            The model in training mode, its frozen parts frozen. It preprocesses its batches by
+            itself; inputs of a generation pass, as a model may be tried between two steps.
+        """
+        model = self.prepare_model(config)
+        model.loss_repeat = self.loss_repeat
+        model.pipeline_preprocess = lambda inputs: (
+            self.preprocess(inputs) if model.training else inputs
+        )
+        return model
+
+    def prepare_model(self, config: Any) -> NOVATransformer3DModel:
+        """Make the model ready to be trained on what :meth:`preprocess` returns.
 
         Args:
             config: Training config; its ``model`` section gives ``gradient_checkpointing`` (0 to
@@ -49,38 +69,35 @@ class TrainingPipelineMixin(ABC):
         """
         model = self.model
         model.set_gradient_checkpointing(config.model.get("gradient_checkpointing", 0))
-        model.loss_repeat = config.model.get("loss_repeat", 4)
+        self.loss_repeat = config.model.get("loss_repeat", 4)
         if config.model.get("mask_ratios"):
             model.mask_embed.mask_ratios = list(config.model.mask_ratios)
         modules = dict(model.named_modules())
         for name in self.frozen_modules:
             if name in modules:
                 modules[name].requires_grad_(False)
-        model.pipeline_preprocess = self._preprocess_in_training
         return model.train()
-
-    def _preprocess_in_training(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Leave the inputs of a generation as they are: a model may be tried between two steps."""
-        return self.preprocess(inputs) if self.model.training else inputs
 
     def preprocess(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Turn a batch of the loader into inputs of the model.
 
         Args:
-            inputs: ``latents``, posterior moments (B, 2C, h, w) or (B, 2C, T, h, w); ``prompt``,
-                what :meth:`encode_prompt` takes; other keys pass.
+            inputs: ``latents``, posterior moments (B, 2C, h, w) or (B, 2C, T, h, w), or ready
+                ``x``; ``prompt``, what :meth:`encode_prompt` takes; other keys pass.
 
         Returns:
-            ``x``, freshly sampled scaled latents; ``c``, condition tokens; the other keys.
+            ``x``, freshly sampled scaled latents; ``prompt``; ``noise_scheduler`` and
+            ``loss_repeat``; the other keys.
 
         Raises:
             RuntimeError: If the model is not in training mode.
         """
         if not self.model.training:
             raise RuntimeError("a training pipeline preprocesses batches in training mode only")
-        outputs = dict(inputs)
+        outputs = {"noise_scheduler": self.noise_scheduler, "loss_repeat": self.loss_repeat}
+        outputs.update(inputs)
         outputs["x"] = self.prepare_latents(outputs)
-        outputs["c"] = self.encode_prompt(outputs)
+        outputs["prompt"] = self.encode_prompt(outputs)
         return outputs
 
     def prepare_latents(self, inputs: dict[str, Any]) -> Tensor:
@@ -88,12 +105,14 @@ class TrainingPipelineMixin(ABC):
 
         Raises:
             NotImplementedError: For pixels: only cached moments can be trained on.
-            ValueError: If there are no moments.
+            ValueError: If there are no moments, nor ready latents ``x``.
         """
         if "images" in inputs:
             raise NotImplementedError("training takes cached VAE moments ('latents'), not 'images'")
         if "latents" not in inputs:
-            raise ValueError(f"a batch needs 'latents', got {sorted(inputs)}")
+            if "x" not in inputs:
+                raise ValueError(f"a batch needs 'latents', got {sorted(inputs)}")
+            return inputs["x"]
         moments = torch.as_tensor(inputs.pop("latents"))
         if not moments.is_floating_point():
             raise ValueError(f"latents must be floating-point moments, got {moments.dtype}")
@@ -113,19 +132,15 @@ class TrainingPipelineMixin(ABC):
         """
 
     @abstractmethod
-    def encode_prompt(self, inputs: dict[str, Any]) -> list[Tensor]:
-        """Condition tokens of the prompts, behind any given; takes prompts out of ``inputs``."""
+    def encode_prompt(self, inputs: dict[str, Any]) -> Tensor | None:
+        """What the model is to read for the ``prompt`` of a batch."""
 
 
 class TextConditionMixin(TrainingPipelineMixin):
     """Training on prompts: texts, which the text encoder reads, or cached text states."""
 
-    def configure_model(self, config: Any) -> NOVATransformer3DModel:
-        """See :meth:`TrainingPipelineMixin.configure_model`."""
-        model = super().configure_model(config)
-        if model.text_embed is not None:
-            model.text_embed.encoders = [self.tokenizer, self.text_encoder]
-        return model
+    text_encoder: Any
+    tokenizer: Any
 
     def make_generation_pipeline(
         self, transformer: NOVATransformer3DModel, vae: Any
@@ -133,9 +148,17 @@ class TextConditionMixin(TrainingPipelineMixin):
         """See :meth:`TrainingPipelineMixin.make_generation_pipeline`."""
         return NOVAPipeline(transformer, self.scheduler, vae, self.text_encoder, self.tokenizer)
 
-    def encode_prompt(self, inputs: dict[str, Any]) -> list[Tensor]:
-        """Condition tokens of the prompts, behind any given; takes prompts out of ``inputs``."""
-        tokens = list(inputs.get("c") or [])
-        if "prompt" in inputs and self.model.text_embed is not None:
-            tokens.append(self.model.text_embed(inputs.pop("prompt")))
-        return tokens
+    def encode_prompt(self, inputs: dict[str, Any]) -> Tensor | None:
+        """Raw text states of the prompts of a batch, some of them dropped.
+
+        Returns:
+            (B, L, width), or None for a batch without prompts.
+        """
+        text_embed = self.model.text_embed
+        prompts = inputs.get("prompt")
+        if prompts is None or text_embed is None:
+            return None
+        if all(isinstance(prompt, str) for prompt in prompts):
+            length, width = text_embed.num_tokens, text_embed.token_dim
+            prompts = encode_texts(self.tokenizer, self.text_encoder, prompts, length, width)
+        return text_embed.drop_states(text_embed.pad_states(prompts))

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from omegaconf import OmegaConf
 
-from diffnext.benchmarking import NONE, PLAIN
+from benchmarking import NONE, PLAIN
 from diffnext.pipelines.pipeline_utils import cosine_set_sizes
 
 ROOT = Path(__file__).resolve().parents[2]  # holds the package, and in a checkout the configs

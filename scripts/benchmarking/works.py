@@ -71,11 +71,15 @@ class ModelWork(Work):
         load_or_save(self.model, Path(spec["weights"]))
         self.model.to(self.device, self.dtype)
         if spec.get("compile"):
-            self.model.compile_parts()
+            self.compile()
         if spec.get("prepack"):
             from diffnext.models.packed_linear import prepack_linears
 
             prepack_linears(self.model)
+
+    def compile(self) -> None:
+        """Compile the model for this work."""
+        self.model.compile_parts()
 
     def make_scheduler(self) -> Any:
         """A scheduler of the package."""
@@ -110,6 +114,10 @@ class GenerateWork(ModelWork):
         super().__init__(spec, is_plain)
         self.model.eval()
         self.model.sample_scheduler = self.make_scheduler()
+
+    def compile(self) -> None:
+        """Compile the model for drawing, as other packages call it or as this one does."""
+        getattr(self.model, "compile_drawing", self.model.compile_parts)()
 
     def inputs(self) -> dict[str, Any]:
         """Inputs of the model; the same in every run."""

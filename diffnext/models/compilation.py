@@ -1,0 +1,59 @@
+"""Compiling for inference: few shapes, so that the number of graphs is bounded.
+
+Every graph has fixed shapes; numbers of tokens are padded to few. There is a graph per batch size,
+number of guidance passes and padded length, and none for a prompt, a seed or a weight of guidance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["check_options", "compile_static", "pad_ids", "pad_length"]
+
+MOST_GRAPHS = 256  # of one function; sizes of batches are the only thing that is not bounded
+FEWEST_TOKENS = 8
+
+
+def check_options(options: dict[str, Any]) -> None:
+    """Refuse options of ``torch.compile`` that cannot work here.
+
+    Raises:
+        ValueError: With the reason.
+    """
+    mode = options.get("mode")
+    if mode in ("reduce-overhead", "max-autotune") or (options.get("options") or {}).get(
+        "triton.cudagraphs"
+    ):
+        raise ValueError(
+            f"mode={mode!r} replays CUDA graphs, whose results the next block would overwrite: "
+            "leave it out, or use mode='max-autotune-no-cudagraphs'"
+        )
+    if options.get("dynamic"):
+        raise ValueError("dynamic=True: shapes are padded to few fixed ones instead, leave it out")
+    if mode is not None and mode not in torch._inductor.list_mode_options():
+        modes = sorted({*torch._inductor.list_mode_options()} - {"reduce-overhead", "max-autotune"})
+        raise ValueError(f"mode must be one of {modes}, got {mode!r}")
+
+
+def compile_static(function: Callable[..., Tensor], **options: Any) -> Callable[..., Tensor]:
+    """Compile a function once for each set of shapes, apart from other compilations of it."""
+    own = {"dynamic": False, "recompile_limit": MOST_GRAPHS, "isolate_recompiles": True}
+    compiler: Any = torch.compile  # whose stubs lack the last two
+    return compiler(function, **{**options, **own})
+
+
+def pad_length(length: int, most: int) -> int:
+    """The length rounded up to a quarter, half, three quarters or all of the most there can be."""
+    quarter = -(-most // 4)
+    return min(-(-max(length, 1) // quarter) * quarter, most)
+
+
+def pad_ids(ids: Tensor) -> Tensor:
+    """Token ids (B, n, 1) with the last repeated, up to a power of two of at least 8."""
+    n = ids.size(1)
+    padding = max(FEWEST_TOKENS, 1 << (n - 1).bit_length()) - n
+    return torch.cat([ids, ids[:, -1:].expand(-1, padding, -1)], dim=1) if padding else ids

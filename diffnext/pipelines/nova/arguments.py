@@ -1,0 +1,191 @@
+"""The arguments of a call: one list for all generating pipelines, with kinds and limits."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from typing import Annotated, Any, Literal, TypeVar, get_type_hints
+
+from pydantic import AfterValidator
+from pydantic import dataclasses as checked
+
+from diffnext.models.guidance_scaler import GuidanceScaler
+from diffnext.schedulers.denoising_run import Generators
+from diffnext.utils.arguments import (
+    CHECKED,
+    AtLeastOne,
+    AtLeastZero,
+    Finite,
+    Flag,
+    LatentFrames,
+    Listed,
+    Positive,
+    build_checked,
+)
+
+__all__ = ["CallArguments", "takes"]
+
+logger = logging.getLogger(__name__)
+
+R = TypeVar("R")
+
+# Arguments of the apps and evaluation scripts that are theirs alone.
+_TOLERATED = {"seed", "randomize_seed", "progress", "num_images"}
+
+
+def _ascending(pair: tuple[float, float]) -> tuple[float, float]:
+    if pair[0] >= pair[1]:
+        raise ValueError("must be two numbers, the lower one first")
+    return pair
+
+
+@checked.dataclass(frozen=True, kw_only=True, config=CHECKED)
+class CallArguments(GuidanceScaler):
+    """What a pipeline is called with; the weights of guidance are those of :class:`GuidanceScaler`.
+
+    Attributes:
+        prompt: What to draw: a text, or a class id of a class-conditional model; one or several.
+        num_inference_steps: Autoregressive steps (sets of tokens) per frame.
+        num_diffusion_steps: Denoising steps of each set.
+        max_latent_length: Latent frames T of the whole video; 1 is an image. A video autoencoder
+            with 4 frames per latent makes 4 (T - 1) + 1 frames.
+        num_frames: Frames of the whole video, in place of ``max_latent_length``.
+        flow_shift: Timestep shift of a flow-matching scheduler. It holds for later calls of this
+            pipeline in the same thread too, until another is given; None keeps the last, at first
+            the scheduler's own. The scheduler itself stays as it is.
+        motion_flow: Motion strength of videos.
+        fps: Frames per second that the motion is measured at; 12 when None.
+        negative_prompt: What to avoid with guidance, one for all or one per prompt; None is the
+            empty text or the null class.
+        image: First frame, one for all or one per prompt; see
+            :meth:`diffnext.image_processor.VaeImageProcessor.preprocess` for the forms.
+        video: First frames, one clip for all or one per prompt, of a length the autoencoder
+            takes; see ``VaeImageProcessor.preprocess_video`` for the forms.
+        pixel_range: The values of black and white in arrays and tensors of ``image`` and
+            ``video``; None is (0, 1) for floating-point numbers, (0, 255) for integers. Pixels
+            that a pipeline returned as "pt" are (-1, 1). PIL images keep the range of their mode.
+        resize_mode: What happens to pictures of another size: "crop" covers the model's size and
+            cuts the rest, "fill" fits them into it, "default" distorts them.
+        latents: Scaled latent frames the video begins with: a list of (B, C, h, w), or a tensor
+            (B, C, T, h, w) as "latent" returns it. They win over ``image`` and ``video``, unless
+            there are none.
+        num_images_per_prompt: Samples of each prompt.
+        generator: Source of randomness; a list gives each sample its own, so that its result does
+            not depend on its neighbours.
+        prompt_embeds: Text states instead of prompts: a list of (k, D) or a (B, k, D) tensor.
+        negative_prompt_embeds: The same for the negative prompts.
+        height: Checked against the model, which makes one size.
+        width: The same.
+        disable_progress_bar: Whether to be silent.
+        output_type: "pil", "np" (uint8), "pt" (-1 to 1) or "latent", (B, C, T, h, w).
+        vae_batch_size: Samples decoded at once.
+        callback_on_step_end: Called as ``callback(pipe, step, frame, callback_kwargs)`` behind
+            each set of tokens, with the latent frame's index in place of a timestep. Where tokens
+            are predicted already, the drawing goes on with the ``latents`` that it returns, or
+            else with those it was given, which it may edit. Setting ``pipe._interrupt`` ends this
+            drawing, a video with its last whole frame.
+        callback_on_step_end_tensor_inputs: What ``callback_kwargs`` holds: "latents", the frame
+            being filled, (B, C, h, w).
+        return_dict: Whether to name the result; else it is alone in a tuple.
+    """
+
+    guidance_scale: AtLeastZero = 5
+    prompt: Any = None
+    num_inference_steps: AtLeastOne = 64
+    num_diffusion_steps: AtLeastOne = 25
+    max_latent_length: AtLeastOne = 1
+    num_frames: AtLeastOne | None = None
+    flow_shift: Positive | None = None
+    motion_flow: AtLeastZero = 5
+    fps: Positive | None = None
+    negative_prompt: Any = None
+    image: Any = None
+    video: Any = None
+    pixel_range: Annotated[tuple[Finite, Finite], Listed, AfterValidator(_ascending)] | None = None
+    resize_mode: Literal["crop", "fill", "default"] = "crop"
+    latents: LatentFrames | None = None
+    num_images_per_prompt: AtLeastOne = 1
+    generator: Generators = None
+    prompt_embeds: Any = None
+    negative_prompt_embeds: Any = None
+    height: AtLeastOne | None = None
+    width: AtLeastOne | None = None
+    disable_progress_bar: Flag = False
+    output_type: Literal["pil", "np", "pt", "latent"] = "pil"
+    vae_batch_size: AtLeastOne = 1
+    callback_on_step_end: Callable[..., Any] | None = None
+    callback_on_step_end_tensor_inputs: Annotated[tuple[Literal["latents"], ...], Listed] = (
+        "latents",
+    )
+    return_dict: Flag = True
+
+    @property
+    def guidance(self) -> GuidanceScaler:
+        """The weights of guidance alone."""
+        return GuidanceScaler(
+            **{one.name: getattr(self, one.name) for one in fields(GuidanceScaler)}
+        )
+
+
+def takes(
+    *positional: str, without: Sequence[str] = ()
+) -> Callable[[Callable[[Any, CallArguments], R]], Callable[..., R]]:
+    """Let a method that wants :class:`CallArguments` be called with the arguments themselves.
+
+    Args:
+        *positional: Names of the arguments that may be given by place, in order.
+        without: Names that the pipeline does not have.
+    """
+    defaults = {one.name: one.default for one in fields(CallArguments) if one.name not in without}
+    kinds = get_type_hints(CallArguments)
+    parameters = [inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)]
+    parameters += [
+        inspect.Parameter(
+            name,
+            inspect.Parameter.POSITIONAL_OR_KEYWORD
+            if name in positional
+            else inspect.Parameter.KEYWORD_ONLY,
+            default=defaults[name],
+            annotation=kinds[name],
+        )
+        for name in [*positional, *(name for name in defaults if name not in positional)]
+    ]
+    parameters.append(inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD))
+    signature = inspect.Signature(parameters)
+
+    def decorate(method: Callable[[Any, CallArguments], R]) -> Callable[..., R]:
+        @functools.wraps(method)
+        def call(self: Any, *args: Any, **kwargs: Any) -> R:
+            given = signature.bind(self, *args, **kwargs).arguments
+            given.pop("self")
+            unknown = given.pop("kwargs", {}).keys() - _TOLERATED
+            if unknown & set(without):
+                names = " or ".join(sorted(unknown & set(without)))
+                raise TypeError(f"{type(self).__name__} has no use for {names}")
+            if unknown:
+                logger.warning(
+                    "%s ignores unknown arguments: %s", type(self).__name__, sorted(unknown)
+                )
+            return method(self, build_checked(CallArguments, given))
+
+        vars(call)["__signature__"] = signature
+        summary, *rest = inspect.cleandoc(method.__doc__ or "").split("\n\nReturns:")
+        meanings = [_MEANINGS[name] for name in signature.parameters if name in _MEANINGS]
+        call.__doc__ = "\n\nReturns:".join([f"{summary}\n\nArgs:\n" + "\n".join(meanings), *rest])
+        return call
+
+    return decorate
+
+
+def _meanings(cls: type) -> dict[str, str]:
+    """What the docstring of a class says about each of its attributes."""
+    section = (inspect.getdoc(cls) or "").partition("Attributes:\n")[2].partition("\n\n")[0]
+    entries = re.split(r"\n(?=    \w+: )", section)
+    return {entry.split(":")[0].strip(): entry for entry in entries}
+
+
+_MEANINGS = {**_meanings(GuidanceScaler), **_meanings(CallArguments)}

@@ -1,0 +1,733 @@
+"""From a request to latent frames, in three loops: over frames, over sets, over denoising steps.
+
+The functions get all they need as arguments and change nothing but the run that they are given:
+not the model, and not the scheduler, of which every drawing has a copy.
+
+Shapes: B samples, P guidance passes, T latent frames, C latent channels, h w latent size, p patch
+size, N image tokens, n tokens of a set, Nv video tokens, Lc condition tokens, D encoder width,
+Dd head width. Guided batches are pass-major: pass 0 of all samples, then pass 1, ...
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import field
+from functools import partial
+from typing import Annotated, Any, NamedTuple, TypeVar
+
+import torch
+from diffusers.utils.torch_utils import get_module_execution_device, randn_tensor
+from pydantic import dataclasses as checked
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from diffnext.models.attention import KVCache
+from diffnext.models.compilation import pad_ids
+from diffnext.models.diffusion_mlp import Modulation
+from diffnext.models.embeddings import (
+    RotaryEmbed3D,
+    RotationTables,
+    gather_tokens,
+    scatter_tokens,
+)
+from diffnext.models.guidance_scaler import GuidanceScaler
+from diffnext.models.modeling_utils import evaluating
+from diffnext.models.transformers.transformer_3d import Transformer3DModel
+from diffnext.models.vision_transformer import VisionTransformer
+from diffnext.schedulers.denoising_run import DenoisingRun, Generators
+from diffnext.schedulers.linear_update import LinearUpdate
+from diffnext.utils.arguments import (
+    CHECKED,
+    AtLeastOne,
+    AtLeastZero,
+    Count,
+    Flag,
+    LatentFrames,
+    Listed,
+    OnePerSample,
+    Positive,
+    build_checked,
+    one_line,
+    take_checked,
+)
+
+__all__ = [
+    "GenerationRequest",
+    "GenerationRun",
+    "check_fit",
+    "denoise",
+    "draw_inputs",
+    "generate_frame",
+    "generate_frames",
+    "own_precision",
+]
+
+T = TypeVar("T")
+
+MAX_MODULATION_BYTES = 2**26  # of all tokens of a set; less only makes more, smaller products
+
+
+@checked.dataclass(frozen=True, kw_only=True, config={**CHECKED, "extra": "forbid"})
+class GenerationRequest:
+    """What is to be drawn.
+
+    Attributes:
+        latent_shape: (B, C, h, w).
+        num_preds: Tokens revealed at each step of a frame; sums to N. Zeros are skipped.
+        max_latent_length: Frames T of the result.
+        prompt: Text states or class ids, [conditional || null] with guidance, (2B or B, ...).
+        c: Ready condition tokens, with the same rows, each (2B or B, L, D).
+        motion_flow: Motion strength, one or one per sample; None adds no motion tokens.
+        fps: Frames per second, likewise.
+        latents: Given first frames, each (B, C, h, w).
+        guidance: Guidance weights.
+
+    Raises:
+        ValueError: Naming the part that does not fit.
+    """
+
+    latent_shape: tuple[AtLeastOne, AtLeastOne, AtLeastOne, AtLeastOne]
+    num_preds: Annotated[tuple[Count, ...], Listed]
+    max_latent_length: AtLeastOne = 1
+    prompt: Any = None
+    c: Annotated[tuple[Tensor, ...], Listed] = ()
+    motion_flow: Annotated[tuple[AtLeastZero, ...], OnePerSample] | None = None
+    fps: Annotated[tuple[Positive, ...], OnePerSample] | None = None
+    latents: LatentFrames = ()
+    guidance: GuidanceScaler = field(default_factory=GuidanceScaler)
+
+    def __post_init__(self) -> None:
+        """Check that the parts fit together."""
+        batch = self.latent_shape[0]
+        for name, values in (("motion_flow", self.motion_flow), ("fps", self.fps)):
+            if values is not None and len(values) not in (1, batch):
+                raise ValueError(f"{name} must be 1 or {batch} numbers, got {len(values)}")
+        if len(self.latents) > self.max_latent_length:
+            raise ValueError(
+                f"{len(self.latents)} latent frames are given, but max_latent_length is "
+                f"{self.max_latent_length}"
+            )
+        for latent in self.latents:
+            if tuple(latent.shape) != self.latent_shape:
+                raise ValueError(f"latents must be {self.latent_shape}, got {tuple(latent.shape)}")
+            if not latent.is_floating_point():
+                raise ValueError(f"latents must be floating-point numbers, got {latent.dtype}")
+            if not latent.isfinite().all():
+                raise ValueError("latents must be finite, got NaN or infinity")
+
+
+class GenerationRun:
+    """One drawing in progress: where it draws from, what it keeps, and who follows it.
+
+    Args:
+        scheduler: The drawing's copy of a scheduler.
+        generator: Source of every draw; a list gives each sample its own.
+        on_step: Called as ``on_step(frame, step, latents)`` behind every set of tokens, with the
+            frame as far as it is filled, (B, C, h, w), and zeros where nothing is predicted yet.
+            What it returns is gone on with, where tokens are predicted.
+        show_frames: Whether to draw a progress bar over frames.
+        show_sets: Whether to draw a progress bar over the sets of a frame.
+        bar_options: Arguments of the bars, as of tqdm.
+
+    Attributes:
+        is_stopped: Whether to stop behind the current set; a video then ends with its last whole
+            frame, and a first frame stays as far as it is filled.
+        order: Order of prediction, (B, N, 1) token ids; drawn at the first drawn frame.
+        cache: Keys and values of earlier frames.
+        first_states: The video encoder's states of the first frame, which a mixer modulates.
+    """
+
+    def __init__(
+        self,
+        scheduler: DenoisingRun,
+        generator: Generators = None,
+        on_step: Callable[[int, int, Tensor], Tensor] | None = None,
+        show_frames: bool = False,
+        show_sets: bool = False,
+        bar_options: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.scheduler = scheduler
+        self.generator = generator
+        self.on_step = on_step
+        self.show_frames = show_frames
+        self.show_sets = show_sets
+        self.bar_options = bar_options or {}
+        self.is_stopped = False
+        self.order: Tensor | None = None
+        self.cache: KVCache | None = None
+        self.first_states: Tensor | None = None
+
+    def bar(self, iterable: Iterable[T], is_shown: bool) -> Iterable[T]:
+        """Iterate, with a progress bar if it is to be shown."""
+        return tqdm(iterable, **self.bar_options) if is_shown else iterable
+
+
+class DenoisingStep(NamedTuple):
+    """One timestep of the schedule.
+
+    Attributes:
+        timestep: As the scheduler lists it.
+        value: The same as a number.
+        embedding: The same, projected by the diffusion head, (1, 1, Dd).
+        update: The scheduler's step, if it is linear.
+    """
+
+    timestep: Any
+    value: float
+    embedding: Tensor
+    update: LinearUpdate | None
+
+
+class Preparation(NamedTuple):
+    """What all frames of a drawing share.
+
+    Attributes:
+        condition: Condition tokens of all passes, (P*B, Lc, D).
+        steps: The schedule.
+        time: Embeddings of the frames' times, (T, 1, D), of models with position tables.
+        positions: Rotary positions of each frame, (1, Nv, 3), of models without.
+    """
+
+    condition: Tensor
+    steps: list[DenoisingStep]
+    time: Tensor | None
+    positions: Sequence[Tensor] | None
+
+
+# Frames
+
+
+@torch.no_grad()
+def generate_frames(
+    model: Transformer3DModel, request: GenerationRequest, run: GenerationRun
+) -> Iterator[Tensor]:
+    """Draw frame after frame; given frames are read, not drawn.
+
+    Args:
+        model: The networks. Whatever uses their weights is a call of the model, so that the hooks
+            of offloading and sharding see it; its mode is put back behind every call.
+        request: What to draw.
+        run: Follows the drawing; not to be used again.
+
+    Yields:
+        Latents, (B, C, h, w), given frames included.
+
+    Raises:
+        ValueError: If ``num_preds`` does not cover the frame, or condition rows or generators do
+            not fit the batch.
+    """
+    check_fit(model, request, run)
+
+    def call(function: Callable[..., T], *args: Any) -> T:
+        with evaluating(model):
+            return model(partial(function, model, *args))
+
+    shared = call(prepare, request, run)
+    frame: Tensor | None = None
+    for index in run.bar(range(request.max_latent_length), run.show_frames):
+        frame = call(next_frame, request, run, shared, index, frame)
+        if index == 0 or not run.is_stopped:
+            yield frame
+        if run.is_stopped:
+            return
+
+
+def own_precision(model: Transformer3DModel) -> AbstractContextManager[None]:
+    """Autocast as the caller has it, but off for weights in half precision.
+
+    They need none, and on a CPU some operations refuse float16 under it.
+    """
+    if model.mask_embed.bos_token.dtype not in (torch.float16, torch.bfloat16):
+        return nullcontext()
+    return torch.autocast(get_module_execution_device(model).type, enabled=False)
+
+
+def check_fit(model: Transformer3DModel, request: GenerationRequest, run: GenerationRun) -> None:
+    """Check what can be known of a drawing before it begins.
+
+    Raises:
+        TypeError: If the prompt is not of a kind that the model reads.
+        ValueError: If shapes do not fit the model, ``num_preds`` does not cover the frame, or
+            generators do not fit the batch.
+    """
+    channels = model.image_encoder.image_dim
+    if request.latent_shape[1] != channels:
+        raise ValueError(f"latents must have {channels} channels, got {request.latent_shape}")
+    rows, columns = _grid(model.image_encoder, request.latent_shape)
+    if sum(request.num_preds) != rows * columns:
+        raise ValueError(
+            f"num_preds must sum to the {rows * columns} tokens of a frame, "
+            f"got {sum(request.num_preds)}"
+        )
+    batch = request.latent_shape[0]
+    if isinstance(run.generator, list) and len(run.generator) != batch:
+        raise ValueError(f"{len(run.generator)} generators are given for {batch} samples")
+    prompt = request.prompt
+    if prompt is not None and not isinstance(prompt, (Tensor, list, tuple)):
+        raise TypeError(f"prompt must be a tensor or a list, got {one_line(prompt)}")
+    if isinstance(prompt, Tensor) and model.text_embed is not None:
+        check_states("prompt", prompt, model.text_embed.token_dim)
+    for part in request.c:
+        check_states("c", part, model.video_encoder.embed_dim)
+    scale = request.guidance.guidance_scale
+    rows = batch * (2 if scale > 1 else 1)
+    for part in (*request.c, *([] if prompt is None else [prompt])):
+        if len(part) != rows:
+            raise ValueError(
+                f"{batch} samples with guidance scale {scale} need {rows} condition rows, got "
+                f"{len(part)}"
+            )
+
+
+def check_states(name: str, states: Tensor, width: int) -> None:
+    """Check what conditions a drawing.
+
+    Raises:
+        ValueError: If it is not (rows, tokens, width), or holds NaN or infinity (seen on the CPU
+            only: a GPU would have to be waited for).
+    """
+    if states.ndim != 3 or states.size(2) != width or not states.is_floating_point():
+        raise ValueError(f"{name} must be floats (rows, L, {width}), got {one_line(states)}")
+    if states.device.type == "cpu" and not states.isfinite().all():
+        raise ValueError(f"{name} must be finite, got NaN or infinity")
+
+
+def prepare(
+    model: Transformer3DModel, request: GenerationRequest, run: GenerationRun
+) -> Preparation:
+    """Encode the condition, the schedule and the positions in time; make room for the cache."""
+    guidance = request.guidance
+    is_guided = guidance.num_passes > 1
+    condition = model.encode_condition(
+        request.prompt, request.c, request.motion_flow, request.fps, is_guided
+    )
+    num_frames = request.max_latent_length
+    condition = guidance.expand_text(condition)
+    encoder = model.video_encoder
+    grid = _grid(encoder, request.latent_shape)
+    if num_frames > 1:
+        head_dim = encoder.rope.dim
+        capacity = condition.size(1) + num_frames * grid[0] * grid[1]
+        shape = (len(condition), encoder.embed_dim // head_dim, capacity, head_dim)
+        run.cache = KVCache(len(encoder.blocks), shape, condition)
+    time, positions = None, None
+    if isinstance(model.video_pos_embed, RotaryEmbed3D):
+        positions = model.video_pos_embed.get_pos(num_frames, 1, grid).chunk(num_frames, dim=1)
+    else:
+        time = model.video_pos_embed.get_time_embed(num_frames, condition.device)
+    return Preparation(condition, embed_steps(model, run.scheduler, condition), time, positions)
+
+
+def embed_steps(
+    model: Transformer3DModel, scheduler: DenoisingRun, like: Tensor
+) -> list[DenoisingStep]:
+    """The schedule with its timesteps embedded once, for dtype and device of ``like``."""
+    values = [float(timestep) for timestep in scheduler.timesteps]
+    times = torch.tensor(values, device=like.device)
+    table = model.image_decoder.time_cond_embed.embed_timestep(times, like.dtype)  # (S, 1, Dd)
+    updates: Sequence[LinearUpdate | None] = scheduler.updates or [None] * len(values)
+    rows = table.unsqueeze(1).unbind(0)
+    return list(map(DenoisingStep, scheduler.timesteps, values, rows, updates))
+
+
+def next_frame(
+    model: Transformer3DModel,
+    request: GenerationRequest,
+    run: GenerationRun,
+    shared: Preparation,
+    index: int,
+    previous: Tensor | None,
+) -> Tensor:
+    """Read what is known, then draw a frame, or take it as it is given.
+
+    Args:
+        model: The networks.
+        request: What to draw.
+        run: The drawing.
+        shared: What all frames share.
+        index: Of the frame.
+        previous: The frame before it, (B, C, h, w); None before the first.
+
+    Returns:
+        Latents, (B, C, h, w).
+    """
+    states = read_frame(model, request, run, shared, index, previous)
+    if index < len(request.latents):
+        return request.latents[index].to(shared.condition)
+    if run.order is None:
+        run.order = draw_order(
+            request.latent_shape[0], sum(request.num_preds), run.generator, shared.condition
+        )
+    return generate_frame(model, request, run, shared.steps, index, states, run.order)
+
+
+def read_frame(
+    model: Transformer3DModel,
+    request: GenerationRequest,
+    run: GenerationRun,
+    shared: Preparation,
+    index: int,
+    previous: Tensor | None,
+) -> Tensor:
+    """The video encoder's states for a frame, from text and earlier frames: (P*B, Nv, D)."""
+    encoder = model.video_encoder
+    begin, _ = model.mask_embed()
+    if previous is None:
+        rows, columns = _grid(encoder, request.latent_shape)
+        tokens = begin.expand(request.latent_shape[0], rows * columns, -1)
+    else:
+        tokens = encoder.patch_embed(previous)
+    if shared.time is not None:
+        tokens = model.video_pos_embed(tokens + shared.time[index])
+    states = encoder(
+        request.guidance.expand(tokens, padding=begin),
+        shared.condition if index == 0 else None,
+        pos=None if shared.positions is None else shared.positions[index],
+        cache=run.cache,
+    )
+    if run.first_states is None:
+        run.first_states = states
+        return states
+    return model.mix_states(run.first_states, states)
+
+
+def draw_order(batch: int, num_tokens: int, generator: Generators, like: Tensor) -> Tensor:
+    """A random order of the tokens of each sample, (B, N, 1) ids.
+
+    Scores are drawn in the dtype of ``like``; ties keep their place on every device.
+    """
+    if isinstance(generator, list):
+        return torch.cat([draw_order(1, num_tokens, one, like) for one in generator])
+    device = like.device if generator is None else generator.device
+    shape = (batch, num_tokens, 1)
+    scores = torch.rand(shape, generator=generator, device=device, dtype=like.dtype)
+    return scores.to(like.device).argsort(dim=1, stable=True)
+
+
+def _grid(encoder: VisionTransformer, latent_shape: Sequence[int]) -> tuple[int, int]:
+    """Rows and columns of an encoder's tokens."""
+    patch_size = encoder.patch_embed.patch_size
+    return latent_shape[-2] // patch_size, latent_shape[-1] // patch_size
+
+
+# Sets
+
+
+def generate_frame(
+    model: Transformer3DModel,
+    request: GenerationRequest,
+    run: GenerationRun,
+    steps: Sequence[DenoisingStep],
+    index: int,
+    states: Tensor,
+    order: Tensor,
+) -> Tensor:
+    """Fill one frame, set by set.
+
+    Args:
+        model: The networks.
+        request: What to draw.
+        run: The drawing.
+        steps: The schedule.
+        index: Of the frame.
+        states: The video encoder's states for this frame, (P*B, Nv, D).
+        order: Order of prediction, (B, N, 1) token ids.
+
+    Returns:
+        Latents, (B, C, h, w).
+    """
+    batch = request.latent_shape[0]
+    embed = model.image_encoder.patch_embed
+    hw = _grid(model.image_encoder, request.latent_shape)
+    _, hidden = model.mask_embed()
+    tokens = hidden.expand(batch, order.size(1), -1).to(states.dtype)
+    patches = states.new_zeros(batch, order.size(1), model.image_decoder.head.out_features)
+    sets = [n for n in request.num_preds if n > 0]
+    encoder = SetEncoder(model, states, hw, order, sets, request.guidance)
+    done = 0
+    for number, n in enumerate(run.bar(sets, run.show_sets)):
+        ids = order[:, done : done + n]
+        z = encoder.encode(number, tokens)
+        shape = request.latent_shape
+        noise = randn_tensor(shape, run.generator, device=z.device, dtype=z.dtype)
+        scale = request.guidance.scale_at((number + 1) / len(sets))
+        predicted = denoise(model, request.guidance, run, steps, z, noise, ids, scale)
+        patches = scatter_tokens(patches, ids, predicted.to(patches.dtype))
+        done += n
+        if run.on_step is not None:
+            latents = embed.unpatchify(patches, hw)
+            replaced = run.on_step(index, number, latents.clone())
+            if not torch.equal(replaced, latents):
+                ids = order[:, :done]
+                predicted = gather_tokens(embed.patchify(replaced), ids)
+                patches = scatter_tokens(patches, ids, predicted)
+        if run.is_stopped:
+            break
+        tokens = scatter_tokens(tokens, ids, embed.embed_patches(predicted).to(tokens.dtype))
+    return embed.unpatchify(patches, hw)
+
+
+class SetEncoder:
+    """Runs the image encoder for the sets of tokens of one frame, one after the other.
+
+    With ``guidance.guidance_reuse`` above 1, the passes without the prompt run for the first of so
+    many sets alone, and then for the tokens of all of them: what those passes know of the frame is
+    then a few sets old (the condition cache of LazyMAR, arXiv:2503.12450).
+
+    Args:
+        model: The networks.
+        states: The video encoder's states for this frame, (P*B, Nv, D).
+        hw: Rows and columns of the frame's tokens.
+        order: Order of prediction, (B, N, 1) token ids.
+        sets: Tokens of each set.
+        guidance: Guidance weights.
+    """
+
+    def __init__(
+        self,
+        model: Transformer3DModel,
+        states: Tensor,
+        hw: tuple[int, int],
+        order: Tensor,
+        sets: Sequence[int],
+        guidance: GuidanceScaler,
+    ) -> None:
+        self.image_encoder = model.image_encoder
+        self.states = states
+        self.order = order
+        self.guidance = guidance
+        self.ends = list(itertools.accumulate(sets))
+        self.rotation: RotationTables | None = None
+        if model.image_pos_embed is not None:
+            pos = model.image_pos_embed.get_pos(1, 1, hw)
+            self.rotation = self.image_encoder.rotation(pos, states.size(1), states.dtype)
+        self._shared: Tensor | None = None  # ((P-1)*B, tokens of this set and those that share, D)
+
+    def encode(self, index: int, tokens: Tensor) -> Tensor:
+        """States of the tokens of a set.
+
+        Args:
+            index: Of the set; 0, 1, ... in turn.
+            tokens: The frame as far as it is known, (B, N, D).
+
+        Returns:
+            (P*B, n, D).
+        """
+        begin = self.ends[index - 1] if index else 0
+        end = self.ends[index]
+        reuse = self.guidance.guidance_reuse if self.guidance.num_passes > 1 else 1
+        if reuse == 1:
+            return self._run(self.guidance.expand, tokens, self.states, begin, end)
+        batch = len(tokens)
+        if self._shared is None or index % reuse == 0:
+            last = self.ends[min(index + reuse, len(self.ends)) - 1]
+            z = self._run(self.guidance.expand, tokens, self.states, begin, last)
+            own, self._shared = z[:batch, : end - begin], z[batch:]
+        else:
+            own = self._run(lambda x: x, tokens, self.states[:batch], begin, end)
+        shared = self._shared[:, : end - begin]
+        self._shared = self._shared[:, end - begin :]
+        return torch.cat([own, shared])
+
+    def _run(
+        self,
+        expand: Callable[[Tensor], Tensor],
+        tokens: Tensor,
+        states: Tensor,
+        begin: int,
+        end: int,
+    ) -> Tensor:
+        """One call of the encoder: what was before ``begin`` is known, up to ``end`` is wanted."""
+        return self.image_encoder(
+            expand(tokens),
+            states,
+            prev_ids=expand(self.order[:, :begin]),
+            pos=self.rotation,
+            out_ids=expand(self.order[:, begin:end]),
+        )
+
+
+# Denoising steps
+
+
+def denoise(
+    model: Transformer3DModel,
+    guidance: GuidanceScaler,
+    run: GenerationRun,
+    steps: Sequence[DenoisingStep],
+    z: Tensor,
+    noise: Tensor,
+    ids: Tensor,
+    scale: float | None = None,
+) -> Tensor:
+    """Denoise one set of tokens from pure noise.
+
+    Where the scheduler's steps are weighted sums, only the tokens exist, but fresh noise is still
+    drawn for whole frames. For other schedulers, and for guidance that is renormalised, the rest
+    of the frame takes part in steps and norms, but not in the result: rows are selected, so that
+    nothing they hold can leak out.
+
+    Args:
+        model: The networks.
+        guidance: Guidance weights.
+        run: The drawing.
+        steps: The schedule.
+        z: The image encoder's states of these tokens, (P*B, n, D).
+        noise: Start noise of the whole frame, (B, C, h, w).
+        ids: Tokens to predict, (B, n, 1).
+        scale: Weight of the prompt at this set; the full one when None.
+
+    Returns:
+        Patches of the predicted tokens, (B, n, p*p*C).
+    """
+    n = ids.size(1)
+    if model.image_decoder.is_compiled:
+        ids = pad_ids(ids)
+        z = F.pad(z, (0, 0, 0, ids.size(1) - n))
+    condition = model.image_decoder.time_cond_embed.condition_proj(z)
+    condition = condition.unflatten(0, (guidance.num_passes, -1))  # (P, B, n, Dd)
+    modulated = modulate_steps(model, guidance, steps, condition)
+    is_linear = guidance.guidance_renorm >= 1 and run.scheduler.updates is not None
+    denoise_by = _denoise_tokens if is_linear else _denoise_frame
+    return denoise_by(model, run, modulated, noise, ids, scale)[:, :n]
+
+
+ModulatedStep = tuple[DenoisingStep, GuidanceScaler, list[Modulation]]
+
+
+def _denoise_tokens(
+    model: Transformer3DModel,
+    run: GenerationRun,
+    steps: Iterable[ModulatedStep],
+    noise: Tensor,
+    ids: Tensor,
+    scale: float | None,
+) -> Tensor:
+    embed = model.image_decoder.patch_embed
+    sample = gather_tokens(embed.patchify(noise), ids)  # (B, n, p*p*C)
+    for step, guidance, modulations in steps:
+        predicted = model.image_decoder.denoise_step(sample, modulations).flatten(0, 1)
+        predicted = guidance.scale(predicted, scale)
+        update = step.update
+        assert update is not None  # as `denoise` asked
+        if update.sample_weight != 1:
+            sample = sample * update.sample_weight
+        sample = torch.add(sample, predicted.to(sample.dtype), alpha=update.prediction_weight)
+        if update.noise_weight:
+            fresh = randn_tensor(noise.shape, run.generator, noise.device, noise.dtype)
+            fresh = gather_tokens(embed.patchify(fresh), ids)
+            sample = torch.add(sample, fresh, alpha=update.noise_weight)
+    return sample
+
+
+def _denoise_frame(
+    model: Transformer3DModel,
+    run: GenerationRun,
+    steps: Iterable[ModulatedStep],
+    noise: Tensor,
+    ids: Tensor,
+    scale: float | None,
+) -> Tensor:
+    embed = model.image_decoder.patch_embed
+    hw = embed.grid(noise)
+    run.scheduler.restart()
+    sample = run.scheduler.scale_noise(noise)
+    for step, guidance, modulations in steps:
+        patches = embed.patchify(run.scheduler.model_input(sample, step.timestep))  # (B, N, p*p*C)
+        noisy = gather_tokens(patches, ids)  # (B, n, p*p*C)
+        predicted = model.image_decoder.denoise_step(noisy, modulations).flatten(0, 1)
+        rows = guidance.expand(ids)
+        output = scatter_tokens(guidance.expand(patches), rows, predicted.to(patches.dtype))
+        output = embed.unpatchify(guidance.scale(output, scale), hw)
+        sample = run.scheduler.step(output, step.timestep, sample, run.generator)
+    return gather_tokens(embed.patchify(sample), ids)
+
+
+def modulate_steps(
+    model: Transformer3DModel,
+    guidance: GuidanceScaler,
+    steps: Sequence[DenoisingStep],
+    condition: Tensor,
+) -> Iterator[ModulatedStep]:
+    """All steps with the guidance in force and what the head computes from the condition.
+
+    The head's modulations are computed for many steps at once, as memory allows.
+
+    Args:
+        model: The networks.
+        guidance: Guidance weights.
+        steps: The schedule.
+        condition: Projected condition of the tokens, (P, B, n, Dd).
+    """
+    decoder = model.image_decoder
+    for is_off, group in itertools.groupby(steps, lambda step: guidance.is_off(step.value)):
+        part_steps = list(group)
+        part_guidance = GuidanceScaler() if is_off else guidance
+        part_condition = condition[:1] if is_off else condition
+        numbers = part_condition.numel() * (3 * len(decoder.blocks) + 2)
+        at_once = max(1, MAX_MODULATION_BYTES // (numbers * condition.element_size()))
+        for start in range(0, len(part_steps), at_once):
+            chunk = part_steps[start : start + at_once]
+            times = torch.stack([step.embedding for step in chunk])  # (S, 1, 1, Dd)
+            modulations = decoder.prepare_modulations(part_condition + times.unsqueeze(1))
+            for index, step in enumerate(chunk):
+                yield step, part_guidance, [one.select(index) for one in modulations]
+
+
+# Callers of the model
+
+
+@checked.dataclass(frozen=True, kw_only=True, config=CHECKED)
+class RunOptions:
+    """What inputs of a call of the model say about the run; see :func:`draw_inputs`."""
+
+    batch_size: AtLeastOne | None = None
+    x: Tensor | None = None
+    num_diffusion_steps: AtLeastOne = 25
+    generator: Generators = None
+    on_step: Callable[[int, int, Tensor], Tensor] | None = None
+    tqdm1: Flag = True
+    tqdm2: Flag = False
+    progress_bar_config: dict[str, Any] | None = None
+
+
+def draw_inputs(model: Transformer3DModel, inputs: Mapping[str, Any]) -> Tensor:
+    """Draw what the inputs of a call of the model say, with its ``sample_scheduler``.
+
+    Args:
+        model: The networks.
+        inputs: Fields of :class:`GenerationRequest` and :class:`GuidanceScaler` by their names;
+            ``batch_size``, or ``x``, latents (B, C, h, w) whose shape counts; ``generator`` and
+            ``on_step`` as for :class:`GenerationRun`; ``tqdm1`` (a bar over frames, True),
+            ``tqdm2`` (one over sets, False) and ``progress_bar_config``.
+
+    Returns:
+        Latents, (B, C, T, h, w).
+
+    Raises:
+        ValueError: If inputs do not fit together, or a drawing has no use for one.
+    """
+    values = {name: value for name, value in inputs.items() if value is not None}
+    options = take_checked(RunOptions, values)
+    guidance = take_checked(GuidanceScaler, values)
+    if options.x is not None and options.x.ndim != 4:
+        raise ValueError(f"x must be latents (B, C, h, w), got {one_line(options.x)}")
+    if options.x is None and options.batch_size is None:
+        raise ValueError("batch_size must be given, or latents as x")
+    sizes = (options.batch_size, *model.image_encoder.latent_shape)
+    shape = sizes if options.x is None else tuple(options.x.shape)
+    values = {**values, "latent_shape": shape, "guidance": guidance}
+    request = build_checked(GenerationRequest, values)
+    run = GenerationRun(
+        DenoisingRun(model.sample_scheduler, options.num_diffusion_steps),
+        options.generator,
+        options.on_step,
+        show_frames=options.tqdm1,
+        show_sets=options.tqdm2,
+        bar_options=options.progress_bar_config,
+    )
+    with own_precision(model):
+        return torch.stack(list(generate_frames(model, request, run)), dim=2)
