@@ -42,7 +42,7 @@ def test_a_tiny_folder_is_laid_out_as_released_ones_and_draws(tmp_path, vae):
     assert out.images[0].size == (64, 64)
     embed = pipe.transformer.text_embed
     null = embed.weight[: embed.num_tokens]
-    assert torch.equal(embed.encode_prompts([""])[0], null)
+    assert torch.equal(pipe.encode_prompt("")[0], null)
 
 
 def test_a_tiny_folder_of_a_video_config_makes_a_clip(tmp_path):
@@ -121,8 +121,9 @@ def test_weights_of_another_shape_are_named(tmp_path, vae, capsys):
 
 def test_prompts_are_told_apart(tmp_path, vae):
     init("--config", SHAPES, "--output", tmp_path / "nova", "--tiny", "--vae", vae)
-    embed = NOVAPipeline.from_pretrained(tmp_path / "nova").transformer.text_embed
-    red, blue = embed.encode_prompts(["a red circle", "a blue circle"])
+    pipe = NOVAPipeline.from_pretrained(tmp_path / "nova")
+    embed = pipe.transformer.text_embed
+    red, blue = pipe.encode_prompt(["a red circle", "a blue circle"])
     spread = (red - embed.weight[: embed.num_tokens]).norm()
     assert (red - blue).norm() > 0.3 * spread
 

@@ -21,6 +21,7 @@ import sample_vbench
 from diffnext.evaluation import layouts, sampling
 from diffnext.evaluation.layouts import VBenchLayout, safe_name
 from diffnext.evaluation.prompts import read_prompts, read_vbench
+from diffnext.image_processor import VaeImageProcessor
 from diffnext.pipelines import NOVAPipeline
 from tests.pipelines.conftest import make_class_pipeline, make_video_pipeline
 
@@ -163,13 +164,13 @@ def test_more_samples_keep_the_first_ones(metadata, drawn_exactly, tmp_path):
 
 def test_vae_batch_size_is_handed_on(metadata, tmp_path, monkeypatch):
     sizes = []
-    decode = NOVAPipeline.decode
+    decode = VaeImageProcessor.decode_latents
 
-    def record(self, x, vae_batch_size, output_type):
-        sizes.append((len(x), vae_batch_size))
-        return decode(self, x, vae_batch_size, output_type)
+    def record(vae, latents, vae_batch_size=1):
+        sizes.append((len(latents), vae_batch_size))
+        return decode(vae, latents, vae_batch_size)
 
-    monkeypatch.setattr(NOVAPipeline, "decode", record)
+    monkeypatch.setattr(VaeImageProcessor, "decode_latents", record)
     draw_geneval(metadata, tmp_path, *GROUPS, "--vae_batch_size", "3")
     assert sizes == [(4, 3), (4, 3), (2, 3)]
 
@@ -309,7 +310,7 @@ def test_encoded_prompts_have_the_documented_form(tmp_path):
     assert content["texts"] == ["a star", "", "rings"]
     assert [tuple(state.shape) for state in content["prompts"]] == [(3, 64), (0, 64), (24, 64)]
     pipe = NOVAPipeline.from_pretrained(NOVA_TINY, dtype=torch.float32)
-    wanted = pipe.transformer.text_embed.encode_prompts(["a red star"])[0, :3]
+    wanted = pipe.encode_prompt("a red star")[0, :3]
     assert torch.allclose(content["prompts"][0], wanted, atol=1e-5)
     assert os.listdir(path.parent) == [path.name]
 

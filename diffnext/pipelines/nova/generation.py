@@ -144,9 +144,8 @@ class GenerationPipeline(CogVideoXLoraLoaderMixin, PipelineMixin, DiffusionPipel
     transformer: NOVATransformer3DModel
     scheduler: Any
     vae: Any
-    model_cpu_offload_seq: Any
 
-    def _setup_generation(self) -> None:
+    def _set_up(self) -> None:
         """Set what every generating pipeline has, at the end of its constructor."""
         self.image_processor = VaeImageProcessor()
         self._comes_with_flow = None if self.scheduler is None else predicts_flow(self.scheduler)

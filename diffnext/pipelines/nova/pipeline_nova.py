@@ -3,21 +3,19 @@
 Shapes: B samples, n prompts.
 """
 
-# Annotations of the constructor are read by diffusers: they must be classes, not strings.
+from __future__ import annotations
+
 from collections.abc import Iterator, Sequence, Sized
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers.models.modeling_utils import ModelMixin
-from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from diffnext.models.embeddings import TextEmbed
 from diffnext.models.text_encoders.encoding import encode_texts
-from diffnext.models.transformers.transformer_nova import NOVATransformer3DModel
 from diffnext.pipelines.nova.arguments import CallArguments, takes
+from diffnext.pipelines.nova.components import TextComponents
 from diffnext.pipelines.nova.generation import GenerationPipeline
 from diffnext.pipelines.pipeline_utils import NOVAPipelineOutput
 from diffnext.utils.arguments import naming, one_line
@@ -48,42 +46,13 @@ POSITIONAL = (
 )
 
 
-class NOVAPipeline(GenerationPipeline):
+class NOVAPipeline(GenerationPipeline, TextComponents):
     """Generates images and videos from text, and videos from an image (arXiv:2412.14169).
 
-    Args:
-        transformer: The NOVA model.
-        scheduler: Denoises tokens; a flow-matching or DDPM scheduler of diffusers or diffnext.
-        vae: Decodes latents.
-        text_encoder: Encodes prompts; not needed when embeddings are passed.
-        tokenizer: Of the text encoder.
-        trust_remote_code: Ignored; older diffusers releases pass it on.
+    Its components are those of :class:`~diffnext.pipelines.nova.components.TextComponents`.
     """
 
-    _optional_components = ["transformer", "scheduler", "vae", "text_encoder", "tokenizer"]
-    model_cpu_offload_seq = "text_encoder->transformer->vae"
-
-    text_encoder: Any
-    tokenizer: Any
-
-    def __init__(
-        self,
-        transformer: NOVATransformer3DModel | None = None,
-        scheduler: SchedulerMixin | None = None,
-        vae: ModelMixin | None = None,
-        text_encoder: PreTrainedModel | None = None,
-        tokenizer: PreTrainedTokenizerBase | None = None,
-        trust_remote_code: bool = True,
-    ) -> None:
-        super().__init__()
-        self.register_modules(
-            vae=vae,
-            text_encoder=text_encoder,
-            tokenizer=tokenizer,
-            transformer=transformer,
-            scheduler=scheduler,
-        )
-        self._setup_generation()
+    model_cpu_offload_seq: Any = "text_encoder->transformer->vae"
 
     @property
     def tokenizer_max_length(self) -> int | None:

@@ -3,20 +3,19 @@
 Shapes: B samples, n prompts, D encoder width.
 """
 
-# Annotations of the constructor are read by diffusers: they must be classes, not strings.
+from __future__ import annotations
+
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import torch
-from diffusers.models.modeling_utils import ModelMixin
-from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
 from diffnext.models.embeddings import LabelEmbed
 from diffnext.models.modeling_utils import evaluating
-from diffnext.models.transformers.transformer_nova import NOVATransformer3DModel
 from diffnext.pipelines.nova.arguments import CallArguments, takes
+from diffnext.pipelines.nova.components import ClassComponents
 from diffnext.pipelines.nova.generation import GenerationPipeline
 from diffnext.pipelines.pipeline_utils import NOVAPipelineOutput
 from diffnext.utils.arguments import one_line
@@ -39,29 +38,13 @@ POSITIONAL = (
 TEXT_ONLY = ("prompt_embeds", "negative_prompt_embeds")
 
 
-class NOVAC2IPipeline(GenerationPipeline):
+class NOVAC2IPipeline(GenerationPipeline, ClassComponents):
     """Generates images from class labels (arXiv:2412.14169).
 
-    Args:
-        transformer: A NOVA model without a text embedder.
-        scheduler: Denoises tokens; a flow-matching or DDPM scheduler of diffusers or diffnext.
-        vae: Decodes latents.
-        trust_remote_code: Ignored; older diffusers releases pass it on.
+    Its components are those of :class:`~diffnext.pipelines.nova.components.ClassComponents`.
     """
 
-    _optional_components = ["transformer", "scheduler", "vae"]
-    model_cpu_offload_seq = "transformer->vae"
-
-    def __init__(
-        self,
-        transformer: NOVATransformer3DModel | None = None,
-        scheduler: SchedulerMixin | None = None,
-        vae: ModelMixin | None = None,
-        trust_remote_code: bool = True,
-    ) -> None:
-        super().__init__()
-        self.register_modules(vae=vae, transformer=transformer, scheduler=scheduler)
-        self._setup_generation()
+    model_cpu_offload_seq: Any = "transformer->vae"
 
     @takes(*POSITIONAL, without=TEXT_ONLY)
     def __call__(self, arguments: CallArguments) -> NOVAPipelineOutput | tuple[Any]:

@@ -3,46 +3,28 @@
 Shapes: B samples.
 """
 
-# Annotations of the constructor are read by diffusers: they must be classes, not strings.
 from typing import Any
 
 import torch
-from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
 from diffnext.models.transformers.transformer_nova import NOVATransformer3DModel
+from diffnext.pipelines.nova.components import ClassComponents
 from diffnext.pipelines.nova.pipeline_nova_c2i import NOVAC2IPipeline
 from diffnext.pipelines.nova.training import TrainingPipelineMixin
-from diffnext.pipelines.pipeline_utils import PipelineMixin
 
 __all__ = ["NOVATrainC2IPipeline"]
 
 
-class NOVATrainC2IPipeline(TrainingPipelineMixin, PipelineMixin, DiffusionPipeline):
+class NOVATrainC2IPipeline(TrainingPipelineMixin, ClassComponents, DiffusionPipeline):
     """Prepares NOVA and its batches for training from class labels and images.
 
-    Args:
-        transformer: The model to train, without a text embedder.
-        scheduler: Its sampling scheduler; noise is added by diffnext's class of the same name.
-        vae: Samples and scales cached posteriors.
-        trust_remote_code: Ignored; older diffusers releases pass it on.
+    Its components are those of :class:`~diffnext.pipelines.nova.components.ClassComponents`; noise
+    is added by diffnext's scheduler of the same name.
     """
 
-    _optional_components = ["transformer", "scheduler", "vae"]
     frozen_modules = ("label_embed.norm", "video_pos_embed", "video_encoder.patch_embed")
-
-    def __init__(
-        self,
-        transformer: NOVATransformer3DModel | None = None,
-        scheduler: SchedulerMixin | None = None,
-        vae: ModelMixin | None = None,
-        trust_remote_code: bool = True,
-    ) -> None:
-        super().__init__()
-        self.register_modules(vae=vae, transformer=transformer, scheduler=scheduler)
-        self._setup_training()
 
     def make_generation_pipeline(
         self, transformer: NOVATransformer3DModel, vae: Any

@@ -458,11 +458,11 @@ def generate_frame(
         patches = scatter_tokens(patches, ids, predicted.to(patches.dtype))
         done += n
         if run.on_step is not None:
-            latents = embed.unpatchify(patches, hw)
-            replaced = run.on_step(index, number, latents.clone())
-            if not torch.equal(replaced, latents):
-                ids = order[:, :done]
-                predicted = gather_tokens(embed.patchify(replaced), ids)
+            known = order[:, :done]
+            latents = run.on_step(index, number, embed.unpatchify(patches, hw).clone())
+            replaced = gather_tokens(embed.patchify(latents), known)
+            if not torch.equal(replaced, gather_tokens(patches, known)):
+                ids, predicted = known, replaced
                 patches = scatter_tokens(patches, ids, predicted)
         if run.is_stopped:
             break
@@ -719,7 +719,7 @@ def draw_inputs(model: Transformer3DModel, inputs: Mapping[str, Any]) -> Tensor:
         raise ValueError("batch_size must be given, or latents as x")
     sizes = (options.batch_size, *model.image_encoder.latent_shape)
     shape = sizes if options.x is None else tuple(options.x.shape)
-    values = {**values, "latent_shape": shape, "guidance": guidance}
+    values = dict(**values, latent_shape=shape, guidance=guidance)  # refuses a second of either
     request = build_checked(GenerationRequest, values)
     run = GenerationRun(
         DenoisingRun(model.sample_scheduler, options.num_diffusion_steps),

@@ -30,7 +30,7 @@ class TrainingPipelineMixin(ABC):
     vae: Any
     loss_repeat = 4
 
-    def _setup_training(self) -> None:
+    def _set_up(self) -> None:
         """Make the scheduler that adds noise, at the end of the constructor."""
         self.noise_scheduler = build_diffusion_scheduler(self.scheduler)
 
