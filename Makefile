@@ -27,7 +27,7 @@ nova-tiny: setup
 	$(BIN)/python scripts/make_nova_tiny.py
 
 test: setup-test lint
-	$(PYTEST)
+	$(PYTEST) -n 2 --dist loadfile
 
 test-slow: setup-test
 	$(PYTEST) -m "slow and not gpu"

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -170,17 +171,12 @@ def mix(encoder: nn.Module, first: Tensor, states: Tensor) -> Tensor:
 
 @torch.no_grad()
 def generate(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-    """Latents (B, C, T, h, w) of the inputs of ``model.forward``, one or two passes.
-
-    Raises:
-        NotImplementedError: For guidance that the plain loop does not have.
-    """
-    for name, off in (("image_guidance_scale", 0), ("spatiotemporal_guidance_scale", 0)):
-        if inputs.get(name, off) != off:
-            raise NotImplementedError(f"the plain loop has no {name}")
-    g = inputs.get("guidance_scale", 1)
-    passes = 2 if g > 1 else 1
-    c = model.encode_condition(*conditions(inputs), is_guided=passes == 2)
+    """Latents (B, C, T, h, w) of the inputs of ``model.forward``."""
+    passes = count_passes(inputs)
+    c = model.encode_condition(*conditions(inputs), is_guided=passes > 1)
+    if passes == 3:
+        text, null = c.chunk(2)
+        c = torch.cat([text, null, null if inputs.get("image_guidance_scale") else text])
     scheduler = copy.deepcopy(model.sample_scheduler)
     scheduler.set_timesteps(inputs.get("num_diffusion_steps", 25))
     shape = (inputs["batch_size"], model.image_encoder.image_dim, *model.image_encoder.image_size)
@@ -190,7 +186,7 @@ def generate(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
     given = list(inputs.get("latents") or [])
     begin, order, first, frame, frames = model.mask_embed.bos_token, None, None, None, []
     for t in range(length):
-        states = video_states(model, frame, t, length, shape, c, passes, begin, cache)
+        states = video_states(model, frame, t, length, shape, c, inputs, begin, cache)
         first = states if t == 0 else first
         states = mix(model.video_encoder, first, states) if t > 0 else states
         if t < len(given):
@@ -199,7 +195,7 @@ def generate(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
             if order is None:
                 num_tokens = sum(inputs["num_preds"])
                 order = draw_order(shape[0], num_tokens, generator, c)
-            frame = generate_frame(model, scheduler, states, order, shape, inputs, passes)
+            frame = generate_frame(model, scheduler, states, order, shape, inputs)
         frames.append(frame)
     return torch.stack(frames, dim=2)
 
@@ -207,6 +203,14 @@ def generate(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
 def conditions(inputs: dict[str, Any]) -> list[Any]:
     """What conditions a model, in the order of its arguments."""
     return [inputs.get(name) for name in ("prompt", "c", "motion_flow", "fps")]
+
+
+def count_passes(inputs: dict[str, Any]) -> int:
+    """One without guidance, three with that of images or with the spatiotemporal one."""
+    if inputs.get("guidance_scale", 1) <= 1:
+        return 1
+    names = ("image_guidance_scale", "spatiotemporal_guidance_scale")
+    return 3 if any(inputs.get(name, 0) > 0 for name in names) else 2
 
 
 def draw_order(batch: int, num_tokens: int, generator: Any, like: Tensor) -> Tensor:
@@ -224,7 +228,7 @@ def video_states(
     length: int,
     shape: tuple[int, ...],
     c: Tensor,
-    passes: int,
+    inputs: dict[str, Any],
     begin: Tensor,
     cache: Cache | None,
 ) -> Tensor:
@@ -242,7 +246,10 @@ def video_states(
         tokens = tokens + model.video_pos_embed.get_space_embed(tokens.device, tokens.dtype)
     else:
         pos = model.video_pos_embed.get_pos(length, 1, hw).chunk(length, dim=1)[t]
-    tokens = torch.cat([tokens] * passes)
+    passes = [tokens] * count_passes(inputs)
+    if len(passes) == 3 and inputs.get("image_guidance_scale"):
+        passes[1] = begin.expand(shape[0], hw[0] * hw[1], -1)  # no picture, and no position
+    tokens = torch.cat(passes)
     return encode(encoder, tokens, c if t == 0 else None, pos=pos, cache=cache)
 
 
@@ -253,9 +260,9 @@ def generate_frame(
     order: Tensor,
     shape: tuple[int, ...],
     inputs: dict[str, Any],
-    passes: int,
 ) -> Tensor:
     """One frame, set by set."""
+    passes = count_passes(inputs)
     encoder = model.image_encoder
     p = encoder.patch_embed.patch_size
     hw = shape[2:]
@@ -279,7 +286,7 @@ def generate_frame(
         known = torch.cat([order[:, :done]] * passes)
         z = encode(encoder, torch.cat([z] * passes), states, prev_ids=known, pos=pos)
         noise = randn_tensor(shape, generator, states.device, states.dtype)
-        patches = denoise(model, scheduler, z, noise, ids, scale, passes, inputs)
+        patches = denoise(model, scheduler, z, noise, ids, scale, inputs)
         chosen = torch.zeros_like(mask).scatter(1, ids, 1)
         x = x + unpatchify(patches * chosen, p, hw)
         mask = mask * (1 - chosen)
@@ -294,34 +301,43 @@ def denoise(
     noise: Tensor,
     ids: Tensor,
     g: float,
-    passes: int,
     inputs: dict[str, Any],
 ) -> Tensor:
     """Patches of the whole frame, of which those at ``ids`` are predictions."""
     p = model.image_decoder.patch_embed.patch_size
     hw = noise.shape[2:]
-    trunc, renorm = inputs.get("guidance_trunc", 0), inputs.get("guidance_renorm", 1)
+    low, high = inputs.get("guidance_interval") or (0, math.inf)
+    low = max(low, inputs.get("guidance_trunc", 0))
     run = copy.copy(scheduler)
     run._step_index = None
     y = noise
     for timestep in scheduler.timesteps:
-        if passes == 2 and trunc and float(timestep) < trunc:
-            passes, z = 1, z.chunk(2)[0]
+        passes = count_passes(inputs) if low <= float(timestep) <= high else 1
         x = torch.cat([y] * passes)
         rows = torch.as_tensor(timestep, device=x.device).expand(len(x))
-        output = diffusion_mlp(model.image_decoder, x, rows, z, torch.cat([ids] * passes))
-        if passes == 2:
-            cond, uncond = output.chunk(2)
-            output = uncond + g * (cond - uncond)
-            if renorm < 1:
-                norms = [
-                    torch.linalg.vector_norm(one, dim=(1, 2), keepdim=True)
-                    for one in (cond, output)
-                ]
-                output = output * (norms[0] / norms[1]).clamp(renorm, 1)
+        many_ids = torch.cat([ids] * passes)
+        output = diffusion_mlp(model.image_decoder, x, rows, z[: len(x)], many_ids)
+        output = guide(output.chunk(passes), g, inputs)
         output = unpatchify(output, p, hw)
         y = run.step(output, timestep, y, generator=inputs.get("generator")).prev_sample
     return patchify(y, p)
+
+
+def guide(passes: Sequence[Tensor], g: float, inputs: dict[str, Any]) -> Tensor:
+    """One prediction from those of all passes, each (B, N, p*p*C)."""
+    if len(passes) == 1:
+        return passes[0]
+    cond, uncond = passes[:2]
+    image = inputs.get("image_guidance_scale", 0)
+    spatiotemporal = inputs.get("spatiotemporal_guidance_scale", 0)
+    guided = uncond + g * (cond - (passes[2] if image else uncond))
+    renorm = inputs.get("guidance_renorm", 1)
+    if renorm < 1:
+        norms = [one.flatten(1).norm(dim=1)[:, None, None] for one in (cond, guided)]
+        guided = guided * (norms[0] / norms[1]).clamp(renorm, 1)
+    if image:
+        return guided + image * (passes[2] - uncond)
+    return guided + spatiotemporal * (cond - passes[-1]) if spatiotemporal else guided
 
 
 # --- training -----------------------------------------------------------------------------------

@@ -26,8 +26,30 @@ def test_image_guidance():
     torch.testing.assert_close(guidance.scale(torch.cat([cond, uncond, image])), expected)
     c = torch.cat([cond, uncond])
     assert torch.equal(guidance.expand_text(c), torch.cat([cond, uncond, uncond]))
-    padding = torch.zeros(5)
-    assert torch.equal(guidance.expand(cond, padding), torch.cat([cond, torch.zeros(2, 5), cond]))
+    assert torch.equal(guidance.scale(torch.cat([cond, image, image])), image + 4 * (cond - image))
+
+
+def test_image_guidance_shows_pass_one_the_padding_and_the_others_the_picture():
+    guidance = GuidanceScaler(guidance_scale=4, image_guidance_scale=2)
+    tokens, padding = torch.randn(2, 3, 5), torch.randn(1, 5)
+    passes = guidance.expand(tokens, padding=padding).chunk(3)
+    assert torch.equal(passes[0], tokens) and torch.equal(passes[2], tokens)
+    assert torch.equal(passes[1], padding.expand(2, 3, 5))
+    assert torch.equal(guidance.expand(tokens), torch.cat([tokens] * 3))
+
+
+@pytest.mark.parametrize(
+    ("weights", "passes"),
+    [
+        ({"guidance_scale": 1, "image_guidance_scale": 2}, 1),
+        ({"guidance_scale": 4}, 2),
+        ({"guidance_scale": 4, "spatiotemporal_guidance_scale": 2}, 3),
+    ],
+)
+def test_without_image_guidance_every_pass_is_shown_the_picture(weights, passes):
+    tokens = torch.randn(2, 3, 5)
+    expanded = GuidanceScaler(**weights).expand(tokens, padding=torch.randn(1, 5))
+    assert torch.equal(expanded, torch.cat([tokens] * passes))
 
 
 def test_spatiotemporal_guidance():
@@ -52,6 +74,30 @@ def test_renormalisation_has_a_floor():
     plain = GuidanceScaler(guidance_scale=50).scale(torch.cat([cond, uncond]))
     guided = GuidanceScaler(guidance_scale=50, guidance_renorm=0.5).scale(torch.cat([cond, uncond]))
     torch.testing.assert_close(guided, 0.5 * plain)
+
+
+@pytest.mark.parametrize("name", ["image_guidance_scale", "spatiotemporal_guidance_scale"])
+def test_renormalisation_leaves_what_the_third_pass_adds(name):
+    cond, uncond, third = torch.randn(3, 2, 6, 4)
+    passes = torch.cat([cond, uncond, third])
+    plain = GuidanceScaler(8, **{name: 3})
+    renormalised = GuidanceScaler(8, guidance_renorm=0.2, **{name: 3})
+    added = 3 * ((third - uncond) if name == "image_guidance_scale" else (cond - third))
+    guided = plain.scale(passes) - added
+    ratio = (cond.flatten(1).norm(dim=1) / guided.flatten(1).norm(dim=1)).clamp(0.2, 1)
+    expected = guided * ratio[:, None, None] + added
+    torch.testing.assert_close(renormalised.scale(passes), expected)
+
+
+@pytest.mark.parametrize(
+    "weights", [{}, {"image_guidance_scale": 2}, {"spatiotemporal_guidance_scale": 2}]
+)
+def test_the_weight_of_the_prompt_may_be_another_at_each_set(weights):
+    passes = torch.randn(3 if weights else 2, 2, 4).flatten(0, 1)
+    at_three = GuidanceScaler(guidance_scale=3, **weights).scale(passes)
+    growing = GuidanceScaler(guidance_scale=5, min_guidance_scale=1, **weights)
+    torch.testing.assert_close(growing.scale(passes, growing.scale_at(0.5)), at_three)
+    assert growing.num_passes == (3 if weights else 2)
 
 
 def test_the_scale_grows_from_its_minimum():

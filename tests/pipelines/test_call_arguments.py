@@ -239,7 +239,7 @@ WRONG = [
 @pytest.mark.parametrize(
     ("kind", "arguments", "words"),
     WRONG,
-    ids=[f"{k}-{list(a)[-1]}-{w[0][:40]}" for k, a, w in WRONG],
+    ids=[f"{i}-{k}-{list(a)[-1]}" for i, (k, a, _) in enumerate(WRONG)],
 )
 def test_wrong_values_are_refused_before_any_work(pipes, kind, arguments, words):
     check_refused(pipes, kind, arguments, words)
@@ -401,7 +401,12 @@ MODEL_INPUTS = [
 ]
 
 
-@pytest.mark.parametrize("wrong", MODEL_INPUTS, ids=lambda wrong: f"{wrong}"[:50])
+def numbered(cases):
+    """Names of cases, which must not show objects."""
+    return [f"{index}-{list(case)[-1]}" for index, case in enumerate(cases)]
+
+
+@pytest.mark.parametrize("wrong", MODEL_INPUTS, ids=numbered(MODEL_INPUTS))
 def test_wrong_inputs_of_a_model_are_refused_before_it_computes(pipes, wrong):
     model = pipes["video"].transformer
     worked = []
@@ -464,7 +469,9 @@ UNUSUAL = [
 
 
 @pytest.mark.parametrize(
-    ("kind", "unusual", "plain"), UNUSUAL, ids=[f"{k}-{u}"[:60] for k, u, _ in UNUSUAL]
+    ("kind", "unusual", "plain"),
+    UNUSUAL,
+    ids=numbered(u for _, u, _ in UNUSUAL),
 )
 def test_right_values_are_taken_in_any_form(pipes, kind, unusual, plain):
     def draw(arguments):

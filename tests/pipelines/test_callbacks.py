@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from tests.pipelines.conftest import make_class_pipeline, make_pipeline, make_video_pipeline
+from tests.tiny import make_model
 
 QUICK = {"num_inference_steps": 3, "num_diffusion_steps": 2, "disable_progress_bar": True}
 PROMPTS = {"text": "a cat", "video": "a cat", "class": 3}
@@ -71,6 +72,13 @@ def test_what_is_returned_and_what_is_edited_goes_on(pipes, kind, way):
     results = [way(pipes[kind], kind, callback) for callback in ways]
     assert all(torch.equal(one, results[0]) for one in results)
     assert not torch.allclose(results[0], plain)
+
+
+def test_edits_go_on_where_a_token_is_a_single_latent():
+    """Frames are then views of their tokens."""
+    pipe = make_pipeline(transformer=make_model(image_stride=16), vae=None)
+    edited, returned, plain = (draw(pipe, "text", one) for one in (edit_alone, return_new, None))
+    assert torch.equal(edited, returned) and not torch.allclose(edited, plain)
 
 
 def test_changed_tokens_are_what_later_sets_and_frames_are_drawn_from(pipes):

@@ -1,7 +1,7 @@
 """Half precision, components of different dtypes and autocast: each draws, close to float32.
 
 Distances are mean absolute differences over the standard deviation in float32, about 1 for another
-seed. Measured are 0.017 where float16 is the coarsest dtype and 0.053 where bfloat16 is. The order
+seed. Measured are 0.003 where float16 is the coarsest dtype and 0.025 where bfloat16 is. The order
 of prediction is drawn in the model's dtype, so that rounding may change it: not for these seeds.
 """
 
@@ -105,7 +105,7 @@ def given_options(option):
 def check_close(found, expected, dtypes):
     assert torch.isfinite(found).all() and found.shape == expected.shape
     distance = (found.float() - expected).abs().mean() / expected.std()
-    assert distance < (0.1 if BF16 in dtypes else 0.04)
+    assert distance < (0.06 if BF16 in dtypes else 0.01)
 
 
 @pytest.mark.parametrize("dtypes", MIXES, ids=name_of)

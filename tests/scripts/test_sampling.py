@@ -170,7 +170,7 @@ def test_vae_batch_size_is_handed_on(metadata, tmp_path, monkeypatch):
         sizes.append((len(latents), vae_batch_size))
         return decode(vae, latents, vae_batch_size)
 
-    monkeypatch.setattr(VaeImageProcessor, "decode_latents", record)
+    monkeypatch.setattr(VaeImageProcessor, "decode_latents", staticmethod(record))
     draw_geneval(metadata, tmp_path, *GROUPS, "--vae_batch_size", "3")
     assert sizes == [(4, 3), (4, 3), (2, 3)]
 

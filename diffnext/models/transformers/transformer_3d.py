@@ -114,7 +114,7 @@ class Transformer3DModel(nn.Module):
                 ``fps``. In training also ``x``, scaled latents (B, C, h, w) or (B, C, T, h, w),
                 and, in place of the attributes, ``noise_scheduler`` and ``loss_repeat``; other
                 features of a batch are left alone. Else what
-                :meth:`diffnext.pipelines.nova.sampling.GenerationRequest.of_inputs` takes.
+                :func:`diffnext.pipelines.nova.sampling.draw_inputs` takes.
 
                 In place of all these a function without arguments, which is run: what uses the
                 weights outside of a training step is called this way, so that the hooks of

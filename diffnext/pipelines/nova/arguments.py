@@ -25,6 +25,7 @@ from diffnext.utils.arguments import (
     Listed,
     Positive,
     build_checked,
+    take_checked,
 )
 
 __all__ = ["CallArguments", "takes"]
@@ -56,7 +57,7 @@ class CallArguments(GuidanceScaler):
         num_frames: Frames of the whole video, in place of ``max_latent_length``.
         flow_shift: Timestep shift of a flow-matching scheduler. It holds for later calls of this
             pipeline in the same thread too, until another is given; None keeps the last, at first
-            the scheduler's own. The scheduler itself stays as it is.
+            the scheduler's own. The scheduler itself stays as it is; a stream's shift is its own.
         motion_flow: Motion strength of videos.
         fps: Frames per second that the motion is measured at; 12 when None.
         negative_prompt: What to avoid with guidance, one for all or one per prompt; None is the
@@ -76,7 +77,8 @@ class CallArguments(GuidanceScaler):
         num_images_per_prompt: Samples of each prompt.
         generator: Source of randomness; a list gives each sample its own, so that its result does
             not depend on its neighbours.
-        prompt_embeds: Text states instead of prompts: a list of (k, D) or a (B, k, D) tensor.
+        prompt_embeds: Text states instead of prompts: a list of (k, D), or an array or tensor
+            (B, k, D).
         negative_prompt_embeds: The same for the negative prompts.
         height: Checked against the model, which makes one size.
         width: The same.
@@ -84,10 +86,11 @@ class CallArguments(GuidanceScaler):
         output_type: "pil", "np" (uint8), "pt" (-1 to 1) or "latent", (B, C, T, h, w).
         vae_batch_size: Samples decoded at once.
         callback_on_step_end: Called as ``callback(pipe, step, frame, callback_kwargs)`` behind
-            each set of tokens, with the latent frame's index in place of a timestep. Where tokens
-            are predicted already, the drawing goes on with the ``latents`` that it returns, or
-            else with those it was given, which it may edit. Setting ``pipe._interrupt`` ends this
-            drawing, a video with its last whole frame.
+            each set of tokens; ``step`` counts the sets of all frames, given ones included, and
+            the latent frame's index is in place of a timestep. Where tokens are predicted already,
+            the drawing goes on with the ``latents`` in the dict that it returns, or else with
+            those it was given, which it may edit. Setting ``pipe._interrupt`` ends this drawing,
+            a video with its last whole frame.
         callback_on_step_end_tensor_inputs: What ``callback_kwargs`` holds: "latents", the frame
             being filled, (B, C, h, w).
         return_dict: Whether to name the result; else it is alone in a tuple.
@@ -126,9 +129,7 @@ class CallArguments(GuidanceScaler):
     @property
     def guidance(self) -> GuidanceScaler:
         """The weights of guidance alone."""
-        return GuidanceScaler(
-            **{one.name: getattr(self, one.name) for one in fields(GuidanceScaler)}
-        )
+        return take_checked(GuidanceScaler, dict(vars(self)))
 
 
 def takes(

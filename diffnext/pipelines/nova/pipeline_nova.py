@@ -62,13 +62,14 @@ class NOVAPipeline(GenerationPipeline, TextComponents):
 
     @takes(*POSITIONAL)
     def __call__(self, arguments: CallArguments) -> NOVAPipelineOutput | tuple[Any]:
-        """Draw; :class:`~diffnext.pipelines.nova.arguments.CallArguments` says with what.
+        """Draw pictures or videos of prompts.
 
         Returns:
             ``images`` for pictures, ``frames`` for videos and for latents.
 
         Raises:
-            ValueError: If arguments contradict each other or the model.
+            TypeError: If an argument is of another kind, or only other pipelines have it.
+            ValueError: If an argument is wrong, or does not fit the others or the model.
         """
         return self.draw(arguments)
 

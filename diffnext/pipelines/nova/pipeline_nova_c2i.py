@@ -48,13 +48,14 @@ class NOVAC2IPipeline(GenerationPipeline, ClassComponents):
 
     @takes(*POSITIONAL, without=TEXT_ONLY)
     def __call__(self, arguments: CallArguments) -> NOVAPipelineOutput | tuple[Any]:
-        """Draw; :class:`~diffnext.pipelines.nova.arguments.CallArguments` says with what.
+        """Draw pictures of classes.
 
         Returns:
             ``images``; as latents (B, C, 1, h, w).
 
         Raises:
-            ValueError: If arguments contradict each other or the model.
+            TypeError: If an argument is of another kind, or only other pipelines have it.
+            ValueError: If an argument is wrong, or does not fit the others or the model.
         """
         return self.draw(arguments)
 
