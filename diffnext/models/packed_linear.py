@@ -31,8 +31,9 @@ class PackedLinear(nn.Linear):
         self.weight = linear.weight
         self.bias = linear.bias
         self.training = linear.training
-        # The weight that was packed, its address and version, and the copy.
-        self._packed: tuple[Tensor, tuple[int, int], Tensor] | None = None
+        # What was packed, which is kept so that nothing else can come to its address, its version,
+        # and the copy.
+        self._packed: tuple[Tensor, int, Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., in_features) to (..., out_features)."""
@@ -56,13 +57,14 @@ class PackedLinear(nn.Linear):
         )
 
     def _pack(self) -> Tensor:
-        weight = self.weight
-        state = (weight.data_ptr(), weight._version)
+        weight = self.weight.detach()
         last = self._packed  # read once: other threads may replace it
-        if last is not None and last[0] is weight and last[1] == state:
-            return last[2]
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
-        self._packed = (weight, state, packed)
+        if last is not None and last[0].data_ptr() == weight.data_ptr():
+            if last[1] == weight._version:
+                return last[2]
+        version = weight._version
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight, None)
+        self._packed = (weight, version, packed)
         return packed
 
 
