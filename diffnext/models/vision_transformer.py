@@ -125,8 +125,11 @@ class Attention(nn.Module):
             (B, L, D), or (B, n, D).
         """
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, L, d) each
-        if pe_func is not None:
+        qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, B, H, L, d)
+        q, k, v = qkv
+        if isinstance(pe_func, RotationTables):
+            q, k = pe_func(qkv[:2])  # both at once
+        elif pe_func is not None:
             q, k = pe_func(q), pe_func(k)
         if cache is not None:
             k, v = cache.append(k, v)
