@@ -7,6 +7,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from diffnext.models.text_encoders.encoding import encode_texts
+from diffnext.models.text_encoders.phi import apply_rotary_emb, apply_rotary_emb_torch
 from tests.pipelines.conftest import make_text_encoder, make_tokenizer
 
 TEXTS = ["a cat on the mat", "red dog", "", "the red red red dog on the cat"]
@@ -88,3 +89,15 @@ def test_fake_tensors_leave_no_trace(tokenizer, encoder):
     with FakeTensorMode(allow_non_fake_inputs=True):
         encode(tokenizer, encoder)
     assert_equal(encode(tokenizer, encoder), states)
+
+
+def test_both_forms_of_rotation_agree():
+    q, k = torch.randn(2, 1, 3, 5, 8).unbind(0)  # (B, H, S, r)
+    angles = torch.randn(5, 4)
+    cos, sin = angles.cos(), angles.sin()
+    pair = apply_rotary_emb(q, k, cos.repeat(1, 2)[None], sin.repeat(1, 2)[None])
+    for x, expected in zip((q, k), pair, strict=True):
+        wider = torch.cat([x.transpose(1, 2), torch.ones(1, 5, 3, 2)], dim=-1)
+        result = apply_rotary_emb_torch(wider, cos, sin)
+        torch.testing.assert_close(result[..., :8].transpose(1, 2), expected)
+        assert (result[..., 8:] == 1).all()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PhiConfig, PhiModel, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
@@ -37,8 +38,30 @@ __all__ = [
 
 # Names of the original for what transformers does; it picks attention kernels by itself.
 PhiFlashAttention2 = PhiAttention
-apply_rotary_emb = apply_rotary_pos_emb
-apply_rotary_emb_torch = apply_rotary_pos_emb
+
+
+def apply_rotary_emb(*inputs: Tensor) -> Any:
+    """Rotate by position, half-split, in either of two forms.
+
+    Args:
+        *inputs: Queries and keys (B, H, S, r), cosines and sines (B, S, r), as transformers has
+            them; or one tensor (B, S, H, d) with cosines and sines (S, r / 2), whose channels
+            behind the first r stay as they are.
+
+    Returns:
+        The rotated queries and keys, or the rotated tensor.
+
+    Source: RoFormer, arXiv:2104.09864.
+    """
+    if len(inputs) == 4:
+        return apply_rotary_pos_emb(*inputs)
+    x, *tables = inputs
+    cos, sin = (torch.cat([table, table], dim=-1).unsqueeze(-2) for table in tables)  # (S, 1, r)
+    turned, rest = x[..., : cos.size(-1)], x[..., cos.size(-1) :]
+    return torch.cat([turned * cos + rotate_half(turned) * sin, rest], dim=-1)
+
+
+apply_rotary_emb_torch = apply_rotary_emb
 
 
 class PhiPreTrainedModel(PreTrainedModel):
