@@ -35,9 +35,9 @@ FAULTS = {
         "return grid.flatten(0, 2).roll(1, dims=0).unsqueeze(0)",
     ),
     "prompts of a batch are swapped": (
-        "models/embeddings.py",
-        "in zip(output, states, strict=True)",
-        "in zip(output, states[::-1], strict=True)",
+        "models/text_encoders/encoding.py",
+        "    return [found[text] for text in texts]\n",
+        "    return [found[text] for text in texts[::-1]]\n",
     ),
     "hidden tokens have no vector": (
         "models/embeddings.py",
@@ -45,9 +45,9 @@ FAULTS = {
         "return self.bos_token, self.mask_token * 0",
     ),
     "timesteps in the wrong order": (
-        "models/transformers/transformer_3d.py",
-        "scheduler.timesteps, values, table, updates, strict=True",
-        "scheduler.timesteps, values, table.flip(0), updates, strict=True",
+        "pipelines/nova/sampling.py",
+        "rows = table.unsqueeze(1).unbind(0)",
+        "rows = table.flip(0).unsqueeze(1).unbind(0)",
     ),
 }
 
