@@ -59,7 +59,7 @@ class AttentionMask(Protocol):
 
 @dataclass(frozen=True)
 class PaddingMask:
-    """Keys behind the real ones are hidden, so that lengths may be padded to few.
+    """Hides the padding after the real keys, so that few different lengths occur.
 
     Attributes:
         visible: Which keys are real, (1, L).
@@ -69,7 +69,7 @@ class PaddingMask:
 
     @classmethod
     def of_length(cls, length: int, padding: int, device: torch.device) -> PaddingMask:
-        """So many real keys and as many behind them."""
+        """The mask of ``length`` real keys followed by ``padding`` others."""
         return cls(torch.arange(length + padding, device=device)[None] < length)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

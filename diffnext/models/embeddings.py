@@ -91,7 +91,7 @@ class RotationTables:
         return RotationTables(self.cos.to(dtype), self.sin.to(dtype))
 
     def pad(self, num_tokens: int) -> RotationTables:
-        """The same factors, and some behind them for tokens that do not count."""
+        """The same factors, followed by zeros for ``num_tokens`` tokens of padding."""
         return RotationTables(
             *(F.pad(table, (0, 0, 0, num_tokens)) for table in (self.cos, self.sin))
         )

@@ -49,7 +49,7 @@ _EVALUATED_LOCK = threading.Lock()
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Have a model in evaluation mode; behind the last of several threads all is as it was."""
+    """Evaluation mode inside; the last of several threads restores the mode of every part."""
     with _EVALUATED_LOCK:
         count, training = _EVALUATED.get(model, (0, []))
         if count == 0:

@@ -30,7 +30,7 @@ class _ProjectedNorm(nn.Module):
         self.activation = nn.SiLU()
 
     def statistics(self, activated: Tensor) -> tuple[Tensor, ...]:
-        """Scale, shift and others of a condition behind its activation, (..., D) each."""
+        """Scale, shift and others of a condition after its activation, (..., D) each."""
         return self.proj(self.lora(activated)).chunk(self.num_stats, dim=-1)
 
 

@@ -46,7 +46,7 @@ def apply_rotary_emb(*inputs: Tensor) -> Any:
     Args:
         *inputs: Queries and keys (B, H, S, r), cosines and sines (B, S, r), as transformers has
             them; or one tensor (B, S, H, d) with cosines and sines (S, r / 2), whose channels
-            behind the first r stay as they are.
+            after the first r stay as they are.
 
     Returns:
         The rotated queries and keys, or the rotated tensor.

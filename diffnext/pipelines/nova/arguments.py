@@ -85,7 +85,7 @@ class CallArguments(GuidanceScaler):
         disable_progress_bar: Whether to be silent.
         output_type: "pil", "np" (uint8), "pt" (-1 to 1) or "latent", (B, C, T, h, w).
         vae_batch_size: Samples decoded at once.
-        callback_on_step_end: Called as ``callback(pipe, step, frame, callback_kwargs)`` behind
+        callback_on_step_end: Called as ``callback(pipe, step, frame, callback_kwargs)`` after
             each set of tokens; ``step`` counts the sets of all frames, given ones included, and
             the latent frame's index is in place of a timestep. Where tokens are predicted already,
             the drawing goes on with the ``latents`` in the dict that it returns, or else with

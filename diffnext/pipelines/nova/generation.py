@@ -100,7 +100,7 @@ class PipelineRun(GenerationRun):
         self.num_sets = num_sets
 
     def _call_back(self, frame: int, step: int, latents: Tensor) -> Tensor:
-        """Show the user a frame, (B, C, h, w); returns what is to be gone on with."""
+        """Show the user a frame, (B, C, h, w); returns the frame to continue with."""
         given = {"latents": latents} if "latents" in self.tensor_inputs else {}
         token = _CALLING_BACK.set(self)
         try:
@@ -226,7 +226,7 @@ class GenerationPipeline(CogVideoXLoraLoaderMixin, PipelineMixin, DiffusionPipel
         if isinstance(getattr(calling and calling.transformer, "_hf_hook", None), CpuOffload):
             raise RuntimeError(
                 "a callback cannot draw while whole models are offloaded, as the drawing that "
-                "calls it needs its own: draw behind it, or use enable_sequential_cpu_offload"
+                "calls it needs its own: draw after it, or use enable_sequential_cpu_offload"
             )
         parts = self.components.values()
         is_offloaded = hasattr(self, "_offload_device") or any(

@@ -125,15 +125,15 @@ class GenerationRun:
     Args:
         scheduler: The drawing's copy of a scheduler.
         generator: Source of every draw; a list gives each sample its own.
-        on_step: Called as ``on_step(frame, step, latents)`` behind every set of tokens, with the
+        on_step: Called as ``on_step(frame, step, latents)`` after every set of tokens, with the
             frame as far as it is filled, (B, C, h, w), and zeros where nothing is predicted yet.
-            What it returns is gone on with, where tokens are predicted.
+            The drawing continues with what it returns, where tokens are predicted.
         show_frames: Whether to draw a progress bar over frames.
         show_sets: Whether to draw a progress bar over the sets of a frame.
         bar_options: Arguments of the bars, as of tqdm.
 
     Attributes:
-        is_stopped: Whether to stop behind the current set; a video then ends with its last whole
+        is_stopped: Whether to stop after the current set; a video then ends with its last whole
             frame, and a first frame stays as far as it is filled.
         order: Order of prediction, (B, N, 1) token ids; drawn at the first drawn frame.
         cache: Keys and values of earlier frames.
@@ -208,7 +208,7 @@ def generate_frames(
 
     Args:
         model: The networks. Whatever uses their weights is a call of the model, so that the hooks
-            of offloading and sharding see it; its mode is put back behind every call.
+            of offloading and sharding see it; its mode is restored after every call.
         request: What to draw.
         run: Follows the drawing; not to be used again.
 
