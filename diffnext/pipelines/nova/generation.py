@@ -214,7 +214,7 @@ class GenerationPipeline(CogVideoXLoraLoaderMixin, PipelineMixin, DiffusionPipel
     # Drawing
 
     @contextmanager
-    def _turn(self) -> Iterator[None]:
+    def _turn(self, transformer: NOVATransformer3DModel | None) -> Iterator[None]:
         """Lets one call at a time use weights that hooks move; all others need not wait.
 
         Autocast is off inside for a model in half precision.
@@ -234,7 +234,7 @@ class GenerationPipeline(CogVideoXLoraLoaderMixin, PipelineMixin, DiffusionPipel
         )
         with (
             _OFFLOADING if is_offloaded else nullcontext(),
-            nullcontext() if self.transformer is None else own_precision(self.transformer),
+            nullcontext() if transformer is None else own_precision(transformer),
         ):
             yield
 
@@ -246,7 +246,7 @@ class GenerationPipeline(CogVideoXLoraLoaderMixin, PipelineMixin, DiffusionPipel
             ValueError: If arguments contradict each other or the model.
         """
         scheduler = self.scheduler
-        with self._turn():
+        with self._turn(self.transformer):
             try:
                 frames, run = self.prepare(arguments)
                 done = list(self._followed(frames, run))
@@ -274,7 +274,7 @@ class GenerationPipeline(CogVideoXLoraLoaderMixin, PipelineMixin, DiffusionPipel
         Raises:
             ValueError: If arguments contradict each other or the model.
         """
-        with self._turn():
+        with self._turn(self.transformer):
             frames, run = self.prepare(arguments)
         return self._pieces(arguments, frames, run)
 
@@ -287,7 +287,7 @@ class GenerationPipeline(CogVideoXLoraLoaderMixin, PipelineMixin, DiffusionPipel
         try:
             with closing(self._followed(frames, run)) as followed:
                 for index in range(len(tiles)):
-                    with self._turn():
+                    with self._turn(run.transformer):
                         held.extend(islice(followed, tiles[index].end - len(held)))
                         if run.is_stopped:
                             tiles = latent_tiles(run.vae, len(held), is_cut=True)[: len(tiles)]
@@ -296,7 +296,7 @@ class GenerationPipeline(CogVideoXLoraLoaderMixin, PipelineMixin, DiffusionPipel
                         piece = self._present(held, tiles[index], arguments, run.vae)
                     yield piece
         finally:
-            with self._turn():
+            with self._turn(run.transformer):
                 self.maybe_free_model_hooks()
 
     @staticmethod
