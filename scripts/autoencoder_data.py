@@ -12,17 +12,20 @@ import functools
 import glob
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import imageio.v2 as imageio
 import numpy as np
 import torch
 from PIL import Image
+from pydantic import AfterValidator
 from torch import Tensor
 
-from diffnext.utils.config_schema import key
-from diffnext.utils.omegaconf_utils import ConfigError
+from diffnext.config.schema import Count, Natural, Positive, Section, Share, key, not_empty
+from diffnext.config.targets import ConfigError
 from shapes_world.rendering import render_clip, render_scene
 from shapes_world.scenes import (
     CATEGORIES,
@@ -37,45 +40,30 @@ from shapes_world.scenes import (
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 TRAINING, EVALUATION, MEASUREMENT = range(3)  # independent streams of random crops
 
+Counts = Annotated[tuple[Count, ...], AfterValidator(not_empty), "list of int >= 1"]
+Paths = Annotated[tuple[str, ...], "list of str"]
 
-@dataclass
-class DataSettings:
+
+@dataclass(frozen=True, kw_only=True)
+class DataSettings(Section):
     """Where pictures and clips come from and how they are cropped."""
 
-    images: list[str] = key("Files, folders or glob patterns of pictures.", [])
-    videos: list[str] = key("Video files.", [])
-    frame_stride: int = key(
+    images: Paths = key("Files, folders or glob patterns of pictures.", ())
+    videos: Paths = key("Video files.", ())
+    frame_stride: Count = key(
         "Use every n-th frame of the videos; clips draw a stride of at most this, as fits.", 8
     )
-    hold_out_every: int = key(
+    hold_out_every: Natural = key(
         "Keep every n-th picture or frame for evaluation; for clips the last n-th part of every "
         "video. 0 evaluates on training pictures.",
         0,
     )
-    crop_sizes: list[int] = key("Sizes of the crops in pixels; each batch has one of them.", [64])
-    max_zoom_out: float = key("A crop shows at most this many times its own size, reduced.", 8.0)
-    shapes_fraction: float = key("Share of drawn shapes on plain backgrounds, 0 to 1.", 0.0)
-    clip_lengths: list[int] = key(
-        "Frames of the clips of a video autoencoder; each batch has one of them.", [1]
+    crop_sizes: Counts = key("Sizes of the crops in pixels; each batch has one of them.", (64,))
+    max_zoom_out: Positive = key("A crop shows at most this many times its own size, reduced.", 8.0)
+    shapes_fraction: Share = key("Share of drawn shapes on plain backgrounds.", 0.0)
+    clip_lengths: Counts = key(
+        "Frames of the clips of a video autoencoder; each batch has one of them.", (1,)
     )
-
-
-def check_data(data: DataSettings) -> None:
-    """Check what the types cannot say.
-
-    Raises:
-        ConfigError: If a value is impossible.
-    """
-    if not 0 <= data.shapes_fraction <= 1:
-        raise ConfigError(f"data.shapes_fraction must be 0 to 1, got {data.shapes_fraction}")
-    if not (data.images or data.videos) and data.shapes_fraction < 1:
-        raise ConfigError("data needs images or videos, or shapes_fraction=1")
-    for name in ("crop_sizes", "clip_lengths"):
-        values = getattr(data, name)
-        if not values or min(values) < 1:
-            raise ConfigError(f"data.{name} must be positive, got {values}")
-    if data.frame_stride < 1:
-        raise ConfigError(f"data.frame_stride must be positive, got {data.frame_stride}")
 
 
 # --- shapes -------------------------------------------------------------------------------------
@@ -102,7 +90,7 @@ def frame_times(num_frames: int) -> list[float]:
 # --- files --------------------------------------------------------------------------------------
 
 
-def find_images(patterns: list[str]) -> list[Path]:
+def find_images(patterns: Sequence[str]) -> list[Path]:
     """Expand files, folders and glob patterns.
 
     Raises:
@@ -366,8 +354,9 @@ class ClipSampler:
         longest, shortest = max(self.settings.clip_lengths), min(len(training), len(held_out))
         if shortest < longest:
             raise ConfigError(
-                f"data.clip_lengths={self.settings.clip_lengths} ask for {longest} frames, but "
-                f"data.hold_out_every={every} leaves {shortest} of {path} to train or evaluate on"
+                f"data.clip_lengths={list(self.settings.clip_lengths)} ask for {longest} frames, "
+                f"but data.hold_out_every={every} leaves {shortest} of {path} to train or evaluate "
+                "on"
             )
         return training, held_out
 

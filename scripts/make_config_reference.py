@@ -3,8 +3,8 @@
     python scripts/make_config_reference.py          # writes the page
     python scripts/make_config_reference.py --check  # exit code 1 if the page is out of date
 
-Keys, types, defaults and meanings are those of diffnext/utils/config_schema.py; the last columns
-are what two files in configs/ set.
+Keys, types, defaults and meanings are those of diffnext/config/schema.py; the last columns are what
+two files in configs/ set.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from diffnext.utils.config_schema import SchemaKey, TrainConfig, iterate_schema
+from diffnext.config.schema import KEEP, SchemaKey, TrainConfig, iterate_schema
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "configuration.md"
@@ -50,13 +50,21 @@ python scripts/train.py config=configs/nova_shapes_t2i.yaml \\
 | `${other.key}` | the value of another key |
 | `${eval:'1e-4*8'}` | arithmetic; `+ - * / // % **`, comparisons, `min max round int float` |
 
-Everything is checked before anything is loaded: an unknown key, a value of another type, and values
-that contradict each other, the base folder or the records are one line that names the key. A
-`target:` names any class to import, so use only configurations that you trust.
-`python scripts/train.py --help` prints the keys below.
+Everything is checked before anything is loaded, and all that is wrong is printed at once: each
+unknown key, value of another type or beyond its limits, and values that contradict each other, the
+base folder or the records, in a line that begins with `error:` and names the key. The exit code is
+2 then. `python scripts/train.py --help` prints the keys below.
 
-`?` in a type marks keys that may be null. T2I and T2V are what `nova_d48w1024_sdxl1024.yaml` and
-`nova_d48w1024_osp480.yaml` in `configs/` set.
+## What is trusted
+
+A configuration names classes by dotted path (`target:`), and importing a class can run anything:
+use only configurations that you trust. Nothing else that a run reads runs code (the base folder,
+checkpoints, the dataset), unless `trust_remote_code=true`: then the Python files of the base folder
+are run.
+
+T2I and T2V below are what `nova_d48w1024_sdxl1024.yaml` and `nova_d48w1024_osp480.yaml` in
+`configs/` set. "The base folder's" is the default of keys that are laid over its files: there, null
+is a value of its own.
 """
 
 
@@ -105,19 +113,12 @@ def _table(title: str, summary: str, keys: Sequence[SchemaKey], configs: list[Di
     lines += ["| Key | Type | Default | Meaning | T2I | T2V |", "|---|---|---|---|---|---|"]
     for item in keys:
         default = "required" if item.required else _code(item.default)
+        if item.default is KEEP:
+            default = str(KEEP)
         shipped = [_shipped(config, item.path) for config in configs]
-        cells = [f"`{item.path.rpartition('.')[2]}`", _type(item.type_name), default, item.meaning]
+        cells = [f"`{item.path.rpartition('.')[2]}`", item.type_name, default, item.meaning]
         lines.append("| " + " | ".join(_escape(cell) for cell in [*cells, *shipped]) + " |")
     return "\n".join(lines) + "\n"
-
-
-def _type(name: str) -> str:
-    """A type as YAML writers think of it: ``str | None`` is ``str?``."""
-    if name.startswith("Literal["):
-        return " or ".join(name[len("Literal[") : -1].replace("'", "").split(", "))
-    words = [word.strip() for word in name.split("|")]
-    kinds = [word for word in words if word != "None"]
-    return " or ".join(kinds) + ("?" if "None" in words else "")
 
 
 def _shipped(config: DictConfig, path: str) -> str:
@@ -143,7 +144,7 @@ def _plain(value: Any) -> str:
         return "null"
     if isinstance(value, bool):
         return str(value).lower()
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return f"[{', '.join(map(_plain, value))}]"
     return '""' if value == "" else str(value)
 

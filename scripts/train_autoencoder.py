@@ -21,15 +21,14 @@ import os
 import shutil
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Literal
 
 import torch
 from diffusers.models.resnet import ResnetBlock2D
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from PIL import Image
+from pydantic import AfterValidator, BeforeValidator
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -41,16 +40,26 @@ from autoencoder_data import (
     ClipSampler,
     CropSampler,
     DataSettings,
-    check_data,
 )
+from diffnext.config.load import parse, read_config
+from diffnext.config.schema import (
+    USAGE,
+    Count,
+    Natural,
+    NotNegative,
+    Positive,
+    Section,
+    describe_schema,
+    key,
+    precision_name,
+)
+from diffnext.config.targets import ConfigError
 from diffnext.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffnext.models.autoencoders.autoencoder_kl_opensora import (
     AutoencoderKLOpenSora,
     FrameAttention,
     ResBlock,
 )
-from diffnext.utils.config_schema import describe_schema, key
-from diffnext.utils.omegaconf_utils import USAGE, ConfigError, get_config
 
 MODEL_CLASSES = {cls.__name__: cls for cls in (AutoencoderKL, AutoencoderKLOpenSora)}
 FIRST_LOG_VARIANCE = -6.0
@@ -61,71 +70,78 @@ Autoencoder = AutoencoderKL | AutoencoderKLOpenSora
 # --- settings -----------------------------------------------------------------------------------
 
 
-def section(meaning: str, settings: type) -> Any:
-    """Declare a group of keys."""
-    return field(default_factory=settings, metadata={"meaning": meaning})
+def _torch_type(name: str) -> str:
+    if not isinstance(getattr(torch, name, None), torch.dtype):
+        raise ValueError("must name a torch type")
+    return name
 
 
-@dataclass
-class LossSettings:
+TorchType = Annotated[str, AfterValidator(_torch_type), "torch type"]
+Precision = Annotated[Literal["no", "bf16"], BeforeValidator(precision_name), "no or bf16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossSettings(Section):
     """Weights of the terms, all means over elements."""
 
-    l1: float = key("Absolute error of pixels.", 1.0)
-    mse: float = key("Squared error of pixels.", 1.0)
-    gradient: float = key("Absolute error of the differences between neighbours.", 0.5)
-    kl: float = key("Divergence of the posterior from the unit normal.", 0.01)
-    alignment: float = key("Squared distance from the latents of align_with.", 1.0)
+    l1: NotNegative = key("Absolute error of pixels.", 1.0)
+    mse: NotNegative = key("Squared error of pixels.", 1.0)
+    gradient: NotNegative = key("Absolute error of the differences between neighbours.", 0.5)
+    kl: NotNegative = key("Divergence of the posterior from the unit normal.", 0.01)
+    alignment: NotNegative = key("Squared distance from the latents of align_with.", 1.0)
 
 
-@dataclass
-class OptimizerSettings:
+@dataclass(frozen=True, kw_only=True)
+class OptimizerSettings(Section):
     """AdamW with a linear warm-up and a cosine decay to zero."""
 
-    learning_rate: float = key("Peak learning rate.", 1e-3)
-    weight_decay: float = key("Decoupled weight decay.", 0.0)
-    warmup_steps: int = key("Steps of the warm-up.", 100)
-    max_grad_norm: float = key("Clip the gradient norm to this.", 1.0)
+    learning_rate: Positive = key("Peak learning rate.", 1e-3)
+    weight_decay: NotNegative = key("Decoupled weight decay.", 0.0)
+    warmup_steps: Natural = key("Steps of the warm-up.", 100)
+    max_grad_norm: Positive = key("Clip the gradient norm to this.", 1.0)
 
 
-@dataclass
-class TrainingSettings:
+@dataclass(frozen=True, kw_only=True)
+class TrainingSettings(Section):
     """The training loop."""
 
-    part: str = key(
+    part: Literal["all", "decoder"] = key(
         "all, or decoder: the encoder stays as init_from has it, so that latents stay valid; "
         "the loss is that of the pixels.",
         "all",
     )
-    decoder_noise: float = key("Noise on the latents when part=decoder, standard deviation.", 0.1)
-    steps: int = key("Steps of the whole run.", 1000)
-    batch_size: int = key(
+    decoder_noise: NotNegative = key(
+        "Noise on the latents when part=decoder, standard deviation.", 0.1
+    )
+    steps: Count = key("Steps of the whole run.", 1000)
+    batch_size: Count = key(
         "Pictures, or shortest clips, per batch of the smallest crops; fewer of larger ones.", 8
     )
-    seed: int = key("Seed of weights, crops and posterior samples.", 0)
+    seed: Natural = key("Seed of weights, crops and posterior samples.", 0)
     device: str = key("Where to train: cpu, cuda, cuda:1.", "cpu")
-    mixed_precision: str | bool = key(
+    mixed_precision: Precision = key(
         "no, or bf16: convolutions in bfloat16, twice as fast where processors know it.", "no"
     )
-    save_every: int = key("Steps between two saved states.", 500)
-    evaluate_every: int = key("Steps between two evaluations on held-out crops.", 250)
+    save_every: Count = key("Steps between two saved states.", 500)
+    evaluate_every: Count = key("Steps between two evaluations on held-out crops.", 250)
     resume: bool = key("Continue from the state in output_dir, if there is one.", True)
 
 
-@dataclass
-class ExportSettings:
+@dataclass(frozen=True, kw_only=True)
+class ExportSettings(Section):
     """How the fitted model is written."""
 
-    dtype: str = key("Type of the written weights.", "float16")
+    dtype: TorchType = key("Type of the written weights.", "float16")
     whiten: bool = key("Bring every latent channel to mean 0 and the same variance.", True)
-    posterior_scale: float = key(
+    posterior_scale: Positive = key(
         "Times the posterior's standard deviation: less noise to learn for who trains on latents.",
         1.0,
     )
-    measured_batches: int = key("Batches on which latents are measured.", 64)
+    measured_batches: Count = key("Batches on which latents are measured.", 64)
 
 
-@dataclass
-class Settings:
+@dataclass(frozen=True, kw_only=True)
+class Settings(Section):
     """Everything one run needs."""
 
     config: str = key("YAML file that the other arguments override.")
@@ -139,40 +155,26 @@ class Settings:
         "that a generator for those can work with these; then latents are not standardized.",
         None,
     )
-    model_class: str = key("AutoencoderKL, or AutoencoderKLOpenSora for clips.", "AutoencoderKL")
+    model_class: Literal["AutoencoderKL", "AutoencoderKLOpenSora"] = key(
+        "AutoencoderKL, or AutoencoderKLOpenSora for clips.", "AutoencoderKL"
+    )
     model: dict = key("Arguments of the model class; ignored with init_from of the same class.", {})
-    data: DataSettings = section("Pictures and clips.", DataSettings)
-    loss: LossSettings = section("Loss.", LossSettings)
-    optimizer: OptimizerSettings = section("Optimizer.", OptimizerSettings)
-    training: TrainingSettings = section("Loop.", TrainingSettings)
-    export: ExportSettings = section("Export.", ExportSettings)
+    data: DataSettings = key("Pictures and clips.", DataSettings)
+    loss: LossSettings = key("Loss.", LossSettings)
+    optimizer: OptimizerSettings = key("Optimizer.", OptimizerSettings)
+    training: TrainingSettings = key("Loop.", TrainingSettings)
+    export: ExportSettings = key("Export.", ExportSettings)
 
     def __post_init__(self) -> None:
-        """Check what the types cannot say."""
-        check_data(self.data)
-        if self.model_class not in MODEL_CLASSES:
-            raise ConfigError(
-                f"model_class must be one of {sorted(MODEL_CLASSES)}, got {self.model_class}"
-            )
-        if not self.is_video and self.data.clip_lengths != [1]:
-            raise ConfigError(
+        if not (self.data.images or self.data.videos) and self.data.shapes_fraction < 1:
+            raise ValueError("data needs images or videos, or shapes_fraction=1")
+        if not self.is_video and self.data.clip_lengths != (1,):
+            raise ValueError(
                 f"data.clip_lengths must be [1] for an {self.model_class}, "
-                f"got {self.data.clip_lengths}"
+                f"got {list(self.data.clip_lengths)}"
             )
-        if not self.export.posterior_scale > 0:
-            raise ConfigError(
-                f"export.posterior_scale must be above 0, got {self.export.posterior_scale}"
-            )
-        if self.training.part not in ("all", "decoder"):
-            raise ConfigError(f"training.part must be all or decoder, got {self.training.part}")
         if self.is_decoder_only and not self.init_from:
-            raise ConfigError("training.part=decoder needs init_from: it fits to given latents")
-        if self.training.mixed_precision not in (False, "no", "bf16"):  # YAML reads no as false
-            raise ConfigError(
-                f"training.mixed_precision must be no or bf16, got {self.training.mixed_precision}"
-            )
-        if not isinstance(getattr(torch, self.export.dtype, None), torch.dtype):
-            raise ConfigError(f"export.dtype must name a torch type, got {self.export.dtype!r}")
+            raise ValueError("training.part=decoder needs init_from: it fits to given latents")
 
     @property
     def is_decoder_only(self) -> bool:
@@ -189,13 +191,10 @@ def load_settings(arguments: Sequence[str]) -> Settings:
     """Merge the file of ``config=``, ``key=value`` overrides and defaults.
 
     Raises:
-        ConfigError: If a key is unknown, a type is wrong or a value impossible.
+        ConfigError: Naming every key that is unknown, missing, or has a value that cannot be.
     """
-    config = get_config(arguments, schema=Settings)
-    try:
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Settings), config))
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"config={config.config}: {error}") from error
+    config, origins = read_config(arguments)
+    return parse(config, Settings, origins)
 
 
 # --- loss ---------------------------------------------------------------------------------------
@@ -494,7 +493,7 @@ def check_model(vae: Autoencoder, settings: Settings) -> None:
     stride = 2 ** (len(vae.config.block_out_channels) - 1)
     if any(size % stride for size in settings.data.crop_sizes):
         raise ConfigError(
-            f"data.crop_sizes must be multiples of {stride}, got {settings.data.crop_sizes}"
+            f"data.crop_sizes must be multiples of {stride}, got {list(settings.data.crop_sizes)}"
         )
     if isinstance(vae, AutoencoderKLOpenSora):
         for length in settings.data.clip_lengths:
@@ -709,7 +708,8 @@ def main(arguments: Sequence[str]) -> None:
     try:
         AutoencoderTrainer(load_settings(arguments)).run()
     except ConfigError as error:
-        sys.exit(f"error: {error}")
+        print("\n".join(f"error: {problem}" for problem in error.problems), file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

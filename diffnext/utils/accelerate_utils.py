@@ -1,34 +1,52 @@
-"""Starting accelerate, the log and the experiment tracker."""
+"""Starting accelerate, the log and the experiment trackers."""
 
 from __future__ import annotations
 
+import contextlib
+import json
 import logging
 import netrc
 import os
 import secrets
 import sys
 import time
-from collections.abc import MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from dataclasses import asdict
+from datetime import timedelta
 from importlib.util import find_spec
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, TypeAlias, cast
 from urllib.parse import urlparse
 
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.logging import MultiProcessAdapter
-from accelerate.tracking import TensorBoardTracker
+from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
 from accelerate.utils import (
     DistributedType,
     FullyShardedDataParallelPlugin,
     InitProcessGroupKwargs,
+    KwargsHandler,
 )
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
+from pydantic import TypeAdapter, ValidationError
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
-from diffnext.utils.omegaconf_utils import ConfigError, flatten_omega_conf
+from diffnext.config.load import flatten_omega_conf
+from diffnext.config.schema import (
+    KEEP,
+    ExperimentConfig,
+    Precision,
+    TrainConfig,
+    TrainingConfig,
+    WandbConfig,
+    iterate_schema,
+)
+from diffnext.config.targets import ConfigError
+from diffnext.utils.profiler import parse_duration
 
 logger = logging.getLogger(__name__)
 
-_PRECISION_ALIASES = {"no": "no", "fp32": "no", "false": "no", "fp16": "fp16", "bf16": "bf16"}
 _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -41,6 +59,27 @@ class RankLogger(MultiProcessAdapter):
         """Add the rank where it matters, so that lines of rank 0 keep their plain form."""
         rank_message, kwargs = super().process(msg, kwargs)
         return (msg if self._should_log(main_process_only=True) else rank_message), kwargs
+
+
+Logger: TypeAlias = logging.Logger | logging.LoggerAdapter
+
+
+@contextlib.contextmanager
+def warn_on_error(log: Logger, message: str, *args: object) -> Iterator[None]:
+    """Turn an error inside into a warning, for what must never end a run.
+
+    Args:
+        log: Where to warn.
+        message: What was not done, with ``%`` placeholders; the error is added.
+        *args: For the placeholders.
+    """
+    try:
+        yield
+    except Exception as error:
+        log.warning(f"{message}: %s: %s", *args, type(error).__name__, error)
+
+
+# Engines
 
 
 def normalize_precision(precision: str | bool | None) -> str:
@@ -57,10 +96,11 @@ def normalize_precision(precision: str | bool | None) -> str:
     Raises:
         ConfigError: For any other value.
     """
-    name = "no" if precision is None else str(precision).lower()
-    if name not in _PRECISION_ALIASES:
-        raise ConfigError(f"training.mixed_precision must be no, fp16 or bf16, got {precision!r}")
-    return _PRECISION_ALIASES[name]
+    try:
+        return TypeAdapter[str](Precision).validate_python(precision)
+    except ValidationError:
+        rule = "training.mixed_precision must be no, fp16 or bf16"
+        raise ConfigError(f"{rule}, got {precision!r}") from None
 
 
 def precision_to_dtype(precision: str | bool | None = "bf16") -> torch.dtype:
@@ -69,7 +109,7 @@ def precision_to_dtype(precision: str | bool | None = "bf16") -> torch.dtype:
 
 
 def build_accelerator(
-    config: DictConfig,
+    config: TrainConfig | DictConfig,
     log_with: str | None = None,
     deepspeed_log_lvl: str = "WARNING",
     **kwargs: Any,
@@ -85,12 +125,13 @@ def build_accelerator(
     Raises:
         ConfigError: If the precision is unknown or does not work on this device.
     """
-    precision = normalize_precision(config.training.get("mixed_precision"))
+    training = _section(config, "training", TrainingConfig)
+    precision = normalize_precision(training.mixed_precision)
     accelerator = Accelerator(
         mixed_precision=precision,
-        gradient_accumulation_steps=config.training.get("gradient_accumulation_steps", 1),
+        gradient_accumulation_steps=training.gradient_accumulation_steps,
         log_with=log_with,
-        **{**_cpu_launch_arguments(), **kwargs},
+        **_launch_arguments(training.process_group_timeout, **kwargs),
     )
     # On a CPU accelerate would silently train in float32 instead.
     if precision == "fp16" and not _supports_fp16(accelerator):
@@ -98,31 +139,45 @@ def build_accelerator(
             f"training.mixed_precision=fp16 does not work on {accelerator.device}: use bf16 or no"
         )
     if accelerator.state.deepspeed_plugin is not None:
-        _configure_deepspeed(accelerator, config, deepspeed_log_lvl)
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        _configure_deepspeed(accelerator, training.max_grad_norm, deepspeed_log_lvl)
+    if _is_set("ACCELERATE_USE_FSDP") and accelerator.num_processes > 1:
         _configure_fsdp(accelerator)
     return accelerator
 
 
-def _configure_fsdp(accelerator: Accelerator) -> None:
-    """Shard on several CPU processes as well, where accelerate ignores the launch file.
+def _section(config: TrainConfig | DictConfig, name: str, schema: type) -> Any:
+    """A section of a configuration; a library user's DictConfig may lack it, or keys of it."""
+    section = getattr(config, name, None)
+    if not isinstance(section, DictConfig):
+        return section
+    defaults = {item.path: item.default for item in iterate_schema(schema) if not item.required}
+    given = OmegaConf.to_container(section, resolve=True)
+    return SimpleNamespace(**{**defaults, **cast("dict[str, Any]", given)})
 
-    Raises:
-        ConfigError: For the first version of FSDP.
+
+def _is_set(variable: str) -> bool:
+    return os.environ.get(variable, "false").lower() == "true"
+
+
+def _launch_arguments(
+    timeout: str | None, kwargs_handlers: Sequence[KwargsHandler] = (), **kwargs: Any
+) -> dict[str, Any]:
+    """Arguments of ``Accelerator`` that make it join the processes of a launcher.
+
+    Without a GPU accelerate picks no backend by itself, and every process would train alone.
     """
-    state = accelerator.state
-    if accelerator.num_processes == 1:
-        return  # there is nothing to shard among
-    if state.distributed_type == DistributedType.MULTI_CPU:
-        PartialState().distributed_type = DistributedType.FSDP  # which accelerate reads again
-        state.distributed_type = DistributedType.FSDP
-        state.fsdp_plugin = FullyShardedDataParallelPlugin()
-        if accelerator.mixed_precision != "no":
-            state.fsdp_plugin.set_mixed_precision(accelerator.mixed_precision)
-    if not accelerator.is_fsdp2:
-        raise ConfigError("FSDP version 1 is not supported: set fsdp_version to 2")
-    # Every process has loaded the weights, and accelerate's way to send them cannot send buffers.
-    state.fsdp_plugin.cpu_ram_efficient_loading = False
+    seconds = parse_duration(timeout)
+    limit = None if seconds is None else timedelta(seconds=seconds)
+    group = InitProcessGroupKwargs(timeout=limit)
+    if "LOCAL_RANK" in os.environ and not torch.accelerator.is_available():
+        if _is_set("ACCELERATE_USE_DEEPSPEED"):
+            group.backend = "gloo"
+        else:
+            kwargs = {"cpu": True, **kwargs}
+    handlers = list(kwargs_handlers)
+    if not any(isinstance(handler, InitProcessGroupKwargs) for handler in handlers):
+        handlers.append(group)
+    return {"kwargs_handlers": handlers, **kwargs}
 
 
 def _supports_fp16(accelerator: Accelerator) -> bool:
@@ -133,19 +188,9 @@ def _supports_fp16(accelerator: Accelerator) -> bool:
     return get_accelerator().is_fp16_supported()
 
 
-def _cpu_launch_arguments() -> dict[str, Any]:
-    """Arguments that make accelerate join the processes of a launcher on a CPU-only machine.
-
-    Without an accelerator it picks no backend by itself, and every process would train alone.
-    """
-    if "LOCAL_RANK" not in os.environ or torch.accelerator.is_available():
-        return {}
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
-        return {"kwargs_handlers": [InitProcessGroupKwargs(backend="gloo")]}
-    return {"cpu": True}
-
-
-def _configure_deepspeed(accelerator: Accelerator, config: DictConfig, log_level: str) -> None:
+def _configure_deepspeed(
+    accelerator: Accelerator, max_grad_norm: float | None, log_level: str
+) -> None:
     from deepspeed.utils import logger as deepspeed_logger
 
     plugin = accelerator.state.deepspeed_plugin
@@ -156,8 +201,29 @@ def _configure_deepspeed(accelerator: Accelerator, config: DictConfig, log_level
     plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = 1
     # Accelerate drops the 0.0 of a launch file, and DeepSpeed would then clip to 1.0 by default.
     plugin.deepspeed_config.setdefault("gradient_clipping", 0.0)
-    if config.training.get("max_grad_norm") is not None:
-        plugin.deepspeed_config["gradient_clipping"] = float(config.training.max_grad_norm)
+    if max_grad_norm is not None:
+        plugin.deepspeed_config["gradient_clipping"] = float(max_grad_norm)
+
+
+def _configure_fsdp(accelerator: Accelerator) -> None:
+    """Shard on CPU processes as well, where accelerate ignores the launch file; reduce in float32.
+
+    Raises:
+        ConfigError: For the first version of FSDP.
+    """
+    state = accelerator.state
+    if state.distributed_type == DistributedType.MULTI_CPU:
+        PartialState().distributed_type = DistributedType.FSDP  # which accelerate reads again
+        state.distributed_type = DistributedType.FSDP
+        state.fsdp_plugin = FullyShardedDataParallelPlugin()
+    if not accelerator.is_fsdp2:
+        raise ConfigError("FSDP version 1 is not supported: set fsdp_version to 2")
+    # Every process has loaded the weights, and accelerate's way to send them cannot send buffers.
+    state.fsdp_plugin.cpu_ram_efficient_loading = False
+    # Accelerate would reduce gradients, and round the losses, to the training dtype.
+    dtype = precision_to_dtype(accelerator.mixed_precision)
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    state.fsdp_plugin.mixed_precision_policy = policy
 
 
 def get_ddp_shards(accelerator: Accelerator) -> dict[str, int]:
@@ -165,76 +231,176 @@ def get_ddp_shards(accelerator: Accelerator) -> dict[str, int]:
     return {"shard_id": accelerator.process_index, "num_shards": accelerator.num_processes}
 
 
-def build_trackers(config: DictConfig, accelerator: Accelerator) -> None:
+# Trackers
+
+
+class SafeTracker(GeneralTracker):
+    """A tracker that never ends a run: the first of its errors is a warning, all pass.
+
+    Args:
+        tracker: The tracker, which is not yet started.
+    """
+
+    main_process_only = True
+    requires_logging_directory = False
+
+    def __init__(self, tracker: GeneralTracker) -> None:
+        self.name = tracker.name
+        self._inner = tracker
+        self._has_failed = False
+
+    @property
+    def tracker(self) -> Any:
+        """What the tracker's own package calls a run."""
+        return self._inner.tracker
+
+    def start(self) -> None:
+        """Begin tracking; the one call whose errors are raised."""
+        self._inner.start()
+
+    def store_init_configuration(self, values: dict[str, Any]) -> None:
+        """Hand over the configuration, as dotted keys and plain values."""
+        self._attempt(self._inner.store_init_configuration, values)
+
+    def log(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
+        """Hand over the values of a step."""
+        self._attempt(self._inner.log, values, step=step, **kwargs)
+
+    def log_images(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
+        """Hand over pictures by name: uint8, (N, H, W, 3)."""
+        if self.name == "tensorboard":  # has to be told the order of the axes
+            kwargs = {"dataformats": "NHWC", **kwargs}
+        self._attempt(self._inner.log_images, values, step=step, **kwargs)
+
+    def finish(self) -> None:
+        """Close the tracker."""
+        self._attempt(self._inner.finish)
+
+    def _attempt(self, call: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+        try:
+            call(*args, **kwargs)
+        except Exception as error:
+            if not self._has_failed:
+                self._has_failed = True
+                logger.warning(
+                    "%s failed, so it may lack parts of this run: %s: %s",
+                    self.name,
+                    type(error).__name__,
+                    error,
+                )
+
+
+def build_trackers(
+    config: TrainConfig | DictConfig,
+    accelerator: Accelerator,
+    run_id: str | None = None,
+    first_step: int = 0,
+) -> str | None:
     """Start the trackers named by ``tracking``; without it, wandb if there is such a section.
 
     One that cannot start is left out with a warning. Only the main process acts.
 
     Args:
         config: Training configuration.
-        accelerator: Built with ``log_with="wandb"``.
+        accelerator: Gets the trackers.
+        run_id: Run of Weights & Biases to continue, unless the configuration names one.
+        first_step: Step that the run begins at; what was tracked of it and later ones is done
+            again.
+
+    Returns:
+        The id of the run of Weights & Biases; None if there is none.
     """
-    names = config.get("tracking")
+    names = getattr(config, "tracking", None)
     if names is None:
-        build_wandb(config, accelerator)
-        return
-    if "wandb" in names:
-        if config.get("wandb") is None:
-            config.wandb = {"run_id": None}
-        build_wandb(config, accelerator)
+        return build_wandb(config, accelerator, run_id)
     if "tensorboard" in names and accelerator.is_main_process:
-        _start_tensorboard(config, accelerator)
+        _start_tensorboard(config, accelerator, first_step)
+    return _start_wandb(config, accelerator, run_id) if "wandb" in names else None
 
 
-def _start_tensorboard(config: DictConfig, accelerator: Accelerator) -> None:
-    tracker = TensorBoardTracker(
-        config.experiment.get("name") or "run",
-        os.path.join(config.experiment.output_dir, "tensorboard"),
-        purge_step=config.experiment.get("resume_iter") or None,  # drops what is done again
-    )
-    try:
-        tracker.start()
-        tracker.store_init_configuration(dict(flatten_omega_conf(config, resolve=True)))
-    except Exception as error:  # a tracker must never end a training run
-        logger.warning("tensorboard could not start, so it does not track this run: %s", error)
-        return
-    accelerator.trackers.append(tracker)
+def build_wandb(
+    config: TrainConfig | DictConfig, accelerator: Accelerator, run_id: str | None = None
+) -> str | None:
+    """Start Weights & Biases if the configuration has a ``wandb`` section.
 
-
-def build_wandb(config: DictConfig, accelerator: Accelerator) -> None:
-    """Start Weights & Biases where the configuration asks for it.
-
-    Only the main process of a configuration with a ``wandb`` section acts. Without the package
-    there is a warning and no tracking; without a login the run is recorded offline. Nothing asks
-    for input and nothing here ends a run. The run id is written back to ``wandb.run_id``.
+    Only the main process acts. Without the package there is a warning and no tracking; without a
+    login the run is recorded offline. Nothing asks for input and nothing here ends a run.
 
     Args:
-        config: Training configuration.
-        accelerator: Built with ``log_with="wandb"``.
+        config: Training configuration. In a DictConfig, the id is written to ``wandb.run_id``.
+        accelerator: Gets the tracker.
+        run_id: Run to continue, unless the configuration names one.
+
+    Returns:
+        The id of the run; None if there is none.
     """
-    if config.get("wandb") is None or not accelerator.is_main_process:
-        return
+    if _section(config, "wandb", WandbConfig) is None:
+        return None
+    return _start_wandb(config, accelerator, run_id)
+
+
+def _start_tensorboard(
+    config: TrainConfig | DictConfig, accelerator: Accelerator, first_step: int
+) -> None:
+    experiment = _section(config, "experiment", ExperimentConfig)
+    tracker = TensorBoardTracker(
+        experiment.name or "run",
+        os.path.join(experiment.output_dir, "tensorboard"),
+        purge_step=first_step or None,
+    )
+    if _start(tracker, accelerator):
+        accelerator.trackers[-1].store_init_configuration(_describe(config))
+
+
+def _start_wandb(
+    config: TrainConfig | DictConfig, accelerator: Accelerator, run_id: str | None
+) -> str | None:
+    if not accelerator.is_main_process:
+        return None
     if find_spec("wandb") is None:
         logger.warning("wandb is not installed, so this run is not tracked: pip install wandb")
-        return
-    configured_id = config.wandb.get("run_id")
-    config.wandb.run_id = configured_id or secrets.token_hex(4)
+        return None
+    experiment = _section(config, "experiment", ExperimentConfig)
+    section = _section(config, "wandb", WandbConfig)
+    known_id = (section and section.run_id) or run_id
+    run_id = known_id or secrets.token_hex(4)
+    if isinstance(config, DictConfig):
+        OmegaConf.update(config, "wandb.run_id", run_id)
     arguments = {
-        "id": config.wandb.run_id,
-        "name": config.experiment.get("name"),
-        "resume": "allow" if configured_id else None,
-        "config": dict(flatten_omega_conf(config, resolve=True)),
-        "dir": os.environ.get("WANDB_DIR", config.experiment.output_dir),
+        "id": run_id,
+        "name": experiment.name,
+        "resume": "allow" if known_id else None,
+        "config": _describe(config),
+        "dir": os.environ.get("WANDB_DIR", experiment.output_dir),
     }
     if "WANDB_MODE" not in os.environ and not _wandb_login_exists():
         logger.warning("wandb has no login on this machine: recording offline (see `wandb sync`)")
         arguments["mode"] = "offline"
-    project = config.experiment.get("project") or "diffnext"
-    try:
-        accelerator.init_trackers(project, init_kwargs={"wandb": arguments})
-    except Exception as error:  # a tracker must never end a training run
-        accelerator.trackers.clear()
-        logger.warning("wandb could not start, so this run is not tracked: %s", error)
+    _start(WandBTracker(experiment.project or "diffnext", **arguments), accelerator)
+    return run_id
+
+
+def _start(tracker: GeneralTracker, accelerator: Accelerator) -> bool:
+    """Start a tracker and give it to the accelerator; returns whether it worked."""
+    safe = SafeTracker(tracker)
+    with warn_on_error(logger, "%s could not start, so it does not track this run", tracker.name):
+        safe.start()
+        accelerator.trackers.append(safe)
+    return safe in accelerator.trackers
+
+
+def _describe(config: TrainConfig | DictConfig) -> dict[str, Any]:
+    """A whole configuration as dotted keys and values that every tracker takes."""
+    merged = config
+    if isinstance(merged, TrainConfig):
+        tree = asdict(merged, dict_factory=_without_keep)
+        merged = OmegaConf.create(json.loads(json.dumps(tree)))  # with lists for tuples
+    leaves = flatten_omega_conf(merged, resolve=True)
+    return {key: str(value) if isinstance(value, list | dict) else value for key, value in leaves}
+
+
+def _without_keep(items: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    return {name: value for name, value in items if value is not KEEP}
 
 
 def _wandb_login_exists() -> bool:

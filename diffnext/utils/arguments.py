@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, MutableMapping
-from contextlib import contextmanager
+from collections.abc import Mapping, MutableMapping
 from typing import Annotated, Any, TypeVar
 
 import numpy as np
 from pydantic import BeforeValidator, ConfigDict, Field, ValidationError
 from torch import Tensor
+
+from diffnext.utils.messages import explain, one_line
 
 __all__ = [
     "CHECKED",
@@ -23,8 +24,6 @@ __all__ = [
     "OnePerSample",
     "Positive",
     "build_checked",
-    "naming",
-    "one_line",
     "take_checked",
 ]
 
@@ -86,55 +85,19 @@ def build_checked(cls: type[T], values: Mapping[str, Any]) -> T:
     try:
         return cls(**values)
     except ValidationError as error:
-        problems: dict[str, list[str]] = {}
+        problems: dict[str, list[Mapping[str, Any]]] = {}
         for part in error.errors():
-            name = str(part["loc"][0]) if part["loc"] else ""
-            rule = part["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
-            kind = part["type"] if len(part["loc"]) < 2 else f"{part['type']} inside"
-            problems.setdefault(name, []).append(_RULES.get(kind, rule))
+            problems.setdefault(str(part["loc"][0]) if part["loc"] else "", []).append(part)
         lines = [
-            f"{name} {_either(rules)}, got {one_line(values[name])}"
+            f"{name} {explain(parts)}, got {one_line(values[name])}"
             if name in values
-            else f"{name} {rules[0]}".strip()
-            for name, rules in problems.items()
+            else f"{name} {explain(parts)}".strip()
+            for name, parts in problems.items()
         ]
         raise ValueError("; ".join(lines)) from None
-
-
-# Where pydantic's words are not those of a user.
-_RULES = {
-    "missing": "must be given",
-    "missing inside": "must be longer",
-    "too_long": "must be shorter",
-    "tuple_type": "must be a list or a tuple",
-    "unexpected_keyword_argument": "has no use here",
-}
-
-
-def _either(rules: list[str]) -> str:
-    """Several rules, of which one must hold, as one."""
-    first, *others = dict.fromkeys(rules)
-    return " or ".join([first, *(rule.removeprefix("must be ") for rule in others)])
 
 
 def take_checked(cls: type[T], values: MutableMapping[str, Any]) -> T:
     """Make a dataclass of pydantic's from the values that are its own, which are taken out."""
     names = inspect.signature(cls).parameters.keys() & values.keys()
     return build_checked(cls, {name: values.pop(name) for name in names})
-
-
-@contextmanager
-def naming(name: str) -> Iterator[None]:
-    """Begin what goes wrong inside with the name of the argument that it comes from."""
-    try:
-        yield
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"{name}: {error}") from None
-
-
-def one_line(value: Any) -> str:
-    """A value as messages show it."""
-    if isinstance(value, (np.ndarray, Tensor)) and value.ndim > 1:
-        return f"{type(value).__name__} {tuple(value.shape)}, {value.dtype}"
-    text = " ".join(f"{value!r}".split())
-    return text if len(text) <= 80 else f"{text[:77]}..."

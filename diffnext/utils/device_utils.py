@@ -15,7 +15,7 @@ def get_device(index: int | None = None) -> torch.device:
         index: CUDA device index; None for the current one.
     """
     if torch.cuda.is_available():
-        return torch.device("cuda", index)
+        return torch.device("cuda" if index is None else f"cuda:{index}")
     if torch.backends.mps.is_available():
         return torch.device("mps")
     return torch.device("cpu")

@@ -17,10 +17,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image
+
+from diffnext.utils.json_files import FileError
+from diffnext.utils.pictures import open_picture
 
 __all__ = ["image_exif", "read_parameters", "video_comment"]
 
+CONTAINERS = "mov,mp4,matroska,webm,avi,asf,mpeg"
 MAX_BYTES = 60_000  # JPEG takes 64 KiB of EXIF
 
 
@@ -58,12 +62,12 @@ def read_parameters(path: str | os.PathLike) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is no picture or video, or carries none.
+        ValueError: If it is not a picture or video, or carries none.
     """
     try:
-        with Image.open(path) as image:
+        with open_picture(path) as image:
             text = image.getexif().get(ExifTags.Base.ImageDescription)
-    except UnidentifiedImageError:
+    except FileError:
         text = _read_comment(Path(path))
     try:
         parameters = json.loads(text or "")
@@ -87,13 +91,16 @@ def _to_json(parameters: Mapping[str, Any]) -> str:
 def _read_comment(path: Path) -> str | None:
     import imageio_ffmpeg
 
-    # An absolute path is never taken for an option or for the address of a stream.
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-i", str(path.absolute())]
+    # Opens the file alone: no stream of the network, no file that a playlist names.
+    limits = ["-protocol_whitelist", "file", "-format_whitelist", CONTAINERS]
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", *limits, "-i"]
     result = subprocess.run(
-        [*command, "-f", "ffmetadata", "-"], capture_output=True, stdin=subprocess.DEVNULL
+        [*command, f"file:{path.absolute()}", "-f", "ffmetadata", "-"],
+        capture_output=True,
+        stdin=subprocess.DEVNULL,
     )
     if result.returncode != 0:
-        raise ValueError(f"{path} is no picture or video")
+        raise ValueError(f"{path} is not a picture or video")
     for line in result.stdout.decode(errors="replace").splitlines():
         name, _, value = line.partition("=")
         if name == "comment":

@@ -7,21 +7,25 @@ import os
 from pathlib import Path
 from typing import Any
 
-__all__ = ["read_json", "write_json"]
+__all__ = ["FileError", "read_json", "write_json"]
+
+
+class FileError(ValueError):
+    """A file or folder breaks a rule; the message names both."""
 
 
 def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The JSON object of a file.
 
     Raises:
-        ValueError: If it is no JSON object; the message names the file.
+        FileError: If it is not a JSON object; the message names the file.
     """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise FileError(f"{path} is not JSON: {error}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} holds no JSON object")
+        raise FileError(f"{path} must hold a JSON object, got a {type(content).__name__}")
     return content
 
 
@@ -31,7 +35,8 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     A link in its place is replaced, and what it leads to stays as it is.
     """
     temporary = path.with_name(f"{path.name}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
+    temporary.unlink(missing_ok=True)
+    with open(temporary, "x", encoding="utf-8") as file:
         json.dump(content, file, indent=2, ensure_ascii=False)
         file.write("\n")
         file.flush()

@@ -124,7 +124,7 @@ def parse_duration(text: str | None) -> float | None:
         Seconds.
 
     Raises:
-        ValueError: If the text is no duration.
+        ValueError: If the text is not a duration.
     """
     if text is None:
         return None

@@ -1,7 +1,7 @@
 """The configuration reference is what the code says."""
 
 import make_config_reference
-from diffnext.utils.config_schema import TrainConfig, iterate_schema
+from diffnext.config.schema import TrainConfig, iterate_schema
 
 
 def test_the_committed_page_is_up_to_date():

@@ -254,16 +254,23 @@ def test_one_latent_frame_is_a_video_of_one_frame(video):
     assert len(imageio.imread(film(video, preset="1x64x64")[0])) == 1
 
 
-def test_a_video_begins_with_its_picture(video):
+def test_a_video_begins_with_its_picture(video, tmp_path):
     import imageio.v3 as imageio
 
     halves = np.zeros((32, 96, 4), np.uint8)
     halves[..., 3] = 255
     halves[:, :48] = (255, 0, 0, 255)
-    path = film(video, Image.fromarray(halves, "RGBA"))[0]
+    Image.fromarray(halves, "RGBA").save(tmp_path / "halves.png")
+    path = film(video, str(tmp_path / "halves.png"))[0]
     first = imageio.imread(path)[0].astype(int)
     assert first[:, :20, 0].mean() > 150 > first[:, 44:, 0].mean()
     assert len(read_parameters(path)["image_sha256"]) == 64
+
+
+def test_an_upload_that_is_not_a_picture_is_refused_without_its_path(video, tmp_path):
+    (tmp_path / "a.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
+    with pytest.raises(gr.Error, match="^'the image prompt: is not a picture in a known format'$"):
+        film(video, str(tmp_path / "a.png"))
 
 
 @pytest.mark.parametrize(
@@ -443,7 +450,7 @@ def test_a_model_that_was_not_shipped_is_asked_for(tmp_path, capsys):
 @pytest.mark.parametrize("script", [app_nova_t2i, app_nova_t2v])
 def test_a_missing_model_ends_with_one(script, tmp_path, capsys):
     assert script.main(["--model", str(tmp_path / "none")]) == 1
-    assert "none is neither a folder nor a Hub id" in capsys.readouterr().err
+    assert "none, and this is not a Hub id" in capsys.readouterr().err
 
 
 def test_the_video_app_refuses_a_model_of_pictures(capsys):

@@ -405,7 +405,7 @@ def test_wrong_commands_are_explained(metadata, tmp_path, capsys):
     assert "device 'cpux' cannot be used" in message
     words = geneval_arguments(metadata, tmp_path / "out", model=tmp_path / "no-model")
     assert sample_geneval.main(words) == 1
-    assert "neither a folder nor a Hub id" in capsys.readouterr().err
+    assert "there is no folder" in capsys.readouterr().err
     make_class_pipeline().save_pretrained(tmp_path / "classes")
     words = geneval_arguments(metadata, tmp_path / "out", model=tmp_path / "classes")
     assert sample_geneval.main(words) == 1

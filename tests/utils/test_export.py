@@ -1,8 +1,9 @@
-"""What cannot be written is refused, and a path is only returned with a file."""
+"""Exported files: what cannot be written is refused, a path is only returned with a file."""
 
 import tempfile
 from pathlib import Path
 
+import imageio.v3 as iio
 import numpy as np
 import PIL.Image
 import pytest
@@ -28,10 +29,29 @@ def test_grey_coloured_and_transparent_arrays_are_written(tmp_path, shape):
     assert np.array_equal(np.asarray(PIL.Image.open(path)), pixels)
 
 
+def test_a_pil_image_is_written_as_it_is(tmp_path):
+    path = export_to_image(PIL.Image.fromarray(PIXELS + 7), tmp_path / "a.png")
+    assert np.array_equal(np.asarray(PIL.Image.open(path)), PIXELS + 7)
+
+
+def test_exports_without_a_path_make_new_files(temporary):
+    paths = [export_to_image(PIXELS) for _ in range(2)]
+    assert {Path(path).parent for path in paths} == {temporary} and paths[0] != paths[1]
+    assert all(PIL.Image.open(path).format == "WEBP" for path in paths)
+
+
+@pytest.mark.parametrize("size", [(48, 50), (33, 47)])
+def test_a_video_keeps_its_frames_and_its_rate(tmp_path, size):
+    frames = np.stack([np.full((*size, 3), 40 * i, np.uint8) for i in range(5)])
+    path = export_to_video(frames, str(tmp_path / "a.mp4"), fps=5)
+    read = iio.imread(path)
+    assert read.shape == (5, *(length + length % 2 for length in size), 3)
+    assert np.abs(read.mean((1, 2, 3)) - frames.mean((1, 2, 3))).max() < 6
+    assert iio.immeta(path)["fps"] == 5
+
+
 @pytest.mark.parametrize("suffix", [".mp4", ".MOV", ".mkv", ".avi", ".mpg", ".mpeg", ".wmv"])
 def test_every_listed_video_format_is_written(tmp_path, suffix):
-    import imageio.v3 as iio
-
     path = export_to_video([PIXELS + 200] * 3, tmp_path / f"a{suffix}", fps=25)
     frames = iio.imread(path, plugin="FFMPEG")
     assert frames.shape[1:] == PIXELS.shape and abs(frames.mean() - 200) < 4

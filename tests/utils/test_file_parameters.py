@@ -50,7 +50,7 @@ def test_foreign_descriptions_are_no_parameters(tmp_path):
 
 def test_what_is_no_picture_or_video_is_told(tmp_path):
     (tmp_path / "a.mp4").write_text("no video")
-    with pytest.raises(ValueError, match="no picture or video"):
+    with pytest.raises(ValueError, match="not a picture or video"):
         read_parameters(tmp_path / "a.mp4")
     with pytest.raises(FileNotFoundError):
         read_parameters(tmp_path / "none.png")
@@ -65,3 +65,10 @@ def test_parameters_that_no_file_takes_are_refused(tmp_path, value):
         with pytest.raises(ValueError):
             export(content, tmp_path / name, parameters={"prompt": value})
         assert not (tmp_path / name).exists()
+
+
+def test_a_playlist_in_the_place_of_a_video_opens_no_other_file(tmp_path):
+    export_to_video([PIXELS] * 2, tmp_path / "other.mp4", parameters=PARAMETERS)
+    (tmp_path / "a.mp4").write_text("ffconcat version 1.0\nfile other.mp4\n")
+    with pytest.raises(ValueError, match="not a picture or video"):
+        read_parameters(tmp_path / "a.mp4")

@@ -1,0 +1,1 @@
+"""The configuration of a run: every key (schema), reading it (load), what it names (targets)."""

@@ -1,0 +1,73 @@
+"""Pictures from files that may come from a stranger."""
+
+from __future__ import annotations
+
+import functools
+import os
+import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import BinaryIO
+
+from PIL import Image, UnidentifiedImageError
+
+from diffnext.utils.json_files import FileError
+
+__all__ = ["FORMATS", "load_picture", "open_picture"]
+
+# Not all that PIL reads: PostScript, for one, would start another program.
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
+
+
+def open_picture(file: str | os.PathLike[str] | BinaryIO) -> Image.Image:
+    """Open a picture in one of the :data:`FORMATS`; its pixels are decoded when they are used.
+
+    Args:
+        file: Its path, or the open file.
+
+    Returns:
+        The picture, to be closed like any that PIL opens.
+
+    Raises:
+        FileError: If it is not such a picture, or has so many pixels that they may not fit in
+            memory. The message names the path; of an open file it says what is wrong alone.
+        OSError: If there is no such file.
+    """
+    with _decoding(file):
+        return Image.open(file, formats=_known_formats())
+
+
+def load_picture(file: str | os.PathLike[str] | BinaryIO) -> Image.Image:
+    """Read a picture whole; see :func:`open_picture`.
+
+    Raises:
+        FileError: As for :func:`open_picture`, or if it is damaged.
+        OSError: If there is no such file.
+    """
+    with _decoding(file), open_picture(file) as picture:
+        return picture.copy()
+
+
+@contextmanager
+def _decoding(file: str | os.PathLike[str] | BinaryIO) -> Iterator[None]:
+    name = f"{file} " if isinstance(file, str | os.PathLike) else ""
+    try:
+        yield
+    except FileError:
+        raise
+    except UnidentifiedImageError as error:
+        raise FileError(f"{name}is not a picture in a known format") from error
+    except Image.DecompressionBombError as error:
+        raise FileError(f"{name}has too many pixels: {error}") from error
+    except Exception as error:  # decoders of damaged files raise errors of many types
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        reason = textwrap.shorten(f"{type(error).__name__}: {error}", 200)
+        raise FileError(f"{name}cannot be decoded: {reason}") from error
+
+
+@functools.cache
+def _known_formats() -> list[str]:
+    """The formats that this build of PIL can read."""
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
