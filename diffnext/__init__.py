@@ -1,8 +1,12 @@
 """diffnext: autoregressive image and video generation without vector quantisation (NOVA)."""
 
-from diffnext.data import codewithgpu_compat
+import sys
+
 from diffnext.version import __version__
 
 __all__ = ["__version__"]
 
-codewithgpu_compat.install()  # records can then be written with any version of protobuf
+if "codewithgpu" in sys.modules:  # it can then write records with any version of protobuf
+    from diffnext.data.codewithgpu_compat import repair
+
+    repair()

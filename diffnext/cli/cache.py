@@ -54,10 +54,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = build_parser().parse_args(argv)
     from diffnext.data.caching.errors import CacheError
+    from diffnext.data.records import RecordError
 
     try:
         return _run(args)
-    except (CacheError, OSError) as error:
+    except (CacheError, RecordError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -89,7 +90,7 @@ def build_parser() -> argparse.ArgumentParser:
         if kind == "videos":
             _add_video_options(command)
         _add_caption_options(command)
-        _add_work_options(command)
+        _add_work_options(command, kind)
     return parser
 
 
@@ -151,7 +152,7 @@ def _add_size_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--flip",
         action="store_true",
-        help="a mirrored copy behind each example, unless its captions say left or right",
+        help="a mirrored copy after each example, unless its captions say left or right",
     )
 
 
@@ -161,9 +162,9 @@ def _add_video_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--stride", type=int, default=2, help="frames of the video from one to the next (2)"
     )
-    group.add_argument("--fps", type=float, help="frames a second, in place of --stride")
+    group.add_argument("--fps", type=float, help="frames per second, in place of --stride")
     group.add_argument(
-        "--clips", type=int, default=1, help="clips of a video at most, one behind the other (1)"
+        "--clips", type=int, default=1, help="clips of a video at most, one after the other (1)"
     )
     group.add_argument(
         "--short",
@@ -210,11 +211,14 @@ def _add_caption_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_work_options(parser: argparse.ArgumentParser) -> None:
+def _add_work_options(parser: argparse.ArgumentParser, kind: str) -> None:
+    from diffnext.data.caching.settings import USUAL_BATCH_SIZES
+
     group = parser.add_argument_group("work")
     group.add_argument(
         "--batch-size",
         type=int,
+        default=USUAL_BATCH_SIZES[kind],
         metavar="N",
         help="examples encoded at once (8 pictures, 1 clip)",
     )
@@ -224,10 +228,16 @@ def _add_work_options(parser: argparse.ArgumentParser) -> None:
         help="to compute in (float16 on a GPU, float32 on a CPU); stored are float16",
     )
     group.add_argument("--device", help="cpu, cuda or cuda:1 (a GPU if there is one)")
-    group.add_argument("--workers", type=int, help="threads that decode (one a core, at most 8)")
+    group.add_argument(
+        "--workers",
+        type=int,
+        default=min(os.cpu_count() or 1, 8),
+        help="threads that decode (one per core, at most 8)",
+    )
     group.add_argument(
         "--chunk-size",
         type=int,
+        default=8 if kind == "videos" else 64,
         metavar="N",
         help="files that a kill costs at most (64 pictures, 8 videos)",
     )
@@ -248,8 +258,9 @@ def _run(args: argparse.Namespace) -> int:
     from diffnext.data.caching.building import build_cache
 
     settings = make_settings(args, device)
-    warnings.filterwarnings("ignore", module="PIL")  # skipped.jsonl tells what is wrong
-    with _Progress(args.quiet or processes.index > 0, args.kind) as progress:
+    is_silent = args.quiet or processes.index > 0
+    with _Progress(is_silent, args.kind) as progress, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="PIL")  # skipped.jsonl tells what is wrong
         report = build_cache(settings, processes, progress)
     if processes.index == 0:
         _print_report(report, settings)
@@ -278,7 +289,8 @@ def make_settings(args: argparse.Namespace, device: str) -> CacheSettings:
     columns = ("media", "caption", "text", "label", "flow")
     same = (
         "kind source output vae format split root resize max_upscale max_pixels flip labels "
-        "empty_captions max_caption text_encoder text_length shard_size on_error"
+        "empty_captions max_caption text_encoder text_length batch_size workers chunk_size "
+        "shard_size on_error"
     ).split()
     return CacheSettings(
         **{name: getattr(args, name) for name in same},
@@ -287,19 +299,7 @@ def make_settings(args: argparse.Namespace, device: str) -> CacheSettings:
         columns=Columns(**{name: getattr(args, f"{name}_column") for name in columns}),
         dtype=args.dtype or ("float32" if device == "cpu" else "float16"),
         device=device,
-        workers=min(os.cpu_count() or 1, 8) if args.workers is None else args.workers,
-        **_sizes_of_work(args),
     )
-
-
-def _sizes_of_work(args: argparse.Namespace) -> dict[str, int]:
-    """Examples at once, and files at most lost: fewer where each is a video."""
-    from diffnext.data.caching.settings import USUAL_BATCH_SIZES
-
-    chunk_size = 8 if args.kind == "videos" else 64
-    usual = {"batch_size": USUAL_BATCH_SIZES[args.kind], "chunk_size": chunk_size}
-    given = {name: getattr(args, name) for name in usual}
-    return {name: usual[name] if given[name] is None else given[name] for name in usual}
 
 
 def _parse_flow(text: str) -> float | None:

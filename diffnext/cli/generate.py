@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # these take seconds that --help does not need
     from numpy import ndarray
+    from PIL.Image import Image
 
     from diffnext.pipelines import NOVAPipeline
 
@@ -39,14 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code.
     """
     args = parse_args(argv)
-    from PIL import Image, UnidentifiedImageError
-
     try:
         for path in generate(args):
             print(path)
-    except (Image.DecompressionBombError, UnidentifiedImageError):
-        print(f"error: --image {args.image} is no picture that can be read", file=sys.stderr)
-        return 1
     except (OSError, RuntimeError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -103,7 +99,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     for path in args.output or []:
         if path.suffix.lower() not in suffixes:
             what = "video" if args.num_frames > 1 else "picture"
-            parser.error(f"--output {path} is the name of no {what}: use {', '.join(suffixes)}")
+            parser.error(f"--output {path} must be the name of a {what}: use {', '.join(suffixes)}")
     if args.output and len(args.output) not in (1, args.num_images):
         parser.error(f"--output names {len(args.output)} files for {args.num_images} samples")
     args.output = choose_outputs(args.output, args.num_images, suffixes[0])
@@ -136,9 +132,10 @@ def choose_outputs(given: list[Path] | None, count: int, suffix: str) -> list[Pa
 def generate(args: argparse.Namespace) -> list[Path]:
     """Draw what a command line asks for; returns the files that were written."""
     from diffnext.utils import export_to_image, export_to_video
+    from diffnext.utils.pictures import load_picture
 
-    pipe = load_pipeline(args)
-    clips = draw(pipe, args)
+    image = None if args.image is None else load_picture(args.image)
+    clips = draw(load_pipeline(args), image, args)
     for index, (path, clip) in enumerate(zip(args.output, clips, strict=True)):
         path.parent.mkdir(parents=True, exist_ok=True)
         parameters = describe(args, index)
@@ -162,17 +159,12 @@ def load_pipeline(args: argparse.Namespace) -> NOVAPipeline:
     return pipe.to(device)
 
 
-def draw(pipe: NOVAPipeline, args: argparse.Namespace) -> ndarray:
-    """Draw all samples; returns (B, F, H, W, 3) of uint8."""
+def draw(pipe: NOVAPipeline, image: Image | None, args: argparse.Namespace) -> ndarray:
+    """Draw all samples, beginning with the image; returns (B, F, H, W, 3) of uint8."""
     import torch
-    from PIL import Image
 
-    image = None
-    if args.image is not None:
-        with Image.open(args.image) as file:
-            image = file.copy()
     seeds = range(args.seed, args.seed + args.num_images)
-    output = pipe(
+    pixels = pipe(
         args.prompt,
         negative_prompt=args.negative_prompt,
         image=image,
@@ -184,8 +176,9 @@ def draw(pipe: NOVAPipeline, args: argparse.Namespace) -> ndarray:
         motion_flow=args.motion_flow,
         generator=[torch.Generator(pipe.device).manual_seed(seed) for seed in seeds],
         output_type="np",
-    )
-    return output.images[:, None] if "images" in output else output.frames
+        return_dict=False,
+    )[0]
+    return pixels[:, None] if pixels.ndim == 4 else pixels
 
 
 def describe(args: argparse.Namespace, index: int) -> dict[str, Any]:

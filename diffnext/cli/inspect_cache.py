@@ -16,7 +16,7 @@ Look into a record dataset, check it, or make others of it.
 
   inspect_cache.py show img_dataset                   counts, shapes, some captions
   inspect_cache.py check img_dataset                  reads every record; exit code 1 if one is bad
-  inspect_cache.py sheet img_dataset sheet.png        decoded examples with their captions
+  inspect_cache.py sheet img_dataset sheet.png --vae nova/vae   decoded, with captions
   inspect_cache.py split img_dataset train test --share 0.99
   inspect_cache.py merge one two --output both
   inspect_cache.py reshard img_dataset resharded --shard-size 10000
@@ -64,7 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
     sheet = commands.add_parser("sheet", help="draw decoded examples")
     sheet.add_argument("dataset", type=Path)
     sheet.add_argument("picture", type=Path, help="file to write, such as sheet.png")
-    sheet.add_argument("--vae", type=Path, help="folder of the autoencoder (the manifest's)")
+    sheet.add_argument("--vae", type=Path, help="folder of the autoencoder that made it")
     sheet.add_argument("--num", type=int, default=16, help="examples, evenly spaced (16)")
     sheet.add_argument("--columns", type=int, default=4, help="of the sheet (4)")
     sheet.add_argument("--device", default="cpu", help="where to decode (cpu)")
@@ -92,7 +92,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _show(args: argparse.Namespace) -> int:
-    from diffnext.data.caching.inspection import find_datasets, summarize
+    from diffnext.data.caching.inspection import summarize
+    from diffnext.data.records import find_datasets
 
     for folder in find_datasets(args.dataset):
         print(f"{folder}")
@@ -118,11 +119,12 @@ def _print_summary(summary: Summary) -> None:
     if summary.manifest is None:
         print("  manifest  none: training cannot tell which autoencoder made it")
         return
-    vae = summary.manifest.get("vae", {}).get("folder")
-    print(f"  manifest  {summary.manifest.get('vae_hash', '')[:12]} {vae}")
-    counts = summary.manifest.get("counts", {})
-    if counts.get("skipped"):
-        print(f"  left out  {counts['skipped']} of {counts['items']}: see skipped.jsonl")
+    manifest = summary.manifest
+    vae = manifest.vae.folder if manifest.vae else None
+    print(f"  manifest  {(manifest.vae_hash or '')[:12]} {vae}")
+    if manifest.counts.skipped:
+        counts = manifest.counts
+        print(f"  left out  {counts.skipped} of {counts.items}: see skipped.jsonl")
 
 
 def _print_captions(folder: Path, count: int) -> None:
@@ -139,7 +141,8 @@ def _print_captions(folder: Path, count: int) -> None:
 
 
 def _check(args: argparse.Namespace) -> int:
-    from diffnext.data.caching.inspection import find_datasets, find_problems
+    from diffnext.data.caching.inspection import find_problems
+    from diffnext.data.records import find_datasets
 
     count = 0
     for folder in find_datasets(args.dataset):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import time
 from collections.abc import Sequence
 
 PROGRAM = "diffnext train"
@@ -15,7 +17,8 @@ Example:
   diffnext train config=configs/nova_d48w1024_sdxl1024.yaml experiment.output_dir=runs/first \\
     pipeline.paths.pretrained_path=BASE train_dataloader.params.dataset=DATASET
 
-Exit codes: 0 finished, 1 an error, 75 stopped by a signal or a time limit: run it again to go on.
+Exit codes: 0 finished, 1 an error, 2 a configuration that cannot be used, 75 stopped by a signal or
+a time limit: run it again to go on.
 """
 
 
@@ -34,24 +37,41 @@ def main(argv: Sequence[str] | None = None, program: str = PROGRAM) -> int:
         print_help(program)
         return 0
     # Here, because they take seconds that --help does not need.
-    from diffnext.data.records import RecordError
-    from diffnext.engine.control import EXIT_STOPPED, TrainingError, TrainingStopped
+    from diffnext.config.targets import ConfigError
+    from diffnext.engine.control import (
+        EXIT_STOPPED,
+        EXIT_UNUSABLE,
+        TrainingError,
+        TrainingStopped,
+    )
     from diffnext.engine.training_run import train
-    from diffnext.utils.omegaconf_utils import ConfigError, get_config
 
     try:
-        train(get_config(argv))
+        train(argv)
+    except ConfigError as error:
+        print_once([f"error: {problem}" for problem in error.problems])
+        sys.exit(EXIT_UNUSABLE)
     except TrainingStopped as stopped:
-        print(f"{stopped}; the same command continues", file=sys.stderr)
+        print_once([f"{stopped}; the same command continues"])
         sys.exit(EXIT_STOPPED)
-    except (ConfigError, RecordError, TrainingError) as error:
-        sys.exit(f"error: {error}")
+    except TrainingError as error:
+        print_once([f"error: {error}"])
+        sys.exit(1)
     return 0
+
+
+def print_once(lines: Sequence[str]) -> None:
+    """Print what every process of a run has to say on the main process only."""
+    if os.environ.get("RANK", "0") == "0":
+        print("\n".join(lines), file=sys.stderr, flush=True)
+    else:
+        # A launcher ends all processes with the first that ends: let that be the main one.
+        time.sleep(5)
 
 
 def print_help(program: str) -> None:
     """Print usage and all keys."""
-    from diffnext.utils.config_schema import USAGE, TrainConfig, describe_schema
+    from diffnext.config.schema import USAGE, TrainConfig, describe_schema
 
     print(USAGE.format(program=program))
     print(describe_schema(TrainConfig))

@@ -1,139 +1,56 @@
-"""Makes ``codewithgpu`` 0.2.8 write and read records with protobuf 4 and later.
+"""Makes ``codewithgpu`` 0.2.8 write and read records with any version of protobuf, or none.
 
 The message classes in that package were generated for protobuf 3. Later versions refuse to load
 them; the import still succeeds, and then every call fails with "Package <protobuf<4.0.0> is
-required". The same classes, built at run time from a descriptor, work with every version.
+required". This package encodes and decodes the same records itself, and lends that.
 
-``install()`` runs when diffnext is imported. It imports neither package itself: it repairs a
-``codewithgpu`` that is already there, or else waits for its import. A package whose own classes
-load, as with protobuf 3.20, is left as it is.
+Importing diffnext repairs a ``codewithgpu`` that was imported before. One that is imported later
+stays as it is until :func:`repair` is called.
 """
 
-import importlib.abc
-import importlib.machinery
 import sys
-from collections.abc import Sequence
-from types import ModuleType
+from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any
 
-PACKAGE = "codewithgpu"
+from diffnext.data.record_format import decode_example, encode_example
+
+__all__ = ["repair"]
+
 MESSAGE_MODULE = "codewithgpu.data.record_pb2"
-USER_MODULES = ("codewithgpu.data.record", "codewithgpu.data.dataset")
-
-
-def install() -> None:
-    """Repair ``codewithgpu`` now if it is imported, otherwise as soon as it is."""
-    if PACKAGE in sys.modules:
-        repair()
-    elif not any(isinstance(finder, _RepairingFinder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _RepairingFinder())
+RECORD_MODULE = "codewithgpu.data.record"
+DATASET_MODULE = "codewithgpu.data.dataset"
 
 
 def repair() -> None:
-    """Give an imported ``codewithgpu`` working message classes, if its own did not load."""
-    if MESSAGE_MODULE in sys.modules:
+    """Let an imported ``codewithgpu`` work, if its own message classes did not load."""
+    if MESSAGE_MODULE in sys.modules or RECORD_MODULE not in sys.modules:
         return
-    try:
-        messages = build_messages()
-    except ImportError:
-        return  # without protobuf the complaint of the package is right
-    sys.modules[MESSAGE_MODULE] = messages
-    for name in USER_MODULES:
-        if name in sys.modules:
-            sys.modules[name].record_pb2 = messages
+    record: Any = sys.modules[RECORD_MODULE]
+    record.RecordEncoder.encode = staticmethod(_encode)
+    record.RecordDecoder.decode = staticmethod(_decode)
+    dataset: Any = sys.modules[DATASET_MODULE]
+    dataset.record_pb2 = SimpleNamespace(FeatureMap=_Record)
 
 
-def build_messages() -> ModuleType:
-    """Return a module with the classes Feature, FeatureList and FeatureMap.
+class _Record:
+    """One record, with the two methods of a protobuf message that the package calls."""
 
-    Raises:
-        ImportError: If protobuf is not installed.
-    """
-    from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+    def __init__(self, content: bytes = b"") -> None:
+        self.content = content
 
-    description = descriptor_pb2.FileDescriptorProto(**_describe_messages())
-    pool = descriptor_pool.DescriptorPool()  # its own, as another pool may hold the same names
-    pool.Add(description)
-    module = ModuleType(MESSAGE_MODULE)
-    for name in ("Feature", "FeatureList", "FeatureMap"):
-        descriptor = pool.FindMessageTypeByName(f"{PACKAGE}.{name}")
-        if hasattr(message_factory, "GetMessageClass"):
-            message_class = message_factory.GetMessageClass(descriptor)
-        else:  # protobuf before 4.22
-            message_class = message_factory.MessageFactory(pool).GetPrototype(descriptor)
-        setattr(module, name, message_class)
-    return module
+    def SerializeToString(self) -> bytes:  # noqa: N802
+        return self.content
+
+    def ParseFromString(self, content: bytes) -> None:  # noqa: N802
+        self.content = content
 
 
-def _describe_messages() -> dict[str, Any]:
-    """Return the fields of a FileDescriptorProto; see ``record_format`` for the schema."""
-    feature = {
-        "name": "Feature",
-        "oneof_decl": [{"name": "kind"}],
-        "field": [
-            _describe_field("s", 1, "TYPE_BYTES", oneof_index=0),
-            _describe_field("f", 2, "TYPE_FLOAT", oneof_index=0),
-            _describe_field("i", 3, "TYPE_INT64", oneof_index=0),
-            _describe_field("feature_list", 4, "FeatureList", oneof_index=0),
-            _describe_field("feature_map", 5, "FeatureMap", oneof_index=0),
-        ],
-    }
-    feature_list = {
-        "name": "FeatureList",
-        "field": [_describe_field("container", 1, "Feature", "LABEL_REPEATED")],
-    }
-    map_entry = {
-        "name": "ContainerEntry",
-        "options": {"map_entry": True},
-        "field": [
-            _describe_field("key", 1, "TYPE_STRING"),
-            _describe_field("value", 2, "Feature"),
-        ],
-    }
-    feature_map = {
-        "name": "FeatureMap",
-        "nested_type": [map_entry],
-        "field": [_describe_field("container", 1, "FeatureMap.ContainerEntry", "LABEL_REPEATED")],
-    }
-    return {
-        "name": "diffnext/codewithgpu_record.proto",
-        "package": PACKAGE,
-        "syntax": "proto3",
-        "message_type": [feature, feature_list, feature_map],
-    }
+def _encode(data: Mapping[str, Any], features: Mapping[str, Any]) -> _Record:
+    # Unlike our own writer, the package takes examples without some of the features.
+    present = {name: kind for name, kind in features.items() if name in data}
+    return _Record(encode_example(data, present))
 
 
-def _describe_field(
-    name: str, number: int, kind: str, label: str = "LABEL_OPTIONAL", **options: Any
-) -> dict[str, Any]:
-    if kind.startswith("TYPE_"):
-        options["type"] = kind
-    else:
-        options["type"] = "TYPE_MESSAGE"
-        options["type_name"] = f".{PACKAGE}.{kind}"
-    return {"name": name, "number": number, "label": label, **options}
-
-
-class _RepairingFinder(importlib.abc.MetaPathFinder):
-    """Finds ``codewithgpu`` the ordinary way, and repairs it once its import is done.
-
-    The submodules take their message classes while the package is imported, so repairing must
-    come after that.
-    """
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> importlib.machinery.ModuleSpec | None:
-        if fullname != PACKAGE:
-            return None
-        spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
-        if spec is None or spec.loader is None:
-            return None
-        execute = spec.loader.exec_module
-
-        def execute_and_repair(module: ModuleType) -> None:
-            execute(module)
-            repair()
-
-        spec.loader.exec_module = execute_and_repair
-        return spec
+def _decode(record: _Record, features: Mapping[str, Any]) -> dict[str, Any]:
+    return decode_example(record.content, (0, len(record.content)), features)

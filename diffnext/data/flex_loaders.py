@@ -10,7 +10,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
-from numbers import Integral
+from numbers import Integral, Real
 from types import TracebackType
 from typing import Any, TypeAlias
 
@@ -20,12 +20,15 @@ import torch.utils.data
 
 from diffnext.data.example_order import ExampleOrder
 from diffnext.data.flex_pipelines import FeatureWorker, Worker
+from diffnext.data.flex_transforms import check_features
 from diffnext.data.records import RecordDataset, RecordError, RecordSubset
 
 logger = logging.getLogger(__name__)
 
 Batch: TypeAlias = dict[str, Any]
 Samples: TypeAlias = list[tuple[int, int]]  # (position in the stream, index in the dataset)
+
+EXAMPLE_BYTES = 1024  # of Python objects around the data of an example
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,8 +83,8 @@ class LoaderOptions:
             self._check_at_least(name, 0)
         for name in ("num_shards", "batch_size", "queue_depth", "initial_fill"):
             self._check_at_least(name, 1)
-        if self.timeout < 0:
-            raise ValueError(f"timeout must not be negative, got {self.timeout}")
+        if not isinstance(self.timeout, Real) or not self.timeout >= 0:
+            raise ValueError(f"timeout must be a number of at least 0, got {self.timeout!r}")
         start_methods = multiprocessing.get_all_start_methods()
         if self.start_method not in (None, *start_methods):
             raise ValueError(
@@ -102,6 +105,22 @@ class LoaderOptions:
                 hint = f"did you mean {similar[0]!r}?" if similar else f"known: {', '.join(known)}"
                 raise TypeError(f"unknown loader argument {name!r}; {hint}")
         return cls(**keywords)
+
+    def make_order(self, num_examples: int) -> ExampleOrder:
+        """The order of the examples of a dataset.
+
+        Raises:
+            ValueError: If a shard would be empty.
+        """
+        return ExampleOrder(
+            num_examples=num_examples,
+            shard_id=self.shard_id,
+            num_shards=self.num_shards,
+            shuffle=self.shuffle,
+            initial_fill=self.initial_fill,
+            seed=self.seed + self.shard_id,
+            stick_to_partition=self.stick_to_partition,
+        )
 
     def _check_at_least(self, name: str, minimum: int) -> None:
         value = getattr(self, name)
@@ -172,7 +191,7 @@ class DataLoader(DataLoaderBase):
         FileNotFoundError: If there is no dataset.
         TypeError: If an argument is unknown, or has the wrong type.
         ValueError: If an argument is out of range, the dataset is malformed or has another size
-            than ``max_examples``, or a shard would be empty.
+            than ``max_examples``, a shard would be empty, or a batch would not fit in memory.
     """
 
     def __init__(
@@ -182,13 +201,14 @@ class DataLoader(DataLoaderBase):
         open_dataset = self.options.dataset_getter or RecordDataset
         self.dataset = open_dataset(path=dataset)
         self._path = os.fspath(dataset)
-        self._order = _make_order(len(self.dataset), self.options)
+        self._order = self.options.make_order(len(self.dataset))
         self._worker = worker()
         self._worker.seed = self._order.seed
         self._consumed = 0
         self._batches: Iterator[Batch] | None = None
         self._closed = False
         self._check_size()
+        self._check_memory()
         logger.info(
             "%s: shard %d of %d has up to %d of %d examples, shuffling window %d, %d processes",
             self._path,
@@ -304,6 +324,19 @@ class DataLoader(DataLoaderBase):
                 f"got {self.options.max_examples}"
             )
 
+    def _check_memory(self) -> None:
+        """Check that the batches that are prepared at once do not exceed all memory."""
+        mean = getattr(self.dataset, "num_bytes", 0) // len(self.dataset) + EXAMPLE_BYTES
+        depth = self.options.queue_depth
+        needed = mean * self.options.batch_size * (1 + self._num_processes * depth)
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        if needed > memory:
+            raise ValueError(
+                f"batch_size {self.options.batch_size} does not fit in memory: with "
+                f"{self._num_processes} processes and queue_depth {depth} the batches need "
+                f"{needed / 1e9:.3g} GB, this machine has {memory / 1e9:.3g} GB"
+            )
+
 
 class FeatureDataLoader(DataLoader):
     """Batches of cached VAE moments with their prompts.
@@ -316,12 +349,14 @@ class FeatureDataLoader(DataLoader):
         **kwargs: See ``LoaderOptions``.
 
     Raises:
-        ValueError: If the dataset holds VQ codes, and for what ``DataLoader`` lists.
+        ValueError: If the dataset holds VQ codes or declares other types than the loader reads,
+            and for what ``DataLoader`` lists.
     """
 
     def __init__(self, dataset: str | os.PathLike[str], **kwargs: Any) -> None:
         super().__init__(dataset, FeatureWorker, **kwargs)
         features = getattr(self.dataset, "features", {})
+        check_features(features, self._path)
         if "codes" in features and "moments" not in features:
             raise ValueError(
                 f"{self._path} holds VQ 'codes', which no training pipeline can use; "
@@ -367,7 +402,7 @@ class _BatchDataset(torch.utils.data.Dataset):
     def __getitem__(self, samples: Samples) -> Batch:
         outputs = [self._load(position, index) for position, index in samples]
         self._check_alike(samples, outputs)
-        batch = {}
+        batch: Batch = {}
         for name in outputs[0]:
             values = [value for output in outputs for value in output[name]]
             if name == "latents" and self._contiguous:
@@ -414,7 +449,7 @@ def _own(value: Any) -> Any:
     return value.copy() if isinstance(value, np.ndarray) else value
 
 
-def _keep(batch: Batch) -> Batch:
+def _keep(batch: Any) -> Any:
     return batch
 
 
@@ -429,21 +464,9 @@ def _leave_signals_to_parent(worker: int) -> None:
 def _end_when_told() -> None:
     """End this process by a SIGTERM of the process that started it, and of no other."""
     parent = multiprocessing.parent_process()
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent.pid:
+    while parent and signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent.pid:
         pass
     os._exit(128 + signal.SIGTERM)
-
-
-def _make_order(num_examples: int, options: LoaderOptions) -> ExampleOrder:
-    return ExampleOrder(
-        num_examples=num_examples,
-        shard_id=options.shard_id,
-        num_shards=options.num_shards,
-        shuffle=options.shuffle,
-        initial_fill=options.initial_fill,
-        seed=options.seed + options.shard_id,
-        stick_to_partition=options.stick_to_partition,
-    )
 
 
 def _default_start_method() -> str:

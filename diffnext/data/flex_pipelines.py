@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from diffnext.data.flex_transforms import ParseAnnotations, ParseLatents
+from diffnext.data.record_format import RecordError
 
 
 class Worker(ABC):
@@ -71,3 +72,20 @@ class FeaturePipe:
 
 class FeatureWorker(FeaturePipe, Worker):
     """Example pipeline of ``FeatureDataLoader``."""
+
+
+def all_outputs(example: Mapping[str, Any], name: str) -> list[dict[str, list[Any]]]:
+    """All that training may make of an example: with the short caption, and with the long one.
+
+    Args:
+        example: Decoded record.
+        name: Of the example, for the message.
+
+    Raises:
+        RecordError: If it lacks something or an array does not fill its shape.
+    """
+    pipe = FeaturePipe()
+    try:
+        return [pipe.get_outputs(example, functools.partial(float, draw)) for draw in (0.0, 0.9)]
+    except (LookupError, TypeError, ValueError) as error:
+        raise RecordError(f"{name}: {error}") from error

@@ -8,6 +8,7 @@ Keys of an example:
     caption   str, or {"data": bytes, "shape": ints}: cached text states, float16, (L, D)
     text      the same, for a short caption; optional, may be empty
     label     int     class; optional
+    flow      float   motion strength; optional
 """
 
 import math
@@ -17,11 +18,44 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from diffnext.data.record_format import Descriptor, RecordError
+
 Caption: TypeAlias = str | np.ndarray
 
+STATES: dict[str, Descriptor] = {"data": "BYTES", "shape": ["INT64"]}
+FEATURE_TYPES: dict[str, list[Descriptor]] = {
+    "moments": ["BYTES"],
+    "codes": ["BYTES"],
+    "shape": [["INT64"]],
+    "caption": ["STRING", STATES],
+    "text": ["STRING", STATES],
+    "label": ["INT64"],
+    "flow": ["FLOAT32", "INT64"],
+}
+MAX_DIMENSIONS = 8
 LATENT_DTYPES: dict[str, np.dtype] = {"moments": np.dtype(np.float16), "codes": np.dtype(np.int32)}
 TEXT_DTYPE = np.dtype(np.float16)
 FIRST_SENTENCE = re.compile(r".*?[.!?](?=\s)")  # the dot stops at the end of the first line
+
+
+def check_features(features: Mapping[str, Descriptor], name: str) -> None:
+    """Check that what a dataset declares has the types that the transforms read.
+
+    Args:
+        features: Normalized descriptor.
+        name: Of the dataset, for the message.
+
+    Raises:
+        RecordError: If a feature has another type.
+    """
+    for feature, allowed in FEATURE_TYPES.items():
+        kind = features.get(feature)
+        if kind is None or kind in allowed:
+            continue
+        if isinstance(kind, dict) and STATES in allowed and STATES.items() <= kind.items():
+            continue
+        expected = " or ".join(map(str, allowed))
+        raise RecordError(f"{name}: feature {feature!r} must be {expected}, got {kind!r:.80}")
 
 
 class Transform:
@@ -101,8 +135,9 @@ class ParseAnnotations(Transform):
             return _view_array("text", text["data"], text["shape"], TEXT_DTYPE)
         return _view_array("caption", caption["data"], caption["shape"], TEXT_DTYPE)
 
-    def _choose_text(self, caption: str, text: str | None, uniform: Callable[[], float]) -> str:
-        short_caption = text or first_sentence(caption)
+    def _choose_text(self, caption: str, text: Any, uniform: Callable[[], float]) -> str:
+        has_text = isinstance(text, str) and len(text) > 0
+        short_caption = text if has_text else first_sentence(caption)
         if short_caption and uniform() < self.short_prob:
             return short_caption
         return caption
@@ -115,6 +150,11 @@ def first_sentence(caption: str) -> str:
 
 
 def _view_array(name: str, data: bytes, shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+    if not 1 <= len(shape) <= MAX_DIMENSIONS or min(shape) < 0:
+        raise ValueError(
+            f"{name!r} must have a shape of 1 to {MAX_DIMENSIONS} sizes, none negative, got "
+            f"{shape!r:.80}"
+        )
     expected_bytes = math.prod(shape) * dtype.itemsize
     if len(data) != expected_bytes:
         raise ValueError(

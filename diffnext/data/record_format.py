@@ -29,6 +29,8 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from diffnext.utils.json_files import FileError
+
 Descriptor: TypeAlias = "str | list[Descriptor] | dict[str, Descriptor]"
 Span: TypeAlias = tuple[int, int]  # first byte, one past the last byte
 
@@ -74,12 +76,13 @@ SCALAR_FIELDS = {
     "FLOAT32": FLOAT_FIELD,
     "INT64": INTEGER_FIELD,
 }
+MAX_DEPTH = 16  # of lists and maps in each other
 CONTAINER_FIELD = 1
 KEY_FIELD = 1
 VALUE_FIELD = 2
 
 
-class RecordError(ValueError):
+class RecordError(FileError):
     """A record, or a dataset of records, is not what the format asks for."""
 
 
@@ -93,33 +96,36 @@ def normalize_features(features: Mapping[str, Any]) -> dict[str, Descriptor]:
         A new dict; the argument is left as it is.
 
     Raises:
-        RecordError: If a type is unknown, or a list does not hold exactly one type.
+        RecordError: If a type is unknown, a list does not hold exactly one type, or lists and
+            maps are nested too deep.
     """
     if not isinstance(features, Mapping):
         raise RecordError(f"features must map names to types, got {features!r}")
-    return _normalize_map(features, "")
+    return _normalize_map(features, "", 0)
 
 
-def _normalize_map(features: Mapping[str, Any], path: str) -> dict[str, Descriptor]:
+def _normalize_map(features: Mapping[str, Any], path: str, depth: int) -> dict[str, Descriptor]:
     normalized = {}
     for name, kind in features.items():
         if not isinstance(name, str):
             raise RecordError(f"feature names must be strings, got {name!r}")
-        normalized[name] = _normalize_type(kind, _join(path, name))
+        normalized[name] = _normalize_type(kind, _join(path, name), depth + 1)
     return normalized
 
 
-def _normalize_type(kind: Any, path: str) -> Descriptor:
+def _normalize_type(kind: Any, path: str, depth: int) -> Descriptor:
+    if depth > MAX_DEPTH:
+        raise RecordError(f"feature {path!r}: lists and maps must nest at most {MAX_DEPTH} deep")
     if isinstance(kind, Mapping):
-        return _normalize_map(kind, path)
+        return _normalize_map(kind, path, depth)
     if isinstance(kind, (list, tuple)):
         if len(kind) != 1:
-            raise RecordError(f"feature {path!r}: a list names exactly one type, got {kind!r}")
-        return [_normalize_type(kind[0], f"{path}[]")]
+            raise RecordError(f"feature {path!r}: a list names exactly one type, got {kind!r:.80}")
+        return [_normalize_type(kind[0], f"{path}[]", depth + 1)]
     if isinstance(kind, str) and kind.lower() in TYPE_NAMES:
         return TYPE_NAMES[kind.lower()]
     known = ", ".join(TYPE_NAMES)
-    raise RecordError(f"feature {path!r}: unknown type {kind!r}; known types are {known}")
+    raise RecordError(f"feature {path!r}: unknown type {kind!r:.80}; known types are {known}")
 
 
 def encode_example(example: Mapping[str, Any], features: Mapping[str, Descriptor]) -> bytes:
@@ -269,7 +275,7 @@ def decode_example(
         A value for every declared feature; absent ones get the default of their type.
 
     Raises:
-        RecordError: If the bytes are no such record.
+        RecordError: If the bytes are not such a record.
     """
     return _Decoder(buffer, copies).read_map(span, features, "")
 
@@ -330,7 +336,8 @@ class _Decoder:
             return self._read_text(content)
         if kind == "FLOAT32":
             return struct.unpack_from("<f", self.buffer, content[0])[0]
-        return content - 2**64 if content >= 2**63 else content
+        number, _ = _read_varint(self.buffer, *content)
+        return number - 2**64 if number >= 2**63 else number
 
     def _read_bytes(self, span: Span) -> bytes | memoryview:
         start, end = span
@@ -338,7 +345,7 @@ class _Decoder:
             return bytes(self.buffer[start:end])
         return memoryview(self.buffer)[start:end]
 
-    def _read_member(self, span: Span, expected: int, path: str) -> Span | int | None:
+    def _read_member(self, span: Span, expected: int, path: str) -> Span | None:
         """Return the content of the one member a Feature holds, None for an empty Feature."""
         member = None
         for field, wire_type, content in self._read_fields(span):
@@ -363,11 +370,11 @@ class _Decoder:
                 raise RecordError(f"container item has wire type {wire_type}")
             yield content
 
-    def _read_fields(self, span: Span) -> list[tuple[int, int, Any]]:
-        """Return (field number, wire type, integer or span) of each field of a message."""
+    def _read_fields(self, span: Span) -> list[tuple[int, int, Span]]:
+        """Return (field number, wire type, span of the content) of each field of a message."""
         buffer = self.buffer
         position, end = span
-        fields = []
+        fields: list[tuple[int, int, Span]] = []
         while position < end:
             key = buffer[position]
             position += 1
@@ -375,11 +382,12 @@ class _Decoder:
                 key, position = _read_varint(buffer, position - 1, end)
             wire_type = key & 7
             if wire_type == DELIMITED and position < end and buffer[position] < 0x80:
-                size = buffer[position]  # most numbers are of one byte
+                size = buffer[position]  # most sizes take one byte
                 position += 1
             elif wire_type == VARINT:
-                content, position = _read_varint(buffer, position, end)
-                fields.append((key >> 3, wire_type, content))
+                start = position
+                _, position = _read_varint(buffer, start, end)
+                fields.append((key >> 3, wire_type, (start, position)))
                 continue
             else:
                 size, position = _read_size(buffer, position, end, wire_type)

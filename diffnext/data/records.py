@@ -15,19 +15,22 @@ import bisect
 import contextlib
 import itertools
 import json
-import logging
 import mmap
 import operator
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import re
+from array import array
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
 from io import BufferedWriter
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
+from pydantic import AfterValidator, Field, TypeAdapter
 
+from diffnext.data.plain_files import open_plain, read_typed
 from diffnext.data.record_format import (
     Descriptor,
     RecordError,
@@ -37,26 +40,85 @@ from diffnext.data.record_format import (
 )
 
 __all__ = [
+    "Metadata",
     "RecordDataset",
     "RecordError",
     "RecordSubset",
     "RecordWriter",
     "Shard",
+    "copy_records",
+    "find_datasets",
     "open_subset",
+    "read_metadata",
     "write_metadata",
 ]
 
-logger = logging.getLogger(__name__)
-
-FORMAT_VERSION = 1
 METADATA_NAME = "METADATA"
+MAX_INDEX_LINE = 64  # bytes
+# Numbers of 18 digits and their sums fit in 64 bits.
+INDEX_LINE = re.compile(rb"\s*(\d{1,18})\s+(\d{1,18})\s*")
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """What METADATA holds.
+
+    Attributes:
+        entries: Examples of all shards.
+        features: Normalized descriptor.
+        version: Of the format.
+    """
+
+    entries: Annotated[int, Field(ge=1, lt=2**63, strict=True)]
+    features: Annotated[dict[str, Any], AfterValidator(normalize_features)]
+    version: Literal[1]
+
+
+def read_metadata(path: str | os.PathLike[str]) -> Metadata:
+    """Read METADATA.
+
+    Args:
+        path: Dataset folder.
+
+    Raises:
+        FileNotFoundError: If there is none; the message names the datasets in the folder, if any.
+        RecordError: If it is malformed.
+    """
+    try:
+        return read_typed(Path(path) / METADATA_NAME, TypeAdapter(Metadata))
+    except (FileNotFoundError, NotADirectoryError):
+        nested = [folder.name for folder in _nested_datasets(Path(path))]
+        hint = f"; the datasets in it are {', '.join(nested)}" if nested else ""
+        raise FileNotFoundError(
+            f"{path} is not a dataset: it has no {METADATA_NAME}{hint}"
+        ) from None
+
+
+def find_datasets(path: str | os.PathLike[str]) -> list[Path]:
+    """The dataset in a folder, or those of several sizes in its folders.
+
+    Raises:
+        FileNotFoundError: If there is none.
+    """
+    folder = Path(path)
+    if os.path.lexists(folder / METADATA_NAME):
+        return [folder]
+    found = _nested_datasets(folder)
+    if not found:
+        raise FileNotFoundError(f"{folder} is not a dataset: it has no {METADATA_NAME}")
+    return found
+
+
+def _nested_datasets(folder: Path) -> list[Path]:
+    found = [path.parent for path in folder.glob(f"*/{METADATA_NAME}")]
+    return sorted(path for path in found if not path.is_symlink())
 
 
 class RecordWriter:
     """Writes the examples of a new dataset.
 
     METADATA is written by ``close()``, also at the end of a ``with`` block that failed, so that
-    what was written until then stays readable. Without it a folder is no dataset.
+    what was written until then stays readable. Without it a folder is not a dataset.
 
     Args:
         path: Existing folder that holds no dataset yet.
@@ -85,8 +147,7 @@ class RecordWriter:
         self.max_examples = max_examples
         self.zfill_width = zfill_width
         self._entries = 0
-        self._data: BufferedWriter | None = None
-        self._index: BufferedWriter | None = None
+        self._files: tuple[BufferedWriter, BufferedWriter] | None = None  # data and index
         self._closed = False
         _check_new_dataset(self.path)
 
@@ -117,11 +178,12 @@ class RecordWriter:
         """
         if self._closed:
             raise RuntimeError(f"cannot write to {self.path}: the writer is closed")
-        if self._entries % self.max_examples == 0:
-            self._open_shard(self._entries // self.max_examples)
-        offset = self._data.tell()
-        self._data.write(record)
-        self._index.write(b"%d %d\n" % (offset, len(record)))
+        if self._files is None or self._entries % self.max_examples == 0:
+            self._files = self._open_shard(self._entries // self.max_examples)
+        data, index = self._files
+        offset = data.tell()
+        data.write(record)
+        index.write(b"%d %d\n" % (offset, len(record)))
         self._entries += 1
 
     def close(self) -> None:
@@ -144,21 +206,45 @@ class RecordWriter:
     ) -> None:
         self.close()
 
-    def _open_shard(self, number: int) -> None:
+    def _open_shard(self, number: int) -> tuple[BufferedWriter, BufferedWriter]:
         self._close_shard()
         stem = str(number).zfill(self.zfill_width)
         try:
-            self._data = open(self.path / f"{stem}.data", "xb")
-            self._index = open(self.path / f"{stem}.index", "xb")
+            data = open(self.path / f"{stem}.data", "xb")
+            return data, open(self.path / f"{stem}.index", "xb")
         except FileExistsError as error:
             raise RecordError(f"{error.filename} already exists") from error
 
     def _close_shard(self) -> None:
-        for file in (self._data, self._index):
-            if file is not None:
-                file.close()
-        self._data = None
-        self._index = None
+        for file in self._files or ():
+            file.close()
+        self._files = None
+
+
+def copy_records(
+    records: Iterable[tuple["RecordDataset", int]],
+    path: str | os.PathLike[str],
+    max_examples: int = 2**63 - 1,
+) -> int:
+    """Write records of datasets with the same features to a new one, as they are.
+
+    Args:
+        records: Dataset and number of each.
+        path: Existing empty folder.
+        max_examples: Examples per shard.
+
+    Returns:
+        The number of records.
+    """
+    writer = None
+    count = 0
+    for dataset, index in records:
+        writer = writer or RecordWriter(path, dataset.features, max_examples)
+        writer.write_record(dataset.record(index))
+        count += 1
+    if writer is not None:
+        writer.close()
+    return count
 
 
 def write_metadata(
@@ -171,10 +257,10 @@ def write_metadata(
         entries: Examples of all shards.
         features: Normalized descriptor.
     """
-    metadata = {"entries": entries, "features": dict(features), "version": FORMAT_VERSION}
+    metadata = Metadata(entries, dict(features), version=1)
     temporary = Path(path) / f"{METADATA_NAME}.tmp"
     with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(metadata, file, indent=2)
+        json.dump(asdict(metadata), file, indent=2)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, Path(path) / METADATA_NAME)
@@ -212,17 +298,23 @@ class RecordDataset:
     Args:
         path: Dataset folder.
 
+    Attributes:
+        features: Normalized descriptor.
+        shards: The pairs of files, in order.
+
     Raises:
-        FileNotFoundError: If METADATA or a data file is missing.
+        FileNotFoundError: If METADATA is missing.
         RecordError: If METADATA or an index is malformed, the number of index lines is not the
-            one METADATA tells, or a data file is shorter than its index says.
+            one in METADATA, a data file is missing or shorter than its index says, or one of
+            these files is a link or something else than a plain file.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        self._entries, self.features = _read_metadata(self.path)
-        self._shards = [_read_shard(index_path) for index_path in _index_paths(self.path)]
-        sizes = [len(shard.spans) for shard in self._shards]
+        metadata = read_metadata(self.path)
+        self._entries, self.features = metadata.entries, metadata.features
+        self.shards = [_read_shard(index_path) for index_path in _index_paths(self.path)]
+        sizes = [len(shard.spans) for shard in self.shards]
         self._ends = list(itertools.accumulate(sizes))
         self._maps: dict[int, mmap.mmap] = {}
         self._cursor = 0
@@ -236,15 +328,15 @@ class RecordDataset:
         return self._entries
 
     @property
-    def shards(self) -> Sequence[Shard]:
-        """The pairs of files, in order."""
-        return tuple(self._shards)
+    def num_bytes(self) -> int:
+        """Size of the data files."""
+        return sum(shard.data_size for shard in self.shards)
 
     def __len__(self) -> int:
         return self._entries
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Return example ``index`` and move the cursor behind it.
+        """Return example ``index`` and move the cursor past it.
 
         Raises:
             IndexError: If there is no such example.
@@ -321,7 +413,7 @@ class RecordDataset:
     def describe(self, index: int) -> str:
         """Return file and number of an example, for messages."""
         shard_number, local_index = self._locate(index)
-        data_path = self._shards[shard_number].data_path
+        data_path = self.shards[shard_number].data_path
         return f"example {index} (number {local_index} in {data_path})"
 
     def __enter__(self) -> "RecordDataset":
@@ -340,7 +432,7 @@ class RecordDataset:
 
     def _locate(self, index: int) -> tuple[int, int]:
         shard_number = bisect.bisect_right(self._ends, index)
-        shard_start = self._ends[shard_number] - len(self._shards[shard_number].spans)
+        shard_start = self._ends[shard_number] - len(self.shards[shard_number].spans)
         return shard_number, index - shard_start
 
     def _check_index(self, index: int) -> int:
@@ -363,28 +455,27 @@ class RecordDataset:
         if self._closed:
             raise RuntimeError(f"cannot read {self.path}: the dataset is closed")
         shard_number, local_index = self._locate(index)
-        offset, length = self._shards[shard_number].spans[local_index].tolist()
+        offset, length = self.shards[shard_number].spans[local_index].tolist()
         return self._open_map(shard_number), offset, offset + length
 
     def _open_map(self, shard_number: int) -> mmap.mmap | bytes:
-        shard = self._shards[shard_number]
+        shard = self.shards[shard_number]
         if shard.data_size == 0:
             return b""  # an empty file cannot be mapped
         if shard_number not in self._maps:
-            with open(shard.data_path, "rb") as file:
-                self._maps[shard_number] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            self._maps[shard_number] = _map_file(shard.data_path, shard.data_size)
         return self._maps[shard_number]
 
     def _check_entries(self) -> None:
         indexed = self._ends[-1] if self._ends else 0
         if indexed != self._entries:
             raise RecordError(
-                f"{self.path}: METADATA tells {self._entries} examples, "
-                f"{len(self._shards)} index files list {indexed}"
+                f"{self.path}: METADATA lists {self._entries} examples, "
+                f"its {len(self.shards)} index files {indexed}"
             )
 
     def _check_spans(self) -> None:
-        for shard, shard_end in zip(self._shards, self._ends, strict=True):
+        for shard, shard_end in zip(self.shards, self._ends, strict=True):
             ends = shard.spans.sum(axis=1)
             beyond = np.flatnonzero(ends > shard.data_size)
             if len(beyond):
@@ -404,7 +495,7 @@ class RecordSubset:
     Attributes:
         dataset: The dataset.
         start: Its first example that belongs to the subset.
-        stop: The first one behind it.
+        stop: The first one after it.
     """
 
     dataset: RecordDataset
@@ -415,6 +506,11 @@ class RecordSubset:
     def features(self) -> dict[str, Descriptor]:
         """Types of the features."""
         return self.dataset.features
+
+    @property
+    def num_bytes(self) -> int:
+        """Share of the subset in the data files, as if all examples had one size."""
+        return self.dataset.num_bytes * len(self) // len(self.dataset)
 
     def __len__(self) -> int:
         return self.stop - self.start
@@ -451,29 +547,12 @@ def open_subset(path: str | os.PathLike[str], start: int, stop: int) -> RecordSu
     return RecordSubset(dataset, start, stop)
 
 
-def _read_metadata(path: Path) -> tuple[int, dict[str, Descriptor]]:
-    """Return the number of examples and the descriptor."""
-    metadata_path = path / METADATA_NAME
-    if not metadata_path.is_file():
-        raise FileNotFoundError(f"{path} is not a dataset: it has no {METADATA_NAME}")
-    try:
-        metadata = json.loads(metadata_path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise RecordError(f"{metadata_path} is not JSON: {error}") from error
-    if not isinstance(metadata, dict):
-        raise RecordError(f"{metadata_path} must hold a JSON object, got {metadata!r:.80}")
-    if metadata.get("version") != FORMAT_VERSION:
-        raise RecordError(
-            f"{metadata_path}: format version must be {FORMAT_VERSION}, "
-            f"got {metadata.get('version')!r}"
-        )
-    entries = metadata.get("entries")
-    if not isinstance(entries, int) or entries < 0:
-        raise RecordError(f"{metadata_path}: entries must be a count, got {entries!r}")
-    try:
-        return entries, normalize_features(metadata.get("features"))
-    except RecordError as error:
-        raise RecordError(f"{metadata_path}: {error}") from error
+def _map_file(path: Path, size: int) -> mmap.mmap:
+    with open_plain(path) as file:
+        try:
+            return mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
+        except (OSError, OverflowError, ValueError) as error:
+            raise RecordError(f"{path} cannot be read as {size} bytes: {error}") from error
 
 
 def _index_paths(path: Path) -> list[Path]:
@@ -489,21 +568,23 @@ def _shard_order(path: Path) -> tuple[bool, int, str]:
 
 def _read_shard(index_path: Path) -> Shard:
     data_path = index_path.with_suffix(".data")
-    if not data_path.is_file():
-        raise FileNotFoundError(f"{index_path} has no data file {data_path.name} beside it")
-    lines = index_path.read_bytes().splitlines()
-    spans = [_parse_span(line, index_path, number) for number, line in enumerate(lines)]
-    return Shard(
-        data_path=data_path,
-        data_size=data_path.stat().st_size,
-        spans=np.array(spans, dtype=np.int64).reshape(-1, 2),
-    )
+    try:
+        with open_plain(data_path) as file:
+            data_size = os.fstat(file.fileno()).st_size
+    except FileNotFoundError:
+        raise RecordError(f"{index_path} has no data file {data_path.name} beside it") from None
+    return Shard(data_path, data_size, _read_spans(index_path))
 
 
-def _parse_span(line: bytes, index_path: Path, number: int) -> tuple[int, int]:
-    fields = line.split()
-    if len(fields) != 2 or not all(field.isdigit() for field in fields):
-        raise RecordError(
-            f"{index_path}, example {number}: expected '<offset> <length>', got {line!r:.80}"
-        )
-    return int(fields[0]), int(fields[1])
+def _read_spans(index_path: Path) -> np.ndarray:
+    spans = array("q")
+    with open_plain(index_path) as file:
+        for line in iter(lambda: file.readline(MAX_INDEX_LINE), b""):
+            match = INDEX_LINE.fullmatch(line)
+            if match is None:
+                raise RecordError(
+                    f"{index_path}, example {len(spans) // 2}: expected '<offset> <length>', got "
+                    f"{line!r}"
+                )
+            spans.extend((int(match[1]), int(match[2])))
+    return np.array(spans, dtype=np.int64).reshape(-1, 2)

@@ -5,6 +5,7 @@ Files appear under their names when they are whole, so that one that exists is f
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -52,7 +53,7 @@ class Layout(ABC):
         """Write the notes of a prompt that are not there."""
         for path, text in self.notes(prompt).items():
             if not path.is_file():
-                write_whole(path, lambda partial, text=text: partial.write_text(text))
+                write_whole(path, functools.partial(Path.write_text, data=text))
 
     def repeats(self, prompt: int) -> bool:
         """Whether the files of a prompt are those of an earlier one."""
@@ -68,7 +69,7 @@ class GenEvalLayout(Layout):
 
     Args:
         outdir: Folder of all samples.
-        records: The benchmark's metadata, an object a prompt.
+        records: The benchmark's metadata, an object per prompt.
     """
 
     def __init__(self, outdir: str | os.PathLike, records: Sequence[dict[str, Any]]) -> None:
@@ -128,7 +129,7 @@ class VBenchLayout(Layout):
         return self._firsts[self._keys[prompt]] != prompt
 
     def write(self, prompt: int, sample: int, frames: ndarray) -> None:
-        """Write a clip of 12 frames a second."""
+        """Write a clip of 12 frames per second."""
         path = self.path(prompt, sample)
         write_whole(path, lambda partial: export_to_video(frames, partial, fps=FPS))
 

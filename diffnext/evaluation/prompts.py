@@ -58,17 +58,12 @@ class PromptSet:
     def __len__(self) -> int:
         return len(self.prompts)
 
-    @property
-    def is_encoded(self) -> bool:
-        """Whether the prompts are text states."""
-        return isinstance(self.prompts[0], Tensor)
-
 
 def read_prompts(path: str | os.PathLike, key: str = "prompt") -> PromptSet:
     """Read prompts of any form.
 
     Args:
-        path: A ``.json`` file with a list of objects or a ``.jsonl`` file with an object a line,
+        path: A ``.json`` file with a list of objects or a ``.jsonl`` file with an object per line,
             see :func:`prompts_of_records`, or a ``.pth`` file with ``{"prompts": [states, ...],
             "texts": [...], "tags": [...]}``, of which the last two may be absent.
         key: Name of the text to draw; without effect on text states.
@@ -167,7 +162,7 @@ def _read_states(path: Path) -> PromptSet:
 
 
 def _names(names: Any, what: str, count: int, path: Path) -> tuple[str, ...] | None:
-    """One name a prompt; old files may hold each name twice, one after the other."""
+    """One name per prompt; old files may hold each name twice, one after the other."""
     if names is None:
         return None
     if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
@@ -176,7 +171,7 @@ def _names(names: Any, what: str, count: int, path: Path) -> tuple[str, ...] | N
         names = names[::2]
     if len(names) != count:
         raise ValueError(
-            f"{path}: there must be one of {what!r} a prompt, got {len(names)} for {count}"
+            f"{path}: there must be one of {what!r} per prompt, got {len(names)} for {count}"
         )
     return tuple(_checked_text(name, index, path) for index, name in enumerate(names))
 
@@ -202,7 +197,8 @@ def read_geneval(
     prompts = read_prompts(prompt, key)
     if len(prompts) != len(records):
         raise ValueError(f"{prompt} has {len(prompts)} prompts, {metadata} has {len(records)}")
-    for index, (text, wanted) in enumerate(zip(prompts.texts or own.texts, own.texts, strict=True)):
+    own_texts = own.texts or ()
+    for index, (text, wanted) in enumerate(zip(prompts.texts or own_texts, own_texts, strict=True)):
         if text != wanted:
             raise ValueError(f"prompt {index} is {text!r} in {prompt}, {wanted!r} in {metadata}")
     return prompts, records
@@ -233,7 +229,8 @@ def save_states(path: str | os.PathLike, prompts: PromptSet) -> None:
         path: A ``.pth`` file.
         prompts: With text states.
     """
-    content: dict[str, Any] = {"prompts": [state.clone() for state in prompts.prompts]}
+    states = [state.clone() for state in prompts.prompts if isinstance(state, Tensor)]
+    content: dict[str, Any] = {"prompts": states}
     if prompts.tags is not None:
         content["tags"] = list(prompts.tags)
     if prompts.texts is not None:
@@ -257,13 +254,19 @@ def check_model(model: str | os.PathLike) -> int:
     """
     folder = find_folder(model)
     if not (folder / INDEX_FILE).is_file():
-        raise FileNotFoundError(f"{folder} is no pipeline folder: it has no {INDEX_FILE}")
+        raise FileNotFoundError(f"{folder} is not a pipeline folder: it has no {INDEX_FILE}")
     name = read_class_name(folder)
     if name != NOVAPipeline.__name__:
         raise ValueError(f"{model} is a {name}: prompts need a {NOVAPipeline.__name__}")
     for place in component_places(folder, "transformer"):
         if (place / "config.json").is_file():
-            return int(read_json(place / "config.json")["text_token_len"])
+            length = read_json(place / "config.json").get("text_token_len")
+            if not isinstance(length, int):
+                raise ValueError(
+                    f"{place / 'config.json'}: text_token_len must be a whole number, got "
+                    f"{length!r:.80}"
+                )
+            return length
     raise FileNotFoundError(f"{folder} has no transformer/config.json")
 
 

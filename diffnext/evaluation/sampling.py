@@ -257,12 +257,13 @@ def load_states(
 ) -> dict[int, Tensor]:
     """Text states of the prompts of some groups; texts are encoded."""
     wanted = [prompt for group in groups for prompt in group]
-    if prompts.is_encoded:
-        return {prompt: prompts.prompts[prompt] for prompt in wanted}
-    texts = [prompts.prompts[prompt] for prompt in wanted]
-    states = encode_prompts(options.ckpt, texts, device, dtype)
+    drawn = {prompt: prompts.prompts[prompt] for prompt in wanted}
+    texts = {prompt: text for prompt, text in drawn.items() if isinstance(text, str)}
+    if not texts:
+        return {prompt: state for prompt, state in drawn.items() if isinstance(state, Tensor)}
+    states = encode_prompts(options.ckpt, list(texts.values()), device, dtype)
     progress = tqdm(states, total=len(texts), unit="prompt", desc="encoding", disable=is_silent)
-    return dict(zip(wanted, progress, strict=True))
+    return dict(zip(texts, progress, strict=True))
 
 
 def check_states(pipe: NOVAPipeline, states: dict[int, Tensor]) -> None:
@@ -272,6 +273,8 @@ def check_states(pipe: NOVAPipeline, states: dict[int, Tensor]) -> None:
         ValueError: If they do not fit the model.
     """
     embed = pipe.transformer.text_embed
+    if embed is None:
+        raise ValueError("the model reads classes, not text states")
     for prompt, state in states.items():
         if state.size(1) != embed.token_dim or len(state) > embed.num_tokens:
             raise ValueError(
@@ -327,7 +330,8 @@ def draw_group(
         output_type="np",
         disable_progress_bar=True,
     )
-    return output.images[:, None] if "images" in output else output.frames
+    samples = output[0]  # pictures (B, H, W, 3), or clips
+    return samples[:, None] if samples.ndim == 4 else samples
 
 
 def sample_seed(seed: int, prompt: int, sample: int) -> int:
@@ -348,7 +352,7 @@ def make_generators(
 
 
 def make_shared_generator(pipe: NOVAPipeline, options: SamplingOptions) -> torch.Generator | None:
-    """The one generator of a whole run, as the first release had it; None for one a sample."""
+    """The one generator of a whole run, as the first release had it; None for one per sample."""
     if not options.compat:
         return None
     torch.manual_seed(options.seed)
@@ -372,8 +376,10 @@ def digest(prompts: PromptSet) -> str:
     """A hash of what is drawn."""
     sha = hashlib.sha256()
     for prompt in prompts.prompts:
-        is_text = isinstance(prompt, str)
-        data = prompt.encode() if is_text else prompt.float().contiguous().numpy().tobytes()
+        if isinstance(prompt, str):
+            data = prompt.encode()
+        else:
+            data = prompt.float().contiguous().numpy().tobytes()
         sha.update(len(data).to_bytes(8, "big") + data)
     return sha.hexdigest()[:16]
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -15,6 +17,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from diffnext.models.quantization import check_not_quantized
+from diffnext.utils.component_files import component_files, reading
 
 __all__ = [
     "MODEL_MODULES",
@@ -84,10 +87,15 @@ def load_strictly(load: Callable[..., Any], path: Any, *args: Any, **kwargs: Any
         **kwargs: The same.
 
     Raises:
+        FileError: If a file of a local folder is damaged, leads elsewhere or would run code.
         RuntimeError: If any key is missing, unexpected or of another shape; lists them all.
     """
     wants_info = kwargs.pop("output_loading_info", False)
-    model, info = load(path, *args, output_loading_info=True, **kwargs)
+    if os.path.isdir(path):
+        path = os.path.realpath(path)
+        component_files(Path(path, kwargs.get("subfolder") or ""))
+    with reading(path, "a model"):
+        model, info = load(path, *args, output_loading_info=True, **kwargs)
     lines = []
     for field, meaning in _MISFITS.items():
         keys = [str(key) for key in info.get(field) or ()]

@@ -17,12 +17,15 @@ from diffnext.pipelines.release_folder import (
     BASE_FOLDER_FILE,
     INDEX_FILE,
     LORA_FILE,
+    component_places,
+    find_component,
     find_folder,
-    link_component,
-    link_release_folder,
+    read_index,
+    write_base_reference,
 )
 from diffnext.schedulers.scheduling_cfm import FlowMatchEulerDiscreteScheduler
 from diffnext.schedulers.scheduling_ddpm import DDPMScheduler
+from diffnext.utils.component_files import component_files, own_path, reading
 from diffnext.utils.json_files import read_json, write_json
 
 __all__ = ["build_diffusion_scheduler", "build_pipeline", "get_pipeline_path"]
@@ -52,64 +55,75 @@ def get_pipeline_path(
 
     Raises:
         FileNotFoundError: If a folder or the index is missing.
+        FileError: If a folder is not to be trusted: a name that is a path, a link that leads out,
+            damaged files.
     """
     if module_dict is None and module_config is None:
         return str(pretrained_path)
     folder = find_folder(pretrained_path)
-    source = _complete(folder)
-    module_paths = {
-        name: _relocate(path, folder, source) for name, path in (module_dict or {}).items()
+    if (folder / BASE_FOLDER_FILE).exists() and (folder / LORA_FILE).exists():
+        raise ValueError(f"{folder} holds adapters only: merge them first (scripts/merge_lora.py)")
+    modules = dict(module_dict or {})
+    index = read_index(_absolute(modules.pop("model_index", None) or own_path(folder, INDEX_FILE)))
+    dropped = [name for name, path in modules.items() if not path]
+    index = {name: value for name, value in index.items() if name not in dropped}
+    components = {
+        name: find_component(folder, name)
+        for name, value in index.items()
+        if isinstance(value, list)
     }
-    index_file = Path(module_paths.pop("model_index", None) or source / INDEX_FILE)
-    if not index_file.is_file():
-        raise FileNotFoundError(f"there is no model index at {index_file}")
-    index = read_json(index_file)
-    dropped = [name for name, path in module_paths.items() if not path]
-    components = _component_folders(source, module_paths)
+    for name, path in modules.items():
+        if path:
+            components[name] = _replacement(name, _absolute(path), folder)
     target = Path(target_path).absolute() if target_path else _temporary_folder()
     target.mkdir(parents=True, exist_ok=True)
     for name, component in components.items():
-        overlay = _plain((module_config or {}).get(name))
-        link_component(component, target / name, replaced=["config.json"] if overlay else [])
-        if overlay:
-            _write_overlaid_config(name, component, target / name, overlay)
-    write_json(target / INDEX_FILE, {k: v for k, v in index.items() if k not in dropped})
+        if component is not None:
+            _link_component(component, target / name, _plain((module_config or {}).get(name)))
+    write_json(target / INDEX_FILE, index)
     return str(target)
 
 
-def _complete(folder: Path) -> Path:
-    """The folder itself, or a training checkpoint joined with its base folder.
+def _absolute(path: str | os.PathLike) -> Path:
+    return Path(path).expanduser().absolute()
 
-    Raises:
-        ValueError: If the checkpoint holds adapters in the place of a model.
+
+def _replacement(name: str, place: Path, folder: Path) -> Path:
+    """The folder that ``module_dict`` gives for a component.
+
+    Configs name parts of their own base folder, which a training checkpoint has elsewhere.
     """
-    if not (folder / BASE_FOLDER_FILE).exists():
-        return folder
-    if (folder / LORA_FILE).exists():
-        raise ValueError(f"{folder} holds adapters only: merge them first (scripts/merge_lora.py)")
-    joined = _temporary_folder()
-    link_release_folder(folder, joined, read_json(folder / INDEX_FILE))
-    return joined
+    component_places(folder, name)  # checks the name
+    found = find_component(folder, place.name) if place.parent == folder else place
+    if found is None or not found.is_dir():
+        raise FileNotFoundError(f"module_dict.{name}: there is no folder {place}")
+    return found
 
 
-def _relocate(path: Any, folder: Path, source: Path) -> Any:
-    """A path inside ``folder`` as one inside ``source``; configs name parts of their folder."""
-    if path and Path(path).expanduser().absolute().is_relative_to(folder):
-        return source / Path(path).expanduser().absolute().relative_to(folder)
-    return path
+def _link_component(source: Path, target: Path, overlay: dict[str, Any]) -> None:
+    """Make ``target`` a real folder of links to the files of ``source``, and name that its base.
 
-
-def _component_folders(source: Path, module_paths: dict[str, Any]) -> dict[str, Path]:
-    """Where each component comes from; a path in ``module_paths`` wins."""
-    folders = {entry.name: entry for entry in sorted(source.iterdir()) if entry.is_dir()}
-    for name, path in module_paths.items():
-        if not path:
-            folders.pop(name, None)
-            continue
-        folders[name] = Path(path).expanduser().absolute()
-        if not folders[name].is_dir():
-            raise FileNotFoundError(f"module_dict.{name}: there is no folder {path}")
-    return folders
+    Args:
+        source: Folder of one component.
+        target: Folder to fill; files that exist stay, links are made anew.
+        overlay: Values that overlay those of config.json.
+    """
+    files = component_files(source)
+    if target.is_symlink():
+        target.unlink()
+    target.mkdir(parents=True, exist_ok=True)
+    for name, file in files.items():
+        link = target / name
+        link.parent.mkdir(parents=True, exist_ok=True)
+        if link.is_symlink():
+            link.unlink()
+        if not link.exists():
+            link.symlink_to(file)
+    write_base_reference(target, source.absolute(), {})
+    if overlay:
+        config = read_json(source / "config.json") if "config.json" in files else {}
+        _report_differences(target.name, source / "config.json", config, overlay)
+        write_json(target / "config.json", {**config, **overlay})
 
 
 def _temporary_folder() -> Path:
@@ -129,9 +143,10 @@ def _plain(config: Any) -> dict[str, Any]:
     return cast("dict[str, Any]", OmegaConf.to_container(config, resolve=True))
 
 
-def _write_overlaid_config(name: str, folder: Path, target: Path, overlay: dict[str, Any]) -> None:
-    path = folder / "config.json"
-    config = read_json(path) if path.is_file() else {}
+def _report_differences(
+    name: str, path: Path, config: dict[str, Any], overlay: dict[str, Any]
+) -> None:
+    """Warn of values of a component's config that the training config replaces by others."""
     for key, value in overlay.items():
         if key in config and not _is_same(config[key], value):
             logger.warning(
@@ -143,7 +158,6 @@ def _write_overlaid_config(name: str, folder: Path, target: Path, overlay: dict[
                 path,
                 json.dumps(value),
             )
-    write_json(target / "config.json", {**config, **overlay})
 
 
 def _is_same(old: Any, new: Any) -> bool:
@@ -165,11 +179,10 @@ def build_pipeline(
         pretrained_path: Release folder or Hub id.
         pipe_cls: Pipeline class.
         dtype: Dtype of its models, or one a component with ``default`` for the rest.
-        **kwargs: For ``from_pretrained``; win over the two defaults.
+        **kwargs: For ``from_pretrained``, such as ``trust_remote_code``.
     """
     dtype = kwargs.pop("torch_dtype", dtype)
-    options = {"trust_remote_code": True, "dtype": dtype, **kwargs}
-    return pipe_cls.from_pretrained(str(pretrained_path), **options)
+    return pipe_cls.from_pretrained(str(pretrained_path), **{"dtype": dtype, **kwargs})
 
 
 def build_diffusion_scheduler(scheduler_path: Any, sample: bool = False, **kwargs: Any) -> Any:
@@ -190,10 +203,9 @@ def build_diffusion_scheduler(scheduler_path: Any, sample: bool = False, **kwarg
     """
     if scheduler_path is None:
         return None
-    name: str | None
     if hasattr(scheduler_path, "config"):
         config = dict(scheduler_path.config)
-        name = type(scheduler_path).__name__
+        name: Any = type(scheduler_path).__name__
     else:
         file = Path(scheduler_path) / "scheduler_config.json"
         if not file.is_file():
@@ -201,6 +213,7 @@ def build_diffusion_scheduler(scheduler_path: Any, sample: bool = False, **kwarg
         config = read_json(file)
         wanted = "_sample_class_name" if sample else "_noise_class_name"
         name = config.get(wanted) or config.get("_class_name")
-    if name is None or name not in _SCHEDULERS:
+    if not isinstance(name, str) or name not in _SCHEDULERS:
         raise ValueError(f"scheduler must be one of {sorted(_SCHEDULERS)}, got {name}")
-    return _SCHEDULERS[name].from_config({**config, **kwargs})
+    with reading(scheduler_path, name):
+        return _SCHEDULERS[name].from_config({**config, **kwargs})

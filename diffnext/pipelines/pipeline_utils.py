@@ -11,30 +11,25 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from diffusers.utils import BaseOutput
+from torch import nn
 
 from diffnext.models.modeling_utils import StrictLoadingMixin
 from diffnext.models.quantization import check_not_quantized
 from diffnext.pipelines.release_folder import (
-    BASE_FOLDER_FILE,
+    HUB_ARGUMENTS,
     INDEX_FILE,
+    LIBRARIES,
     LORA_FILE,
+    component_class,
+    component_places,
+    find_component,
     find_folder,
-    import_libraries,
-    link_release_folder,
     resolve_index,
 )
-from diffnext.utils.json_files import read_json
+from diffnext.utils.component_files import component_files, reading
+from diffnext.utils.json_files import FileError, write_json
 
 __all__ = ["NOVAPipelineOutput", "PipelineMixin", "cosine_set_sizes"]
-
-_HUB_ARGUMENTS = (
-    "cache_dir",
-    "force_download",
-    "local_files_only",
-    "proxies",
-    "revision",
-    "token",
-)
 
 
 @dataclass
@@ -76,17 +71,27 @@ class PipelineMixin(_Base):
 
         Raises:
             FileNotFoundError: If the folder or one of its components is missing.
+            FileError: If a file of it is damaged, leads elsewhere, or would run code.
             RuntimeError: If weights do not fit their model; the message lists them.
         """
-        hub_kwargs = {name: kwargs.pop(name) for name in _HUB_ARGUMENTS if name in kwargs}
+        hub_kwargs = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
         folder = find_folder(pretrained_model_name_or_path, **hub_kwargs)
-        index = resolve_index(folder)
-        import_libraries(index)
-        is_complete = not (folder / BASE_FOLDER_FILE).exists()
-        if is_complete and index == read_json(folder / INDEX_FILE):
-            return super().from_pretrained(folder, **kwargs)
+        index = resolve_index(folder, bool(kwargs.get("trust_remote_code")))
+        kinds = cls._get_signature_types()
+        parts = {
+            name: _read_part(folder, name, index.get(name), kinds[name])
+            for name in cls._optional_components
+            if name not in kwargs
+        }
+        # Models are left to diffusers, for dtypes, devices and quantisation.
         with tempfile.TemporaryDirectory(prefix="diffnext-") as assembled:
-            link_release_folder(folder, Path(assembled), index)
+            entries = {name: index[name] for name, part in parts.items() if part is not None}
+            write_json(Path(assembled, INDEX_FILE), {**entries, "_class_name": cls.__name__})
+            for name in entries:
+                if isinstance(parts[name], Path):
+                    Path(assembled, name).symlink_to(parts[name].resolve())
+                else:
+                    kwargs[name] = parts[name]
             pipeline = super().from_pretrained(assembled, **kwargs)
         pipeline.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
         if (folder / LORA_FILE).is_file():
@@ -174,6 +179,33 @@ class PipelineMixin(_Base):
                     "its class's from_pretrained"
                 )
         super().register_modules(**components)
+
+
+def _read_part(folder: Path, name: str, entry: Any, kinds: tuple[type, ...]) -> Any:
+    """A component: the folder of a model, a tokenizer or scheduler itself, None if absent.
+
+    Args:
+        folder: Release folder or training checkpoint.
+        name: Of the component.
+        entry: Its library and class in the resolved index.
+        kinds: What its class must be one of.
+    """
+    if entry is None or (isinstance(entry, list) and entry[0] is None):
+        return None
+    if not isinstance(entry, list):
+        raise FileError(f"{folder / INDEX_FILE}: {name} must be [library, class], got {entry!r}")
+    component = find_component(folder, name)
+    if component is None:
+        places = [str(place) for place in component_places(folder, name)]
+        raise FileNotFoundError(f"component {name!r} of {folder} is in none of {places}")
+    component_files(component)
+    if entry[0] not in LIBRARIES:
+        return component
+    kind: Any = component_class(entry, kinds)
+    if issubclass(kind, nn.Module):
+        return component
+    with reading(component, kind.__name__):
+        return kind.from_pretrained(component)
 
 
 def cosine_set_sizes(num_steps: int, num_tokens: int) -> np.ndarray:

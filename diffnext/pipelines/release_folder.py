@@ -4,6 +4,10 @@ A release folder holds ``model_index.json`` and a folder for each component. The
 component's class as ``[library, class]``; the library is a package, a dotted module, or a shim
 such as ``__vae__`` for a file ``vae/__vae__.py`` that imports the class. A checkpoint written by
 training holds its own components only and names the folders of the others in ``base_folder.json``.
+
+Nothing that a folder says is trusted: components have plain names and lie in the folder, or where
+``base_folder.json`` says; their classes are those of diffusers, transformers and this package; and
+shims are read, not run. Only ``trust_remote_code=True`` runs Python files of a folder.
 """
 
 from __future__ import annotations
@@ -11,87 +15,88 @@ from __future__ import annotations
 import ast
 import importlib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from diffnext.models.modeling_utils import MODEL_MODULES
-from diffnext.utils.json_files import read_json, write_json
+from diffnext.utils.component_files import (
+    BASE_FOLDER_FILE,
+    INDEX_FILE,
+    is_plain_name,
+    own_path,
+    read_base_reference,
+)
+from diffnext.utils.json_files import FileError, read_json, write_json
 
 __all__ = [
     "BASE_FOLDER_FILE",
+    "HUB_ARGUMENTS",
     "INDEX_FILE",
+    "LIBRARIES",
     "LORA_FILE",
+    "component_class",
     "component_places",
+    "find_component",
     "find_folder",
-    "import_libraries",
-    "link_component",
-    "link_release_folder",
     "read_base_reference",
     "read_class_name",
+    "read_index",
     "resolve_index",
     "write_base_reference",
     "write_shim",
 ]
 
-INDEX_FILE = "model_index.json"
-BASE_FOLDER_FILE = "base_folder.json"
 LORA_FILE = "pytorch_lora_weights.safetensors"  # as diffusers names it
+HUB_ARGUMENTS = (
+    "cache_dir",
+    "force_download",
+    "local_files_only",
+    "proxies",
+    "revision",
+    "token",
+)  # of from_pretrained, for snapshot_download
+SCHEDULER_MODULES = {
+    "FlowMatchEulerDiscreteScheduler": "diffnext.schedulers.scheduling_cfm",
+    "DDPMScheduler": "diffnext.schedulers.scheduling_ddpm",
+}
+LIBRARIES = ("diffusers", "transformers", *MODEL_MODULES.values(), *SCHEDULER_MODULES.values())
 
 
 def find_folder(path_or_id: str | os.PathLike, **hub_kwargs: Any) -> Path:
     """A local folder as it is, or the snapshot of a Hub repository.
 
     Args:
-        path_or_id: Folder or Hub id.
+        path_or_id: Folder or Hub id. The Hub is not asked for ``a/b`` where there is a folder
+            ``a``, only its cache is.
         **hub_kwargs: ``cache_dir``, ``revision``, ``token``, ``local_files_only`` and such, for
             ``huggingface_hub.snapshot_download``.
 
     Raises:
-        FileNotFoundError: If it is neither a folder nor shaped like a Hub id.
+        FileNotFoundError: If there is no such folder, nor such a repository on the Hub, or the
+            Hub cannot be reached and has left no copy in its cache.
     """
     folder = Path(path_or_id).expanduser()
     if folder.is_dir():
         return folder.absolute()
     name = str(path_or_id)
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise FileNotFoundError(f"{name} is neither a folder nor a Hub id such as BAAI/nova-...")
+        raise FileNotFoundError(
+            f"there is no folder {name}, and this is not a Hub id such as BAAI/nova-..."
+        )
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    return Path(snapshot_download(name, **hub_kwargs))
-
-
-def link_component(source: Path, target: Path, replaced: Iterable[str] = ()) -> None:
-    """Make ``target`` a real folder of links to the entries of ``source``.
-
-    Args:
-        source: Folder of one component.
-        target: Folder to fill; entries that exist stay.
-        replaced: Names to leave out, because the caller writes them.
-    """
-    target.mkdir(parents=True, exist_ok=True)
-    for entry in source.iterdir():
-        link = target / entry.name
-        if entry.name not in replaced and not link.exists():
-            link.unlink(missing_ok=True)  # a dangling link of an earlier run
-            link.symlink_to(entry.resolve())
-
-
-def read_base_reference(folder: Path) -> tuple[Path | None, dict[str, Path]]:
-    """Where a training checkpoint has its other components.
-
-    Args:
-        folder: Any release folder.
-
-    Returns:
-        Its base folder, None if it is complete in itself, and components that are elsewhere.
-    """
-    file = folder / BASE_FOLDER_FILE
-    if not file.is_file():
-        return None, {}
-    content = read_json(file)
-    components = {name: Path(path) for name, path in content.get("components", {}).items()}
-    return Path(content["base_folder"]), components
+    if folder.parent.is_dir():
+        hub_kwargs["local_files_only"] = True
+    try:
+        return Path(snapshot_download(name, **hub_kwargs))
+    except (OSError, HfHubHTTPError, HFValidationError) as error:
+        where = "in the Hub's cache" if hub_kwargs.get("local_files_only") else "on the Hub"
+        reason = str(error).split("\n")[0]
+        raise FileNotFoundError(
+            f"there is no folder {name}, nor a model of that name {where}: {reason}"
+        ) from error
 
 
 def write_base_reference(folder: Path, base: Path, components: Mapping[str, Path]) -> None:
@@ -107,96 +112,137 @@ def component_places(folder: Path, name: str) -> list[Path]:
     Args:
         folder: Release folder or training checkpoint.
         name: Of the component.
+
+    Raises:
+        FileError: If the name is a path, or the folder has a link of that name that leads out.
     """
+    if not is_plain_name(name):
+        raise FileError(f"{folder}: a component must have a plain name such as vae, got {name!r}")
     base, elsewhere = read_base_reference(folder)
-    places = [folder / name, elsewhere.get(name), None if base is None else base / name]
+    places = [own_path(folder, name), elsewhere.get(name), base and own_path(base, name)]
     return [place for place in places if place is not None]
 
 
-def link_release_folder(source: Path, target: Path, index: dict[str, Any]) -> None:
-    """Assemble a release folder of links to ``source`` and its base folder, with another index.
+def find_component(folder: Path, name: str) -> Path | None:
+    """The folder of a component; None if there is none. See :func:`component_places`."""
+    return next((place for place in component_places(folder, name) if place.is_dir()), None)
+
+
+def read_index(file: Path) -> dict[str, Any]:
+    """The index of a release folder, with plain names and entries of the right form.
 
     Args:
-        source: Release folder or training checkpoint.
-        target: Folder to fill.
-        index: Content of its ``model_index.json``.
+        file: Its ``model_index.json``.
+
+    Returns:
+        Its content; ``[library, class]`` by name for the components.
+
+    Raises:
+        FileError: If it is damaged, or a name or an entry has another form.
+        FileNotFoundError: If there is none.
     """
+    if not file.is_file():
+        raise FileNotFoundError(f"{file.parent} is not a pipeline folder: it has no {file.name}")
+    index = read_json(file)
+    if not isinstance(index.get("_class_name"), str | None):
+        raise FileError(f"{file}: _class_name must be a text, got {index['_class_name']!r}")
     for name, value in index.items():
-        if not isinstance(value, (list, tuple)):
+        if name.startswith("_") or isinstance(value, bool | int | float | None):
             continue
-        folders = component_places(source, name)
-        component = next((folder for folder in folders if folder.is_dir()), None)
-        if component is None and value[0] is not None:
-            raise FileNotFoundError(
-                f"component {name!r} of {source} is in none of {[str(f) for f in folders]}"
-            )
-        if component is not None:
-            link_component(component, target / name)
-    write_json(target / INDEX_FILE, index)
+        if not is_plain_name(name):
+            raise FileError(f"{file}: a component must have a plain name such as vae, got {name!r}")
+        is_entry = isinstance(value, list) and len(value) == 2
+        if not is_entry or not (value[0] is None or all(isinstance(one, str) for one in value)):
+            raise FileError(f"{file}: {name} must be [library, class], got {value!r}")
+    return index
 
 
 def read_class_name(folder: Path) -> str | None:
     """The pipeline class of a release folder, with or without a module in the index."""
-    name = read_json(folder / INDEX_FILE).get("_class_name")
+    name = read_index(own_path(folder, INDEX_FILE)).get("_class_name")
     return None if name is None else name.rpartition(".")[2]
 
 
-def resolve_index(folder: Path) -> dict[str, Any]:
+def resolve_index(folder: Path, trust_remote_code: bool = False) -> dict[str, Any]:
     """The index of a release folder with shims replaced by the modules of their classes.
 
-    Shims that do more than import a class of this package stay: diffusers loads those, and asks
-    for ``trust_remote_code=True``.
+    Args:
+        folder: Release folder or training checkpoint.
+        trust_remote_code: Whether other shims and libraries may stay, whose code diffusers runs.
 
     Raises:
+        FileError: If the index names foreign code without permission, or is damaged.
         FileNotFoundError: If the folder has no index.
     """
-    path = folder / INDEX_FILE
-    if not path.is_file():
-        raise FileNotFoundError(f"{folder} is no pipeline folder: it has no {INDEX_FILE}")
-    index = read_json(path)
-    return {
-        name: _resolve_entry(folder / name, value) if isinstance(value, list) else value
-        for name, value in index.items()
-    }
+    index = read_index(own_path(folder, INDEX_FILE))
+    for name, value in index.items():
+        if not isinstance(value, list) or value[0] is None:
+            continue
+        component = find_component(folder, name)
+        library = _resolved_library(component, *value)
+        if library not in LIBRARIES and not trust_remote_code:
+            shim = _shim(component, library)
+            place = folder / INDEX_FILE if shim is None else shim
+            raise FileError(
+                f"{place} names foreign code as {name}, {library}.{value[1]}: if you trust it, "
+                "load the folder with trust_remote_code=True"
+            )
+        index[name] = [library, value[1]]
+    return index
 
 
-def _resolve_entry(component: Path, entry: list[Any]) -> list[Any]:
-    library, class_name = entry
-    if not isinstance(library, str) or not library.startswith("__"):
-        return entry
-    shim = component / f"{library}.py"
-    if shim.is_file():
-        module = _imported_module(shim.read_text(encoding="utf-8"), class_name)
-    else:
-        module = MODEL_MODULES.get(class_name)
-    return entry if module is None else [module, class_name]
+def _resolved_library(component: Path | None, library: str, class_name: str) -> str:
+    """The module of this package that a shim imports the class from; others stay as they are."""
+    if not library.startswith("__"):
+        return library
+    shim = _shim(component, library)
+    is_harmless = shim is None or _only_imports(shim, class_name)
+    return MODEL_MODULES.get(class_name, library) if is_harmless else library
 
 
-def _imported_module(source: str, class_name: str) -> str | None:
-    """The module of this package that a shim takes the class from; None if it does more."""
-    module = None
-    for statement in ast.parse(source).body:
+def _shim(component: Path | None, library: str) -> Path | None:
+    """The Python file of a component that diffusers would run for a library of that name."""
+    if component is None or not is_plain_name(library):
+        return None
+    shim = own_path(component, f"{library}.py")
+    return shim if shim.is_file() else None
+
+
+def _only_imports(shim: Path, class_name: str) -> bool:
+    """Whether a shim only imports the class from its place in this package; it is not run."""
+    try:
+        statements = ast.parse(shim.read_bytes()).body
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return False
+    names: set[str] = set()
+    for statement in statements:
         is_docstring = isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
         is_all = (
             isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == "__all__"
         )
         if is_docstring or is_all:
             continue
-        if not isinstance(statement, ast.ImportFrom) or statement.level:
-            return None
-        if not (statement.module or "").startswith("diffnext."):
-            return None
-        if any(alias.name == class_name and not alias.asname for alias in statement.names):
-            module = statement.module
-    return module
+        if not isinstance(statement, ast.ImportFrom) or statement.module not in LIBRARIES:
+            return False
+        names |= {alias.name for alias in statement.names if not alias.asname}
+    return class_name in names
 
 
-def import_libraries(index: dict[str, Any]) -> None:
-    """Import the modules of this package that an index names; diffusers looks among imported."""
-    for value in index.values():
-        library = value[0] if isinstance(value, (list, tuple)) else None
-        if isinstance(library, str) and library.startswith("diffnext."):
-            importlib.import_module(library)
+def component_class(entry: tuple[str, str] | list[str], base: type | tuple[type, ...]) -> type:
+    """The class that an entry of a resolved index names.
+
+    Args:
+        entry: Library, one of :data:`LIBRARIES`, and class.
+        base: What it must be a class of.
+
+    Raises:
+        FileError: If there is no such class, or it is another kind of component.
+    """
+    library, name = entry
+    found = getattr(importlib.import_module(library), name, None)
+    if not isinstance(found, type) or not issubclass(found, base):
+        raise FileError(f"{library} has no such component: {name!r}")
+    return found
 
 
 def write_shim(folder: Path, component: str, class_name: str) -> str:

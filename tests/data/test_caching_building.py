@@ -156,7 +156,9 @@ def test_text_states_are_those_that_training_would_make(tmp_path, vae):
     )
     build_cache(settings)
     (example,) = read_all(tmp_path / "out")
-    states = encoding.TextStates(settings).encode(["a red star. blue circle", "a red star."])
+    states = encoding.TextStates(settings.text_encoder, settings).encode(
+        ["a red star. blue circle", "a red star."]
+    )
     for name, expected in zip(("caption", "text"), states, strict=True):
         assert example[name]["shape"] == list(expected.shape) and expected.shape[1] == 32
         assert example[name]["data"] == expected.tobytes()
@@ -356,7 +358,7 @@ def test_a_bad_file_stops_a_build_that_asks_for_it(tmp_path, vae):
     write_pictures(tmp_path / "in", 6)
     (tmp_path / "in" / "0005.png").write_bytes(b"no picture")
     settings = make_settings(tmp_path / "in", tmp_path / "out", vae, on_error="stop")
-    with pytest.raises(CacheError, match=r"0005\.png: is no picture of a known format"):
+    with pytest.raises(CacheError, match=r"0005\.png: is not a picture in a known format"):
         build_cache(settings)
     draw_picture(5).save(tmp_path / "in" / "0005.png")
     assert build_cache(settings).examples == 6
@@ -441,8 +443,8 @@ def save_hostile_pictures(folder):
     turned = Image.Exif()
     turned[0x0112] = 6
     bad_exif = b"Exif\0\0II*\0\xff\xff\xff\xff"
-    add("zero.jpg", content(b""), "no picture")
-    add("text.jpg", content(b"<html>not found</html>"), "no picture")
+    add("zero.jpg", content(b""), "not a picture")
+    add("text.jpg", content(b"<html>not found</html>"), "not a picture")
     add("truncated.jpg", truncated(noise, "JPEG"), "cannot be decoded")
     add("truncated.png", truncated(noise, "PNG"), "cannot be decoded")
     add("head_only.jpg", content(b"\xff\xd8\xff\xe0\x00\x10JFIF"), "")
@@ -471,7 +473,7 @@ def save_hostile_pictures(folder):
     add(
         "postscript.jpg",
         content(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"),
-        "no picture",
+        "not a picture",
     )
     add("one_pixel.png", saved(fine.resize((1, 1))), "more than 4 times")
     add("thin.png", saved(fine.resize((2000, 1))), "more than 4 times")
@@ -487,12 +489,12 @@ def save_hostile_pictures(folder):
     (folder / "latin.txt").write_bytes("café".encode("latin-1"))
     (folder / "caption_pipe.png").write_bytes(b"")
     os.mkfifo(folder / "caption_pipe.txt")
-    expected["caption_pipe.png"] = "its .txt file: is no regular file"
+    expected["caption_pipe.png"] = "its .txt file: is not a regular file"
     os.mkfifo(folder / "pipe.jpg")
     (folder / "pipe.txt").write_text("x")
-    expected["pipe.jpg"] = "no regular file"
+    expected["pipe.jpg"] = "not a regular file"
     for name, target, reason in [
-        ("device.jpg", "/dev/zero", "no regular file"),
+        ("device.jpg", "/dev/zero", "not a regular file"),
         ("dangling.jpg", "nowhere.jpg", "cannot be opened"),
         ("loop.jpg", "loop.jpg", "cannot be opened"),
         ("good_link.png", "odd.png", None),

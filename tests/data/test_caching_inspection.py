@@ -45,7 +45,7 @@ def test_a_summary_counts_what_is_there(built):
     assert (summary.entries, summary.shards) == (10, 2)
     assert summary.shapes == {(8, 4, 4): 10}
     assert summary.captions.count == 10 and summary.captions.least == 25
-    assert summary.manifest["counts"]["examples"] == 10
+    assert summary.manifest.counts.examples == 10
 
 
 def test_a_whole_dataset_has_no_problems(built):
@@ -63,10 +63,10 @@ def test_damage_is_found(tmp_path):
     for expected in (
         "example 1 (number 1 in",
         "not finite",
-        "of the same source as example 0: the same",
+        "the same source as example 0: the same",
         "several shapes",
         "the manifest counts 4 examples, METADATA 3",
-        "the manifest tells latents of (8, 2, 2)",
+        "the manifest lists latents of (8, 2, 2)",
     ):
         assert expected in problems
 
@@ -110,7 +110,7 @@ def test_the_parts_of_a_split_are_the_whole(built, tmp_path):
     assert sources(tmp_path / "c") == first + second
     manifest = json.loads((tmp_path / "c" / "manifest.json").read_text())
     assert manifest["counts"] == {"examples": 10}
-    assert manifest["vae_hash"] == summarize(built).manifest["vae_hash"]
+    assert manifest["vae_hash"] == summarize(built).manifest.vae_hash
     assert list(find_problems(tmp_path / "c")) == []
 
 
@@ -146,8 +146,9 @@ def test_the_command_line_shows_checks_and_draws(built, tmp_path, capsys):
     assert "examples  10" in shown and "(8, 4, 4): 10" in shown and "Picture 0. It has" in shown
     assert main(["check", str(built)]) == 0
     assert "no problems" in capsys.readouterr().out
-    assert main(["sheet", str(built), str(tmp_path / "sheet.png"), "--num", "4"]) == 0
-    with Image.open(tmp_path / "sheet.png") as sheet:
+    sheet_path, vae = str(tmp_path / "sheet.png"), str(built.parent / "vae")
+    assert main(["sheet", str(built), sheet_path, "--num", "4", "--vae", vae]) == 0
+    with Image.open(sheet_path) as sheet:
         assert sheet.width > 4 * 96
     assert main(["show", str(tmp_path)]) == 1
     assert "error: " in capsys.readouterr().err
@@ -159,6 +160,13 @@ def test_a_sheet_needs_the_autoencoder_of_the_latents(built, tmp_path, capsys):
     weights.write_bytes(weights.read_bytes() + b" ")
     assert main(["sheet", str(built), "sheet.png", "--vae", str(other)]) == 1
     assert "made with another autoencoder" in capsys.readouterr().err
+
+
+def test_a_sheet_does_not_open_the_autoencoder_of_the_manifest_unasked(built, tmp_path, capsys):
+    assert main(["sheet", str(built), str(tmp_path / "sheet.png")]) == 1
+    vae = built.parent / "vae"
+    expected = f"error: name the autoencoder of {built} with --vae: its manifest names {vae}\n"
+    assert capsys.readouterr().err == expected
 
 
 def test_the_command_line_splits_merges_and_reshards(built, tmp_path, capsys):

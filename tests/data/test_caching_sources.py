@@ -158,8 +158,8 @@ def test_members_that_lead_out_or_are_no_files_have_a_problem(tmp_path):
         "a.tar//tmp/absolute.png": "its name leads out of the archive",
         "a.tar/link.png": "is a link",
         "a.tar/hard.png": "is a link",
-        "a.tar/pipe.png": "is no regular file",
-        "a.tar/device.png": "is no regular file",
+        "a.tar/pipe.png": "is not a regular file",
+        "a.tar/device.png": "is not a regular file",
         "a.tar/twice.png": None,
         "a.tar/twice.png (2)": "the same name as an item before it",
     }
@@ -182,7 +182,7 @@ def test_a_cut_off_archive_keeps_what_is_before(tmp_path):
 def test_compressed_archives_are_refused(tmp_path):
     with tarfile.open(tmp_path / "a.tar", "w:gz") as archive:
         add_member(archive, "0.png", picture_bytes())
-    with pytest.raises(CacheError, match="no readable uncompressed tar file"):
+    with pytest.raises(CacheError, match="not a readable uncompressed tar file"):
         items_of(tmp_path / "a.tar")
 
 
@@ -202,7 +202,13 @@ def test_broken_rows_have_a_problem(tmp_path):
     assert problems[0] is None and problems[6] is None
     for problem, expected in zip(
         problems[1:6],
-        ["is no line of JSON", "is no JSON object", "as row 1", "no file in", "is no line of JSON"],
+        [
+            "is not a line of JSON",
+            "is not a JSON object",
+            "as row 1",
+            "no file in",
+            "is not a line of JSON",
+        ],
         strict=True,
     ):
         assert expected in problem
@@ -228,7 +234,7 @@ def test_a_missing_column_is_named_with_those_there_are(tmp_path):
     [
         ("a.csv", b"", "no header"),
         ("a.jsonl", b"\n", "has no column"),
-        ("a.parquet", b"PAR1 nonsense PAR1", "no readable Parquet file"),
+        ("a.parquet", b"PAR1 nonsense PAR1", "not a readable Parquet file"),
     ],
 )
 def test_unreadable_tables_are_refused(tmp_path, name, content, message):

@@ -235,7 +235,10 @@ def test_the_state_of_another_dataset_is_refused(make_dataset):
         ({"queue_depth": 0}, ValueError, "queue_depth must be at least 1"),
         ({"initial_fill": 0}, ValueError, "initial_fill must be at least 1"),
         ({"seed": -1}, ValueError, "seed must be at least 0"),
-        ({"timeout": -1}, ValueError, "timeout must not be negative"),
+        ({"timeout": -1}, ValueError, "timeout must be a number of at least 0, got -1"),
+        ({"timeout": "1"}, ValueError, "timeout must be a number of at least 0, got '1'"),
+        ({"batch_size": 10**12}, ValueError, "batch_size 1000000000000 does not fit in memory: "),
+        ({"queue_depth": 10**12, "num_workers": 1}, ValueError, "queue_depth 1000000000000 the"),
         ({"start_method": "thread"}, ValueError, "start_method must be one of"),
         ({"max_examples": 4}, ValueError, "max_examples must be the 5 examples"),
         ({"num_shards": 4, "shard_id": 3}, ValueError, "fill only 3 of 4 shards"),
@@ -245,6 +248,11 @@ def test_the_state_of_another_dataset_is_refused(make_dataset):
 def test_a_wrong_argument_is_refused_at_construction(make_dataset, options, error, message):
     with pytest.raises(error, match=message):
         FeatureDataLoader(make_dataset(5), **options)
+
+
+def test_a_batch_larger_than_the_dataset_repeats_examples(make_dataset):
+    with FeatureDataLoader(make_dataset(2), batch_size=5, shuffle=False) as loader:
+        assert loader.next()[0]["motion_flow"] == [0, 1, 0, 1, 0]
 
 
 def test_arguments_of_the_original_without_effect_are_accepted(make_dataset):

@@ -83,6 +83,12 @@ def test_one_draw_below_short_prob_takes_the_short_caption(example, short):
     assert below.count == above.count == 1
 
 
+def test_cached_states_are_not_the_short_caption_of_a_text():
+    states = {"data": b"", "shape": []}
+    example = {"caption": "One. Two.", "text": states}
+    assert ParseAnnotations(short_prob=1)(example) == (None, "One.")
+
+
 def test_an_empty_caption_stays_empty_without_a_draw():
     draws = Draws(0.0)
     assert ParseAnnotations()({"caption": ""}, draws) == (None, "")

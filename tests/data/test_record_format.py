@@ -5,7 +5,6 @@ import struct
 import numpy as np
 import pytest
 
-from diffnext.data.codewithgpu_compat import build_messages
 from diffnext.data.record_format import (
     RecordError,
     decode_example,
@@ -53,6 +52,49 @@ EVERYTHING = {
 }
 
 
+# The schema of the format, from which protobuf makes the classes that test ours.
+SCHEMA = """
+name: "record.proto" package: "codewithgpu" syntax: "proto3"
+message_type {
+  name: "Feature" oneof_decl { name: "kind" }
+  field { name: "s" number: 1 label: LABEL_OPTIONAL oneof_index: 0 type: TYPE_BYTES }
+  field { name: "f" number: 2 label: LABEL_OPTIONAL oneof_index: 0 type: TYPE_FLOAT }
+  field { name: "i" number: 3 label: LABEL_OPTIONAL oneof_index: 0 type: TYPE_INT64 }
+  field { name: "feature_list" number: 4 label: LABEL_OPTIONAL oneof_index: 0
+          type: TYPE_MESSAGE type_name: ".codewithgpu.FeatureList" }
+  field { name: "feature_map" number: 5 label: LABEL_OPTIONAL oneof_index: 0
+          type: TYPE_MESSAGE type_name: ".codewithgpu.FeatureMap" }
+}
+message_type {
+  name: "FeatureList"
+  field { name: "container" number: 1 label: LABEL_REPEATED
+          type: TYPE_MESSAGE type_name: ".codewithgpu.Feature" }
+}
+message_type {
+  name: "FeatureMap"
+  nested_type {
+    name: "ContainerEntry" options { map_entry: true }
+    field { name: "key" number: 1 label: LABEL_OPTIONAL type: TYPE_STRING }
+    field { name: "value" number: 2 label: LABEL_OPTIONAL
+            type: TYPE_MESSAGE type_name: ".codewithgpu.Feature" }
+  }
+  field { name: "container" number: 1 label: LABEL_REPEATED
+          type: TYPE_MESSAGE type_name: ".codewithgpu.FeatureMap.ContainerEntry" }
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def messages():
+    """Classes by name; skip without protobuf."""
+    message_factory = pytest.importorskip("google.protobuf.message_factory")
+    from google.protobuf import descriptor_pb2, text_format
+
+    schema = text_format.Parse(SCHEMA, descriptor_pb2.FileDescriptorProto())
+    classes = message_factory.GetMessages([schema])
+    return {name.removeprefix("codewithgpu."): kind for name, kind in classes.items()}
+
+
 def decode(record: bytes, features: dict) -> dict:
     return decode_example(record, (0, len(record)), normalize_features(features))
 
@@ -63,7 +105,7 @@ def encode(example: dict, features: dict) -> bytes:
 
 def feature_to_message(messages, value):
     """Build a Feature with the protobuf library."""
-    feature = messages.Feature()
+    feature = messages["Feature"]()
     if isinstance(value, dict):
         feature.feature_map.SetInParent()
         for name, item in value.items():
@@ -114,19 +156,16 @@ def test_every_type_survives_a_round_trip():
     assert decode(encode(EVERYTHING, ALL_TYPES), ALL_TYPES) == EVERYTHING
 
 
-def test_protobuf_reads_what_we_encode():
-    pytest.importorskip("google.protobuf")
-    message = build_messages().FeatureMap()
+def test_protobuf_reads_what_we_encode(messages):
+    message = messages["FeatureMap"]()
     message.ParseFromString(encode(EVERYTHING, ALL_TYPES))
     assert set(message.container) == set(EVERYTHING)
     for name, value in EVERYTHING.items():
         assert message_to_feature(message.container[name], value) == value
 
 
-def test_we_decode_what_protobuf_writes():
-    pytest.importorskip("google.protobuf")
-    messages = build_messages()
-    message = messages.FeatureMap()
+def test_we_decode_what_protobuf_writes(messages):
+    message = messages["FeatureMap"]()
     for name, value in EVERYTHING.items():
         message.container[name].CopyFrom(feature_to_message(messages, value))
     assert decode(message.SerializeToString(), ALL_TYPES) == EVERYTHING

@@ -183,69 +183,6 @@ def test_a_folder_whose_writer_was_killed_is_no_dataset(tmp_path):
         RecordDataset(tmp_path)
 
 
-def test_a_truncated_data_file_is_refused_with_file_example_and_sizes(tmp_path):
-    write_numbers(tmp_path, 5, max_examples=2)
-    data_path = tmp_path / "00001.data"
-    content = data_path.read_bytes()
-    data_path.write_bytes(content[:-1])
-    expected = (
-        rf"00001.data is truncated: example 3 \(number 1 in the file\) ends at byte "
-        rf"{len(content)}, the file has {len(content) - 1} bytes"
-    )
-    with pytest.raises(RecordError, match=expected):
-        RecordDataset(tmp_path)
-
-
-def test_an_empty_data_file_is_refused(tmp_path):
-    write_numbers(tmp_path, 2)
-    (tmp_path / "00000.data").write_bytes(b"")
-    with pytest.raises(RecordError, match="example 0 .* the file has 0 bytes"):
-        RecordDataset(tmp_path)
-
-
-def test_a_lost_index_line_is_refused(tmp_path):
-    write_numbers(tmp_path, 3)
-    index_path = tmp_path / "00000.index"
-    index_path.write_bytes(index_path.read_bytes().split(b"\n", 1)[1])
-    with pytest.raises(RecordError, match="METADATA tells 3 examples, 1 index files list 2"):
-        RecordDataset(tmp_path)
-
-
-@pytest.mark.parametrize("line", ["0", "0 x", "0 5 7", "-1 5", "0 5.0"])
-def test_a_malformed_index_line_is_refused(tmp_path, line):
-    write_numbers(tmp_path, 2)
-    index_path = tmp_path / "00000.index"
-    index_path.write_text(index_path.read_text().splitlines()[0] + f"\n{line}\n")
-    with pytest.raises(RecordError, match="00000.index, example 1: expected"):
-        RecordDataset(tmp_path)
-
-
-def test_a_missing_data_file_is_refused(tmp_path):
-    write_numbers(tmp_path, 2)
-    (tmp_path / "00000.data").unlink()
-    with pytest.raises(FileNotFoundError, match="no data file 00000.data"):
-        RecordDataset(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("metadata", "message"),
-    [
-        ("{", "not JSON"),
-        ("[]", "JSON object"),
-        ('{"entries": 2, "features": {"number": "INT64"}, "version": 2}', "version must be 1"),
-        ('{"entries": "2", "features": {"number": "INT64"}, "version": 1}', "must be a count"),
-        ('{"entries": 2, "features": {"number": "INT8"}, "version": 1}', "unknown type 'INT8'"),
-        ('{"entries": 2, "version": 1}', "must map names to types"),
-    ],
-)
-def test_malformed_metadata_is_refused(tmp_path, metadata, message):
-    write_numbers(tmp_path, 2)
-    (tmp_path / "METADATA").write_text(metadata)
-    with pytest.raises(RecordError, match=message) as failure:
-        RecordDataset(tmp_path)
-    assert "METADATA" in str(failure.value)
-
-
 def test_a_corrupt_record_is_refused_with_file_and_example(tmp_path):
     write_numbers(tmp_path, 5, max_examples=2)
     data_path = tmp_path / "00001.data"
@@ -257,6 +194,14 @@ def test_a_corrupt_record_is_refused_with_file_and_example(tmp_path):
     with pytest.raises(RecordError, match=r"example 3 \(number 1 in .*00001.data\) is corrupt"):
         dataset[3]
     assert dataset[4] == {"number": 4}
+
+
+def test_a_folder_of_datasets_names_them(tmp_path):
+    write_numbers(tmp_path / "a", 1)
+    write_numbers(tmp_path / "b", 1)
+    message = f"^{tmp_path} is not a dataset: it has no METADATA; the datasets in it are a, b$"
+    with pytest.raises(FileNotFoundError, match=message):
+        RecordDataset(tmp_path)
 
 
 def test_empty_records_are_read_as_defaults(tmp_path):

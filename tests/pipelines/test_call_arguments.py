@@ -123,7 +123,7 @@ FRAME = states(1, 4, 8, 12)
 LONG = {"max_latent_length": 3}
 WRONG = [
     # Switches and choices
-    ("text", {"disable_progress_bar": "no"}, ["must be a valid boolean, got 'no'"]),
+    ("text", {"disable_progress_bar": "no"}, ["must be true or false, got 'no'"]),
     ("text", {"disable_progress_bar": None}, ["got None"]),
     ("text", {"return_dict": 1}, ["got 1"]),
     ("text", {"output_type": "jpg"}, ["must be 'pil', 'np', 'pt' or 'latent', got 'jpg'"]),
@@ -143,11 +143,11 @@ WRONG = [
     ("text", {"guidance_interval": (0, INF)}, ["got (0, inf)"]),
     ("text", {"guidance_interval": (-1, 2)}, ["got (-1, 2)"]),
     ("text", {"guidance_interval": (1, 2, 3)}, ["must be shorter, got (1, 2, 3)"]),
-    ("text", {"guidance_interval": ("a", "b")}, ["must be a valid number"]),
+    ("text", {"guidance_interval": ("a", "b")}, ["must be a number"]),
     # Sources of randomness
-    ("text", {"generator": 7}, ["must be an instance of Generator or a valid list, got 7"]),
+    ("text", {"generator": 7}, ["must be an instance of Generator or a list, got 7"]),
     ("text", {"generator": [7]}, ["got [7]"]),
-    ("text", {"generator": (seeded(),)}, ["a valid list"]),
+    ("text", {"generator": (seeded(),)}, ["or a list"]),
     ("text", {"generator": []}, ["0 generators are given for 1 samples"]),
     ("class", {"generator": [seeded()] * 2}, ["2 generators are given for 1 samples"]),
     # Callbacks

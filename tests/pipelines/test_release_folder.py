@@ -157,7 +157,7 @@ def test_a_component_that_is_nowhere_is_named(release):
 
 @pytest.mark.parametrize("path", ["./nowhere", "/no/such/folder", "nowhere"])
 def test_a_path_that_is_no_folder_is_refused(path):
-    with pytest.raises(FileNotFoundError, match="neither a folder nor a Hub id"):
+    with pytest.raises(FileNotFoundError, match="there is no folder"):
         NOVAPipeline.from_pretrained(path)
 
 

@@ -25,7 +25,7 @@ def archive_items(paths: list[str], kind: str) -> Iterator[Item]:
     """Items of several archives, in the order of their names and members.
 
     Raises:
-        CacheError: If one of them is no uncompressed tar file.
+        CacheError: If one of them is not an uncompressed tar file.
     """
     common = os.path.commonpath([os.path.dirname(path) for path in paths]) if paths else ""
     for path in paths:
@@ -33,7 +33,7 @@ def archive_items(paths: list[str], kind: str) -> Iterator[Item]:
 
 
 def _one_archive(path: str, label: str, kind: str) -> Iterator[Item]:
-    """Items of one archive; a member that is no plain file inside of it has a problem."""
+    """Items of one archive; a member that is not a plain file inside it has a problem."""
     media: list[tarfile.TarInfo] = []
     sides: dict[str, dict[str, Media]] = {}
     cut_off = None
@@ -45,7 +45,7 @@ def _one_archive(path: str, label: str, kind: str) -> Iterator[Item]:
             except tarfile.TarError as error:
                 cut_off = str(error)
     except (OSError, tarfile.TarError) as error:
-        raise CacheError(f"{path} is no readable uncompressed tar file: {error}") from error
+        raise CacheError(f"{path} is not a readable uncompressed tar file: {error}") from error
     for member in media:
         name = f"{label}/{member.name}"
         problem = find_problem(member)
@@ -67,7 +67,7 @@ def find_problem(member: tarfile.TarInfo) -> str | None:
     if member.issym() or member.islnk():
         return "is a link"
     if not member.isreg() or member.issparse():
-        return "is no regular file"
+        return "is not a regular file"
     return None
 
 

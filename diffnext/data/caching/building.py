@@ -32,11 +32,14 @@ from diffnext.data.caching.examples import (
 )
 from diffnext.data.caching.items import Item
 from diffnext.data.caching.manifest import (
-    MANIFEST_FORMAT,
-    MANIFEST_NAME,
     MOMENTS_DTYPE,
+    Counts,
+    Manifest,
+    TextFacts,
+    VaeFacts,
     package_versions,
     read_manifest,
+    write_manifest,
 )
 from diffnext.data.caching.settings import CacheSettings, Size, format_size
 from diffnext.data.caching.sources import hash_items, list_items
@@ -49,7 +52,6 @@ from diffnext.data.caching.work_folder import (
 )
 from diffnext.data.records import normalize_features, write_metadata
 from diffnext.models.autoencoders.loading import read_autoencoder_config
-from diffnext.utils.json_files import write_json
 from diffnext.utils.weights_files import hash_weights
 
 logger = logging.getLogger(__name__)
@@ -192,7 +194,8 @@ class _ChunkBuilder:
         self._settings = settings
         self._work = work
         self._encoder = LatentEncoder(settings)
-        self._text_states = TextStates(settings) if settings.text_encoder else None
+        text_encoder = settings.text_encoder
+        self._text_states = TextStates(text_encoder, settings) if text_encoder else None
         self._features = record_features(settings)
         self._waiting: dict[Size, list[Example]] = {}
 
@@ -266,25 +269,20 @@ def _finish(settings: CacheSettings, work: WorkFolder, plan: dict[str, Any]) -> 
     skipped = [line for shard in facts for line in shard.skipped]
     write_skipped(settings.output / SKIPPED_NAME, skipped)
     features = normalize_features(record_features(settings))
-    manifests = {}
+    examples: dict[str, int] = {}
     for size in settings.sizes:
-        manifest = _make_manifest(settings, plan, size, facts)
-        count = manifest["counts"]["examples"]
+        name = format_size(size)
+        count = sum(shard.counts.get(name, 0) for shard in facts)
         if count == 0:
             continue
-        manifests[format_size(size)] = manifest
-        write_metadata(datasets[format_size(size)], count, features)
-    if not manifests:
+        examples[name] = count
+        write_metadata(datasets[name], count, features)
+        write_manifest(datasets[name], _make_manifest(settings, plan, size, count, facts))
+    if not examples:
         return
     if len(settings.sizes) > 1:
-        for name, manifest in manifests.items():
-            write_json(datasets[name] / MANIFEST_NAME, manifest)
-        counts = {name: manifest["counts"]["examples"] for name, manifest in manifests.items()}
-        head = {"format": MANIFEST_FORMAT, "datasets": counts, "plan": plan}
-        counts = {"items": work.num_items, "skipped": len(skipped)}
-        write_json(settings.output / MANIFEST_NAME, {**head, "counts": counts})
-    else:
-        write_json(settings.output / MANIFEST_NAME, next(iter(manifests.values())))
+        counts = Counts(items=work.num_items, skipped=len(skipped))
+        write_manifest(settings.output, Manifest(datasets=examples, plan=plan, counts=counts))
     work.remove()
 
 
@@ -297,33 +295,34 @@ def _dataset_folders(settings: CacheSettings) -> dict[str, Path]:
 
 
 def _make_manifest(
-    settings: CacheSettings, plan: dict[str, Any], size: Size, facts: list[ShardFacts]
-) -> dict[str, Any]:
-    name = format_size(size)
+    settings: CacheSettings,
+    plan: dict[str, Any],
+    size: Size,
+    examples: int,
+    facts: list[ShardFacts],
+) -> Manifest:
     folder = vae_folder(settings)
-    shapes = [shard.shapes[name] for shard in facts if name in shard.shapes]
-    is_video = settings.kind == "videos"
     text = None
     if settings.text_encoder is not None:
-        text = {"hash": plan["text_encoder_hash"], "max_tokens": settings.text_length}
-    return {
-        "format": MANIFEST_FORMAT,
-        "kind": settings.kind,
-        "vae_hash": plan["vae_hash"],
-        "vae": {"folder": str(folder.absolute()), "config": read_autoencoder_config(folder)},
-        "dtype": MOMENTS_DTYPE,
-        "shape": shapes[0] if shapes else None,
-        "size": list(size),
-        "num_frames": settings.frames.num_frames if is_video else None,
-        "text_encoder": text,
-        "counts": {
-            "examples": sum(shard.counts.get(name, 0) for shard in facts),
-            "items": plan["num_items"],
-            "skipped": sum(len(shard.skipped) for shard in facts),
-        },
-        "plan": plan,
-        "versions": package_versions(),
-    }
+        text = TextFacts(hash=plan["text_encoder_hash"], max_tokens=settings.text_length)
+    shapes = (shard.shapes.get(format_size(size)) for shard in facts)
+    return Manifest(
+        kind=settings.kind,
+        vae_hash=plan["vae_hash"],
+        vae=VaeFacts(folder=str(folder.absolute()), config=read_autoencoder_config(folder)),
+        dtype=MOMENTS_DTYPE,
+        shape=next(tuple(shape) for shape in shapes if shape),
+        size=size,
+        num_frames=settings.frames.num_frames if settings.kind == "videos" else None,
+        text_encoder=text,
+        counts=Counts(
+            examples=examples,
+            items=plan["num_items"],
+            skipped=sum(len(shard.skipped) for shard in facts),
+        ),
+        plan=plan,
+        versions=package_versions(),
+    )
 
 
 def _read_finished(settings: CacheSettings, plan: dict[str, Any]) -> CacheReport | None:
@@ -335,13 +334,11 @@ def _read_finished(settings: CacheSettings, plan: dict[str, Any]) -> CacheReport
     manifest = read_manifest(settings.output)
     if manifest is None:
         return None
-    check_plan(manifest.get("plan", {}), plan, settings.output)
-    counts = manifest["counts"]
-    if "datasets" in manifest:
-        found = {settings.output / name: count for name, count in manifest["datasets"].items()}
-    else:
-        found = {settings.output: counts["examples"]}
-    return CacheReport(found, counts["items"], counts["skipped"])
+    check_plan(manifest.plan or {}, plan, settings.output)
+    counts = manifest.counts
+    examples = manifest.datasets or {".": counts.examples or 0}
+    found = {settings.output / name: count for name, count in examples.items()}
+    return CacheReport(found, counts.items or 0, counts.skipped or 0)
 
 
 def _ignore(done: int, total: int) -> None:

@@ -15,9 +15,9 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from diffnext.data.caching.errors import CacheError
-from diffnext.data.caching.manifest import read_manifest
-from diffnext.data.flex_transforms import ParseLatents
-from diffnext.data.records import RecordDataset
+from diffnext.data.caching.manifest import Manifest, read_manifest
+from diffnext.data.flex_transforms import ParseLatents, check_features
+from diffnext.data.records import RecordDataset, RecordError
 from diffnext.image_processor import VaeImageProcessor
 from diffnext.models.autoencoders.loading import find_autoencoder, load_autoencoder
 from diffnext.utils.weights_files import hash_weights
@@ -41,7 +41,7 @@ def draw_contact_sheet(
         folder: Of the dataset.
         count: Examples at most.
         columns: Of the sheet; of a clip one cell shows four frames.
-        vae: Folder of the autoencoder; by default the one that the manifest names.
+        vae: Folder of the autoencoder.
         device: That decodes.
 
     Raises:
@@ -50,27 +50,29 @@ def draw_contact_sheet(
     """
     model = load_autoencoder(find_vae(folder, vae), torch.float32, device)
     with RecordDataset(folder) as dataset:
+        check_features(dataset.features, str(folder))
         indices = np.linspace(0, len(dataset) - 1, min(count, len(dataset))).round().astype(int)
-        cells = [_draw_cell(model, dataset[int(index)], int(index)) for index in indices]
+        cells = [_draw_cell(model, dataset, index) for index in indices.tolist()]
     return _arrange(cells, columns)
 
 
 def find_vae(folder: Path, given: Path | None = None) -> Path:
     """The folder of the autoencoder that made a dataset.
 
+    The folder in the manifest is not opened unasked: it may be a stranger's choice.
+
     Raises:
-        CacheError: If it is not known or is another one.
+        CacheError: If it is not given or is another one.
     """
-    manifest = read_manifest(folder) or {}
-    known = given or manifest.get("vae", {}).get("folder")
-    if known is None:
-        raise CacheError(f"{folder} does not tell its autoencoder: name its folder")
+    manifest = read_manifest(folder) or Manifest()
+    if given is None:
+        known = f": its manifest names {manifest.vae.folder}" if manifest.vae else ""
+        raise CacheError(f"name the autoencoder of {folder} with --vae{known}")
     try:
-        place = find_autoencoder(known)
+        place = find_autoencoder(given)
     except FileNotFoundError as error:
         raise CacheError(f"vae: {error}") from error
-    expected = manifest.get("vae_hash")
-    if expected not in (None, hash_weights(place)):
+    if manifest.vae_hash not in (None, hash_weights(place)):
         raise CacheError(f"{folder} was made with another autoencoder than that in {place}")
     return place
 
@@ -92,8 +94,12 @@ def decode_frames(vae: Any, moments: np.ndarray) -> np.ndarray:
     return pixels.reshape(-1, *pixels.shape[-3:])
 
 
-def _draw_cell(vae: Any, example: Mapping[str, Any], index: int) -> Image.Image:
-    frames = decode_frames(vae, ParseLatents()(example))
+def _draw_cell(vae: Any, dataset: RecordDataset, index: int) -> Image.Image:
+    example = dataset[index]
+    try:
+        frames = decode_frames(vae, ParseLatents()(example))
+    except (LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise RecordError(f"{dataset.describe(index)} cannot be decoded: {error}") from error
     shown = frames[np.linspace(0, len(frames) - 1, min(FRAMES, len(frames))).round().astype(int)]
     strip = Image.fromarray(np.concatenate(list(shown), axis=1))
     font = ImageFont.load_default()

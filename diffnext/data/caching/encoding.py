@@ -17,6 +17,7 @@ from diffnext.data.caching.errors import CacheError
 from diffnext.data.caching.settings import CacheSettings, format_size
 from diffnext.models.autoencoders.loading import find_autoencoder, load_autoencoder
 from diffnext.models.text_encoders.encoding import encode_texts
+from diffnext.utils.component_files import component_files
 
 TEXT_COMPONENTS = ("text_encoder", "tokenizer")
 
@@ -81,25 +82,28 @@ class TextStates:
     """The text encoder of a build.
 
     Args:
+        folder: Release folder.
         settings: Of the build.
 
     Raises:
         CacheError: If the folder has no text encoder and tokenizer.
     """
 
-    def __init__(self, settings: CacheSettings) -> None:
+    def __init__(self, folder: Path, settings: CacheSettings) -> None:
         from transformers import AutoTokenizer
 
         from diffnext.models.text_encoders.phi import PhiEncoderModel
 
         for name in TEXT_COMPONENTS:
-            if not (settings.text_encoder / name).is_dir():
-                raise CacheError(f"text_encoder: {settings.text_encoder} has no folder {name}")
-        folders = [str(settings.text_encoder / name) for name in TEXT_COMPONENTS]
+            if not (folder / name).is_dir():
+                raise CacheError(f"text_encoder: {folder} has no folder {name}")
+        folders = [str(folder / name) for name in TEXT_COMPONENTS]
         dtype = getattr(torch, settings.dtype)
         try:
+            for path in folders:
+                component_files(Path(path))
             model = PhiEncoderModel.from_pretrained(folders[0], dtype=dtype)
-            self.tokenizer = AutoTokenizer.from_pretrained(folders[1])
+            self.tokenizer = AutoTokenizer.from_pretrained(folders[1], trust_remote_code=False)
         except (OSError, ValueError, RuntimeError) as error:
             raise CacheError(f"text_encoder: {error}") from error
         self.model = model.eval().requires_grad_(False).to(settings.device)
@@ -121,7 +125,7 @@ def vae_folder(settings: CacheSettings) -> Path:
     """
     try:
         return find_autoencoder(settings.vae)
-    except FileNotFoundError as error:
+    except (OSError, ValueError) as error:
         raise CacheError(f"vae: {error}") from error
 
 

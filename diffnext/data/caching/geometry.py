@@ -46,14 +46,14 @@ def plan_crop(height: int, width: int, settings: CacheSettings, pixel_aspect: fl
         BadExample: If the picture is too large or too small.
     """
     if height < 1 or width < 1:
-        raise BadExample(f"is of {height}x{width} pixels")
+        raise BadExample(f"is {height}x{width} pixels")
     if height * width > settings.max_pixels:
-        raise BadExample(f"is of {height}x{width} pixels, more than {settings.max_pixels}")
+        raise BadExample(f"is {height}x{width} pixels, more than {settings.max_pixels}")
     size = nearest_size(height, width * pixel_aspect, settings.sizes)
     factors = (size[0] / height, size[1] / (width * pixel_aspect))
     if max(factors) > settings.max_upscale:
         raise BadExample(
-            f"is of {height}x{width} pixels: {size[0]}x{size[1]} would enlarge it more than "
+            f"is {height}x{width} pixels: {size[0]}x{size[1]} would enlarge it more than "
             f"{settings.max_upscale:g} times"
         )
     if settings.resize == "stretch":

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from diffnext.data.caching.errors import CacheError
-from diffnext.data.caching.manifest import read_manifest
-from diffnext.data.flex_pipelines import FeaturePipe
+from diffnext.data.caching.manifest import Manifest, read_manifest
+from diffnext.data.flex_pipelines import all_outputs
+from diffnext.data.flex_transforms import check_features
 from diffnext.data.records import RecordDataset, RecordError, Shard
-
-FIRST_DRAW, SECOND_DRAW = 0.0, 0.9  # of the short caption, and of the long one
 
 
 @dataclass
@@ -67,22 +64,7 @@ class Summary:
     states: Range = field(default_factory=Range)
     flows: Range = field(default_factory=Range)
     labels: Counter = field(default_factory=Counter)
-    manifest: dict[str, Any] | None = None
-
-
-def find_datasets(folder: str | os.PathLike[str]) -> list[Path]:
-    """The dataset in a folder, or those of several sizes in its folders.
-
-    Raises:
-        FileNotFoundError: If there is none.
-    """
-    folder = Path(folder)
-    if (folder / "METADATA").is_file():
-        return [folder]
-    found = sorted(path.parent for path in folder.glob("*/METADATA"))
-    if not found:
-        raise FileNotFoundError(f"{folder} is not a dataset: it has no METADATA")
-    return found
+    manifest: Manifest | None = None
 
 
 def summarize(folder: Path) -> Summary:
@@ -93,10 +75,11 @@ def summarize(folder: Path) -> Summary:
         FileNotFoundError: If it is none.
     """
     with RecordDataset(folder) as dataset:
+        check_features(dataset.features, str(folder))
         summary = Summary(
             entries=len(dataset),
             shards=len(dataset.shards),
-            size=sum(shard.data_size for shard in dataset.shards),
+            size=dataset.num_bytes,
             features=dataset.features,
             manifest=read_manifest(folder),
         )
@@ -120,24 +103,22 @@ def _count(example: Mapping[str, Any], summary: Summary) -> None:
         summary.labels[example["label"]] += 1
 
 
-def find_problems(
-    folder: Path, on_progress: Callable[[int, int], None] | None = None
-) -> Iterator[str]:
+def find_problems(folder: Path) -> Iterator[str]:
     """Look for all that is wrong with a dataset.
 
     Every byte must belong to a record that training can read, and the manifest must agree.
 
     Args:
         folder: Of the dataset.
-        on_progress: Called with the examples that are done, and all of them.
 
     Yields:
-        What is wrong, a line each.
+        What is wrong, one line each.
     """
     try:
         dataset = RecordDataset(folder)
+        check_features(dataset.features, str(folder))
         manifest = read_manifest(folder)
-    except (RecordError, CacheError, OSError) as error:
+    except (RecordError, OSError) as error:
         yield str(error)
         return
     with dataset:
@@ -147,8 +128,6 @@ def find_problems(
         sources: dict[str, int] = {}
         for index in range(len(dataset)):
             yield from _record_problems(dataset, index, shapes, sources)
-            if on_progress is not None:
-                on_progress(index + 1, len(dataset))
         if len(shapes) > 1:
             found = ", ".join(f"{shape} ({count})" for shape, count in shapes.most_common())
             yield f"{folder} has latents of several shapes, which fit in no batch: {found}"
@@ -171,30 +150,28 @@ def _record_problems(
     dataset: RecordDataset, index: int, shapes: Counter, sources: dict[str, int]
 ) -> Iterator[str]:
     name = dataset.describe(index)
-    pipe = FeaturePipe()
     try:
         example = dataset.view(index)
-        outputs = [pipe.get_outputs(example, lambda: d) for d in (FIRST_DRAW, SECOND_DRAW)]  # noqa: B023
-    except (RecordError, LookupError, TypeError, ValueError) as error:
-        yield str(error) if isinstance(error, RecordError) else f"{name}: {error}"
+        outputs = all_outputs(example, name)
+    except RecordError as error:
+        yield str(error)
         return
     latents = outputs[0]["latents"][0]
     shapes[latents.shape] += 1
     if latents.dtype.kind == "f" and not np.isfinite(latents).all():
         yield f"{name} has latents that are not finite"
     source = example.get("source")
-    if source:
+    if source and isinstance(source, str):
         first = sources.setdefault(source, index)
         if first != index:
-            yield f"{name} is of the same source as example {first}: {source}"
+            yield f"{name} has the same source as example {first}: {source}"
 
 
 def _manifest_problems(
-    folder: Path, manifest: Mapping[str, Any], entries: int, shapes: Counter
+    folder: Path, manifest: Manifest, entries: int, shapes: Counter
 ) -> Iterator[str]:
-    counted = manifest.get("counts", {}).get("examples")
+    counted = manifest.counts.examples
     if counted not in (None, entries):
         yield f"{folder}: the manifest counts {counted} examples, METADATA {entries}"
-    shape = manifest.get("shape")
-    if shape is not None and shapes and set(shapes) != {tuple(shape)}:
-        yield f"{folder}: the manifest tells latents of {tuple(shape)}, there are {list(shapes)}"
+    if manifest.shape is not None and shapes and set(shapes) != {manifest.shape}:
+        yield f"{folder}: the manifest lists latents of {manifest.shape}, there are {list(shapes)}"

@@ -8,32 +8,119 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar, Literal
 
-from diffnext.data.caching.errors import CacheError
-from diffnext.utils.json_files import read_json
+from pydantic import ConfigDict, Field, TypeAdapter
+
+from diffnext.data.plain_files import read_typed
+from diffnext.utils.json_files import write_json
 from diffnext.version import __version__
 
 MANIFEST_NAME = "manifest.json"
-MANIFEST_FORMAT = 1
 MOMENTS_DTYPE = "float16"
 PACKAGES = ("torch", "diffusers", "transformers", "numpy", "pillow", "av", "decord")
 
+Count = Annotated[int, Field(ge=0)]
 
-def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
+
+@dataclass(frozen=True, kw_only=True)
+class VaeFacts:
+    """The autoencoder.
+
+    Attributes:
+        folder: Where it was.
+        config: What its ``config.json`` holds.
+    """
+
+    folder: str | None = None
+    config: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextFacts:
+    """The text encoder of cached text states.
+
+    Attributes:
+        hash: Of its weights.
+        max_tokens: Of a caption.
+    """
+
+    hash: str | None = None
+    max_tokens: Count | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counts:
+    """How many.
+
+    Attributes:
+        examples: In the dataset.
+        items: Of the source.
+        skipped: Items and examples that were left out.
+    """
+
+    examples: Count | None = None
+    items: Count | None = None
+    skipped: Count | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What ``manifest.json`` holds; what is None is not known.
+
+    Attributes:
+        format: Of this file.
+        kind: "images" or "videos".
+        vae_hash: Of the weights of the autoencoder.
+        vae: More about it.
+        dtype: Of the moments.
+        shape: Of the moments.
+        size: Height and width in pixels.
+        num_frames: Of a clip.
+        text_encoder: None without cached text states.
+        counts: How many examples there are.
+        datasets: Examples by folder, of several sizes.
+        plan: All settings that the content depends on.
+        versions: Of the packages that took part.
+        sources: What a merged, split or resharded dataset was made of.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(strict=True)
+
+    format: Literal[1] = 1
+    kind: str | None = None
+    vae_hash: str | None = None
+    vae: VaeFacts | None = None
+    dtype: str | None = None
+    shape: tuple[Count, ...] | None = None
+    size: tuple[Count, Count] | None = None
+    num_frames: Count | None = None
+    text_encoder: TextFacts | None = None
+    counts: Counts = field(default_factory=Counts)
+    datasets: dict[str, Count] | None = None
+    plan: dict[str, Any] | None = None
+    versions: dict[str, str] | None = None
+    sources: list[dict[str, Any]] | None = None
+
+
+def read_manifest(folder: str | os.PathLike[str]) -> Manifest | None:
     """The manifest of a dataset; None if it has none.
 
     Raises:
-        CacheError: If it is damaged.
+        RecordError: If it is damaged, or a link.
     """
-    path = Path(folder) / MANIFEST_NAME
-    if not path.is_file():
-        return None
     try:
-        return read_json(path)
-    except ValueError as error:
-        raise CacheError(f"the manifest is damaged: {error}") from error
+        return read_typed(Path(folder) / MANIFEST_NAME, TypeAdapter(Manifest))
+    except FileNotFoundError:
+        return None
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write the manifest of a dataset."""
+    content = TypeAdapter(Manifest).dump_python(manifest, mode="json", exclude_none=True)
+    write_json(folder / MANIFEST_NAME, content)
 
 
 def package_versions() -> dict[str, str]:

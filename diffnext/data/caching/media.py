@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import stat
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +11,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from diffnext.data.caching.errors import BadExample
+from diffnext.data.plain_files import open_plain
+from diffnext.data.record_format import RecordError
 
 IMAGE_SUFFIXES = frozenset(
     ".jpg .jpeg .jpe .jfif .png .webp .bmp .gif .tif .tiff .ppm .pgm .jp2 .avif".split()
@@ -60,13 +61,11 @@ class FileMedia(Media):
     def open(self) -> BinaryIO:
         """Open the file, unless it is none: a pipe or a device would block or never end."""
         try:
-            descriptor = os.open(self.path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            return open_plain(self.path, follow_links=True)
+        except RecordError as error:
+            raise BadExample("is not a regular file") from error
         except (OSError, ValueError) as error:  # ValueError: a NUL byte in the name
             raise BadExample(f"cannot be opened: {_reason(error)}") from error
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            os.close(descriptor)
-            raise BadExample("is no regular file")
-        return os.fdopen(descriptor, "rb")
 
 
 @dataclass(frozen=True)

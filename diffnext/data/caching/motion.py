@@ -48,7 +48,8 @@ def _reduce(frames: np.ndarray) -> Tensor:
     scale = min(1.0, SHORT_SIDE / min(height, width))
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
     pictures = [Image.fromarray(np.ascontiguousarray(frame)).convert("L") for frame in frames]
-    grey = np.stack([picture.resize(size, Image.Resampling.BOX) for picture in pictures])
+    small = [picture.resize(size, Image.Resampling.BOX) for picture in pictures]
+    grey = np.stack([np.asarray(picture) for picture in small])
     return torch.from_numpy(grey)[:, None].float() / 255
 
 
@@ -56,7 +57,8 @@ def _track(first: Tensor, second: Tensor) -> Tensor:
     """Flow of each pixel of ``first`` (B, 1, h, w) to ``second``: (B, 2, h, w) of x and y."""
     pyramid = [(first, second)]
     while len(pyramid) < LEVELS and min(pyramid[-1][0].shape[-2:]) >= 2 * WINDOW:
-        pyramid.append(tuple(F.avg_pool2d(x, 2) for x in pyramid[-1]))
+        a, b = pyramid[-1]
+        pyramid.append((F.avg_pool2d(a, 2), F.avg_pool2d(b, 2)))
     flow = torch.zeros(len(first), 2, *pyramid[-1][0].shape[-2:])
     for a, b in reversed(pyramid):
         size = a.shape[-2:]

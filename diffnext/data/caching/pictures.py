@@ -5,7 +5,6 @@ Shapes: H W pixels.
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import BinaryIO
 
@@ -16,9 +15,9 @@ from diffnext.data.caching.errors import BadExample
 from diffnext.data.caching.geometry import Crop, plan_crop
 from diffnext.data.caching.settings import CacheSettings
 from diffnext.image_processor import to_rgb
+from diffnext.utils.json_files import FileError
+from diffnext.utils.pictures import open_picture
 
-# Not all that PIL reads: PostScript, for one, would start another program.
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
 ANIMATED = ("PNG", "WEBP", "GIF")  # several pictures in one file mean other things elsewhere
 ORIENTATION_TAG = 0x0112
 ON_THE_SIDE = (5, 6, 7, 8)  # orientations that swap width and height
@@ -38,24 +37,23 @@ def read_picture(file: BinaryIO, settings: CacheSettings) -> np.ndarray:
         (H, W, 3), uint8.
 
     Raises:
-        BadExample: If it is no picture, damaged, animated, or of an unsuitable size.
+        BadExample: If it is not a picture, damaged, animated, or of an unsuitable size.
     """
     try:
-        with Image.open(file, formats=_known_formats()) as picture:
+        with open_picture(file) as picture:
             return _fit(picture, settings)
     except BadExample:
         raise
-    except Image.DecompressionBombError as error:
-        raise BadExample("is of too many pixels") from error
-    except Image.UnidentifiedImageError as error:
-        raise BadExample("is no picture of a known format") from error
+    except FileError as error:
+        raise BadExample(str(error)) from error
     except Exception as error:  # decoders of damaged files raise whatever they stumble over
         raise BadExample(f"cannot be decoded: {error or type(error).__name__}") from error
 
 
 def _fit(picture: Image.Image, settings: CacheSettings) -> np.ndarray:
-    if picture.format in ANIMATED and getattr(picture, "n_frames", 1) > 1:
-        raise BadExample(f"is animated, with {picture.n_frames} frames")
+    frames = getattr(picture, "n_frames", 1)
+    if picture.format in ANIMATED and frames > 1:
+        raise BadExample(f"is animated, with {frames} frames")
     orientation = _orientation(picture)
     width, height = reversed(picture.size) if orientation in ON_THE_SIDE else picture.size
     crop = plan_crop(height, width, settings)
@@ -91,10 +89,3 @@ def _orientation(picture: Image.Image) -> int:
         return picture.getexif().get(ORIENTATION_TAG, 1)
     except Exception:  # as varied as the damages
         return 1
-
-
-@functools.cache
-def _known_formats() -> list[str]:
-    """The formats that this build of PIL can read."""
-    Image.init()
-    return [name for name in FORMATS if name in Image.OPEN]

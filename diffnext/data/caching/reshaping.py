@@ -7,17 +7,16 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from diffnext.data.caching.errors import CacheError
-from diffnext.data.caching.manifest import MANIFEST_NAME, read_manifest
-from diffnext.data.records import RecordDataset, RecordWriter
-from diffnext.utils.json_files import write_json
+from diffnext.data.caching.manifest import Counts, Manifest, read_manifest, write_manifest
+from diffnext.data.records import RecordDataset, copy_records
 
 UNLIMITED = 2**63 - 1
 SAME = ("vae_hash", "dtype", "shape", "size", "kind", "text_encoder")
@@ -35,7 +34,7 @@ def reshard(source: Path, output: Path, shard_size: int) -> int:
     if shard_size < 1:
         raise CacheError(f"shard_size must be at least 1, got {shard_size}")
     with RecordDataset(source) as dataset, _new_folder(output) as folder:
-        _write(folder, ((dataset, index) for index in range(len(dataset))), shard_size)
+        copy_records(((dataset, index) for index in range(len(dataset))), folder, shard_size)
         _write_manifest(folder, [source], len(dataset))
         return -(-len(dataset) // shard_size)
 
@@ -55,8 +54,7 @@ def merge(sources: Sequence[Path], output: Path, shard_size: int = UNLIMITED) ->
         _check_alike(datasets)
         folder = stack.enter_context(_new_folder(output))
         order = ((dataset, index) for dataset in datasets for index in range(len(dataset)))
-        count = sum(len(dataset) for dataset in datasets)
-        _write(folder, order, shard_size)
+        count = copy_records(order, folder, shard_size)
         _write_manifest(folder, sources, count)
         return count
 
@@ -87,18 +85,9 @@ def split(source: Path, outputs: Sequence[Path], share: float, seed: int = 0) ->
         folders = [stack.enter_context(_new_folder(output)) for output in outputs]
         order = np.random.default_rng(seed).permutation(len(dataset))
         for folder, chosen in zip(folders, (order[:count], order[count:]), strict=True):
-            _write(folder, ((dataset, int(index)) for index in np.sort(chosen)), UNLIMITED)
+            copy_records(((dataset, index) for index in np.sort(chosen).tolist()), folder)
             _write_manifest(folder, [source], len(chosen))
         return count, len(dataset) - count
-
-
-def _write(folder: Path, order: Iterable[tuple[RecordDataset, int]], shard_size: int) -> None:
-    writer = None
-    for dataset, index in order:
-        writer = writer or RecordWriter(folder, dataset.features, shard_size)
-        writer.write_record(dataset.record(index))
-    if writer is not None:
-        writer.close()
 
 
 @contextmanager
@@ -126,26 +115,28 @@ def _check_alike(datasets: Sequence[RecordDataset]) -> None:
         shapes = [dataset.view(0).get("shape") for dataset in (first, other)]
         if shapes[0] != shapes[1]:
             raise CacheError(f"{pair} have latents of the shapes {shapes[0]} and {shapes[1]}")
-        manifests = [read_manifest(dataset.path) for dataset in (first, other)]
-        if None in manifests:
-            continue
-        for name in SAME:
-            values = [manifest.get(name) for manifest in manifests]
+        manifests = _read_manifests([first.path, other.path])
+        for name in SAME if manifests else ():
+            values = [getattr(manifest, name) for manifest in manifests]
             if values[0] != values[1]:
                 raise CacheError(f"{pair} differ in {name}: {values[0]!r}, {values[1]!r}")
 
 
 def _write_manifest(folder: Path, sources: Sequence[Path], count: int) -> None:
     """What is still true of the manifests; none if a source has none."""
-    manifests = [read_manifest(source) for source in sources]
-    if None in manifests:
+    manifests = _read_manifests(sources)
+    if not manifests:
         return
-    kept: dict[str, Any] = {
-        name: value for name, value in manifests[0].items() if name not in ("counts", "plan")
-    }
-    kept["counts"] = {"examples": count}
-    kept["sources"] = [
-        {"folder": str(source), "plan": manifest.get("plan"), "sources": manifest.get("sources")}
+    made_of = [
+        {"folder": str(source), "plan": manifest.plan, "sources": manifest.sources}
         for source, manifest in zip(sources, manifests, strict=True)
     ]
-    write_json(folder / MANIFEST_NAME, kept)
+    counts = Counts(examples=count)
+    write_manifest(folder, replace(manifests[0], counts=counts, plan=None, sources=made_of))
+
+
+def _read_manifests(folders: Sequence[Path]) -> list[Manifest]:
+    """The manifests of datasets; none if one of them has none."""
+    found = [read_manifest(folder) for folder in folders]
+    known = [manifest for manifest in found if manifest is not None]
+    return known if len(known) == len(found) else []

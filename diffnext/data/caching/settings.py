@@ -61,8 +61,8 @@ class FrameSampling:
     Attributes:
         num_frames: Frames of a clip.
         stride: Steps of the video's mean frame duration from one frame to the next.
-        fps: Frames a second in place of a stride.
-        clips: At most so many clips of a video, one behind the other.
+        fps: Frames per second in place of a stride.
+        clips: At most so many clips of a video, one after the other.
         short: What becomes of a video too short for one clip: "skip" it, or "hold" its last frame.
     """
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from diffnext.data.caching.errors import CacheError
 from diffnext.data.caching.items import Item, side_files
-from diffnext.data.caching.media import FileMedia, Media, RowMedia
+from diffnext.data.caching.media import FileMedia, RowMedia
 from diffnext.data.caching.settings import CacheSettings, Columns
 
 MEDIA_NAMES = {
@@ -69,7 +69,7 @@ def huggingface_items(settings: CacheSettings) -> Iterator[Item]:
     try:
         dataset = datasets.load_from_disk(settings.source)
     except (OSError, ValueError) as error:
-        raise CacheError(f"{settings.source} is no saved dataset: {error}") from error
+        raise CacheError(f"{settings.source} is not a saved dataset: {error}") from error
     dataset = _choose_split(dataset, settings)
     media = find_media_column(dataset.column_names, settings, settings.source)
     if isinstance(dataset.features[media], (datasets.Image, datasets.Video)):
@@ -164,7 +164,7 @@ def read_parquet(path: str, settings: CacheSettings) -> tuple[list[str], Iterato
             names = table.schema_arrow.names
             sizes = [table.metadata.row_group(i).num_rows for i in range(table.num_row_groups)]
     except (OSError, pyarrow.ArrowException) as error:
-        raise CacheError(f"{path} is no readable Parquet file: {error}") from error
+        raise CacheError(f"{path} is not a readable Parquet file: {error}") from error
     media = find_media_column(names, settings, path)
     return names, _parquet_rows(path, names, media, sizes)
 
@@ -182,20 +182,16 @@ def _row_items(
         name = f"{label}:{row.number}" + (f" {path}" if path else "")
         values = {value: row.values.get(column) for value, column in columns.items()}
         problem = row.problem or _find_repeat(path, values, row.number, first_rows)
-        if problem is None and path is None and row.load_media is None:
-            problem = f"no file in the column {media_column!r}"
         if problem is not None:
             yield Item(name, problem=problem)
-            continue
-        media: Media
-        if path is None:
-            media = RowMedia(row.load_media, root)
-            sides = {}
-        else:
+        elif path is not None:
             file = os.path.join(root, path)
-            media = FileMedia(file)
             sides = {} if "\0" in file else side_files(file, os.path.exists)
-        yield Item(name, media, sides, values)
+            yield Item(name, FileMedia(file), sides, values)
+        elif row.load_media is not None:
+            yield Item(name, RowMedia(row.load_media, root), {}, values)
+        else:
+            yield Item(name, problem=f"no file in the column {media_column!r}")
 
 
 def _find_repeat(
@@ -257,12 +253,12 @@ def _json_rows(path: str) -> Iterator[Row]:
             try:
                 values = json.loads(line)
             except (ValueError, RecursionError) as error:
-                yield Row(number, {}, f"is no line of JSON: {error}")
+                yield Row(number, {}, f"is not a line of JSON: {error}")
                 continue
             if isinstance(values, dict):
                 yield Row(number, values)
             else:
-                yield Row(number, {}, "is no JSON object")
+                yield Row(number, {}, "is not a JSON object")
 
 
 def _parquet_rows(path: str, names: list[str], media: str, sizes: list[int]) -> Iterator[Row]:

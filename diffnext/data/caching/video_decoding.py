@@ -30,7 +30,7 @@ def read_clips(
 ) -> list[np.ndarray]:
     """Decode the clips of a video.
 
-    Frame k of the first clip is the one that is shown k steps behind the first frame; a step is
+    Frame k of the first clip is the one that is shown k steps after the first frame; a step is
     ``sampling.stride`` mean frame durations, or one over ``sampling.fps`` seconds: a constant rate
     gives every ``stride``-th frame, a varying one the picture of that moment. Videos are turned
     upright, and pixels made square.
@@ -46,11 +46,11 @@ def read_clips(
         One or more clips, (F, H, W, 3), uint8.
 
     Raises:
-        BadExample: If it is no video, is damaged, has no frames or not enough of them.
+        BadExample: If it is not a video, is damaged, has no frames or not enough of them.
         CacheError: If the decoder is not installed.
     """
     frames = (_read_pyav if decoder == "pyav" else _read_decord)(file, sampling, plan)
-    clips = []
+    clips: list[np.ndarray] = []
     while clip := list(itertools.islice(frames, sampling.num_frames)):
         if len(clip) < sampling.num_frames:
             clip = [] if clips else _extend(clip, sampling)
@@ -64,7 +64,7 @@ def read_clips(
 def pick_frames(
     frames: Iterable[tuple[float, float, Payload]], step: float, period: float, count: int
 ) -> Iterator[Payload]:
-    """The frames that are shown at 0, step, 2 step, ... behind the first.
+    """The frames that are shown at 0, step, 2 step, ... after the first.
 
     A frame counts as shown from the middle between it and the one before it, but not more than half
     a period before its time. The only frame of a video is a picture, however long it is shown.
@@ -107,7 +107,7 @@ def _extend(clip: list[np.ndarray], sampling: FrameSampling) -> list[np.ndarray]
     missing = sampling.num_frames - len(clip)
     if sampling.short == "hold":
         return clip + clip[-1:] * missing
-    step = f"{sampling.fps:g} a second" if sampling.fps else f"a stride of {sampling.stride}"
+    step = f"{sampling.fps:g} per second" if sampling.fps else f"a stride of {sampling.stride}"
     raise BadExample(f"is too short: {len(clip)} of {sampling.num_frames} frames at {step}")
 
 
@@ -121,7 +121,7 @@ def _read_pyav(file: BinaryIO, sampling: FrameSampling, plan: PlanCrop) -> Itera
     except ImportError as error:
         raise CacheError("videos are decoded with PyAV: `pip install av`") from error
     try:
-        with av.open(file, options={"format_whitelist": CONTAINERS}) as container:
+        with av.open(file, "r", options={"format_whitelist": CONTAINERS}) as container:
             if not container.streams.video:
                 raise BadExample("has no stream of pictures")
             stream = container.streams.video[0]
@@ -140,7 +140,7 @@ def _read_pyav(file: BinaryIO, sampling: FrameSampling, plan: PlanCrop) -> Itera
 
 
 def _pyav_times(frames: Iterable[Any], period: float) -> Iterator[tuple[float, float, Any]]:
-    """Frames with start and end; without time stamps one a period."""
+    """Frames with start and end; without time stamps one per period."""
     for number, frame in enumerate(frames):
         if frame.is_corrupt:
             raise BadExample(f"is damaged at frame {number}")

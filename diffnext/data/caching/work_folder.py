@@ -18,16 +18,19 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from diffnext.data.caching.errors import CacheError
 from diffnext.data.caching.examples import Skipped
 from diffnext.data.caching.settings import Size, format_size
-from diffnext.data.records import RecordDataset, RecordWriter
+from diffnext.data.plain_files import read_typed
+from diffnext.data.records import RecordDataset, RecordWriter, copy_records
 from diffnext.utils.json_files import write_json
 
 logger = logging.getLogger(__name__)
@@ -114,8 +117,8 @@ class WorkFolder:
         Raises:
             CacheError: If it has another.
         """
-        content = (self.path / "plan.json").read_text(encoding="utf-8")
-        check_plan(json.loads(content), plan, self.output)
+        begun = read_typed(self.path / "plan.json", TypeAdapter(dict[str, Any]))
+        check_plan(begun, plan, self.output)
 
     def chunk_folder(self, chunk: int) -> Path:
         """Where a chunk is when it is complete and no shard has it yet."""
@@ -131,9 +134,7 @@ class WorkFolder:
 
     def shard_facts(self, shard: int) -> ShardFacts:
         """What a complete shard holds."""
-        content = json.loads(self._shard(shard).read_text(encoding="utf-8"))
-        skipped = [Skipped(**line) for line in content["skipped"]]
-        return ShardFacts(content["counts"], content["shapes"], skipped)
+        return read_typed(self._shard(shard), TypeAdapter(ShardFacts))
 
     def write_shard(self, shard: int, datasets: Mapping[str, Path]) -> None:
         """Make a shard of its chunks, and remove them.
@@ -167,7 +168,7 @@ class WorkFolder:
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir()
         folder.mkdir(exist_ok=True)
-        count = copy_records(parts, scratch)
+        count = copy_records(_all_records(parts), scratch)
         flush_files(scratch)
         name = str(shard).zfill(max(5, len(str(self.num_shards - 1))))
         for suffix in (".data", ".index"):
@@ -251,28 +252,11 @@ def check_plan(begun: Mapping[str, Any], wanted: Mapping[str, Any], output: Path
         )
 
 
-def copy_records(sources: Iterable[Path], target: Path, max_examples: int = 2**63 - 1) -> int:
-    """Write the records of datasets with the same features to a new one, as they are.
-
-    Args:
-        sources: Folders of datasets.
-        target: Existing empty folder.
-        max_examples: Examples to a shard.
-
-    Returns:
-        The number of records.
-    """
-    writer = None
-    count = 0
-    for source in sources:
-        with RecordDataset(source) as dataset:
-            writer = writer or RecordWriter(target, dataset.features, max_examples)
-            for index in range(len(dataset)):
-                writer.write_record(dataset.record(index))
-            count += len(dataset)
-    if writer is not None:
-        writer.close()
-    return count
+def _all_records(folders: Iterable[Path]) -> Iterator[tuple[RecordDataset, int]]:
+    """The records of datasets, of which one at a time is open."""
+    for folder in folders:
+        with RecordDataset(folder) as dataset:
+            yield from ((dataset, index) for index in range(len(dataset)))
 
 
 def write_skipped(path: Path, lines: Iterable[Skipped]) -> None:

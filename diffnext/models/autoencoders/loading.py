@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from diffnext.models.modeling_utils import MODEL_MODULES, find_model_class
+from diffnext.utils.component_files import own_path
 from diffnext.utils.json_files import read_json
 
 
@@ -16,9 +17,10 @@ def find_autoencoder(folder: str | os.PathLike[str]) -> Path:
     """The folder of an autoencoder: ``folder`` itself, or ``vae`` in a release folder.
 
     Raises:
+        FileError: If ``vae`` is a link that leads out of the folder.
         FileNotFoundError: If neither has a config.json.
     """
-    for place in (Path(folder) / "vae", Path(folder)):
+    for place in (own_path(Path(folder), "vae"), Path(folder)):
         if (place / "config.json").is_file():
             return place
     raise FileNotFoundError(f"{folder} has no autoencoder: neither config.json nor vae/config.json")
@@ -58,6 +60,6 @@ def read_autoencoder_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """The config.json of an autoencoder.
 
     Raises:
-        ValueError: If it is not a JSON object.
+        FileError: If it is not a JSON object, or a link that leads out of the folder.
     """
-    return read_json(Path(folder) / "config.json")
+    return read_json(own_path(Path(folder), "config.json"))

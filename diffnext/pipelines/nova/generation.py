@@ -20,7 +20,6 @@ import diffusers
 import numpy as np
 import torch
 from accelerate.hooks import CpuOffload
-from diffusers.loaders import CogVideoXLoraLoaderMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import Tensor
 
@@ -30,6 +29,7 @@ from diffnext.models.autoencoders.tiling import Tile
 from diffnext.models.packed_linear import prepack_linears
 from diffnext.models.quantization import quantize_blocks
 from diffnext.models.transformers.transformer_nova import NOVATransformer3DModel
+from diffnext.pipelines.nova.adapters import AdapterLoading
 from diffnext.pipelines.nova.arguments import CallArguments
 from diffnext.pipelines.nova.sampling import (
     GenerationRequest,
@@ -40,7 +40,8 @@ from diffnext.pipelines.nova.sampling import (
 )
 from diffnext.pipelines.pipeline_utils import NOVAPipelineOutput, PipelineMixin, cosine_set_sizes
 from diffnext.schedulers.denoising_run import DenoisingRun, Generators, predicts_flow
-from diffnext.utils.arguments import build_checked, naming
+from diffnext.utils.arguments import build_checked
+from diffnext.utils.messages import naming
 
 __all__ = ["GenerationPipeline"]
 
@@ -129,14 +130,14 @@ class PipelineRun(GenerationRun):
         return changed
 
 
-class GenerationPipeline(CogVideoXLoraLoaderMixin, PipelineMixin, DiffusionPipeline):
+class GenerationPipeline(AdapterLoading, PipelineMixin, DiffusionPipeline):
     """Draws with NOVA, whatever conditions it.
 
     Components are read at the moment of a call, and nothing of a call is left on them or here,
     so that calls in several threads, and of pipelines that share components, do not meet.
 
-    The methods for low-rank adapters (``load_lora_weights``, ``fuse_lora``, ...) are diffusers'
-    own: those for any pipeline whose one trained component is called ``transformer``.
+    The methods for low-rank adapters (``load_lora_weights``, ``fuse_lora``, ...) are those of
+    :class:`~diffnext.pipelines.nova.adapters.AdapterLoading`.
     """
 
     _callback_tensor_inputs = ["latents"]

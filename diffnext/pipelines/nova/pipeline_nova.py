@@ -18,7 +18,7 @@ from diffnext.pipelines.nova.arguments import CallArguments, takes
 from diffnext.pipelines.nova.components import TextComponents
 from diffnext.pipelines.nova.generation import GenerationPipeline
 from diffnext.pipelines.pipeline_utils import NOVAPipelineOutput
-from diffnext.utils.arguments import naming, one_line
+from diffnext.utils.messages import naming, one_line
 
 __all__ = ["NOVAPipeline"]
 

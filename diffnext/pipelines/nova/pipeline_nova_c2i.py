@@ -18,7 +18,7 @@ from diffnext.pipelines.nova.arguments import CallArguments, takes
 from diffnext.pipelines.nova.components import ClassComponents
 from diffnext.pipelines.nova.generation import GenerationPipeline
 from diffnext.pipelines.pipeline_utils import NOVAPipelineOutput
-from diffnext.utils.arguments import one_line
+from diffnext.utils.messages import one_line
 
 __all__ = ["NOVAC2IPipeline"]
 

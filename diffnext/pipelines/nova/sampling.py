@@ -50,9 +50,9 @@ from diffnext.utils.arguments import (
     OnePerSample,
     Positive,
     build_checked,
-    one_line,
     take_checked,
 )
+from diffnext.utils.messages import one_line
 
 __all__ = [
     "GenerationRequest",

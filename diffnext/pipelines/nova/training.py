@@ -68,10 +68,11 @@ class TrainingPipelineMixin(ABC):
             The model in training mode, its frozen parts frozen.
         """
         model = self.model
-        model.set_gradient_checkpointing(config.model.get("gradient_checkpointing", 0))
-        self.loss_repeat = config.model.get("loss_repeat", 4)
-        if config.model.get("mask_ratios"):
-            model.mask_embed.mask_ratios = list(config.model.mask_ratios)
+        model.set_gradient_checkpointing(getattr(config.model, "gradient_checkpointing", 0))
+        self.loss_repeat = getattr(config.model, "loss_repeat", 4)
+        mask_ratios = getattr(config.model, "mask_ratios", None)
+        if mask_ratios:
+            model.mask_embed.mask_ratios = list(mask_ratios)
         modules = dict(model.named_modules())
         for name in self.frozen_modules:
             if name in modules:
