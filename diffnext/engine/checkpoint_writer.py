@@ -3,79 +3,54 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
-import torch
 from accelerate import Accelerator
-from torch import Tensor
 
-from diffnext.engine import checkpoint as checkpoints
-from diffnext.engine.checkpoint import RunFolder
+from diffnext.config.schema import CheckpointConfig
+from diffnext.engine import snapshot as snapshots
 from diffnext.engine.control import Agreement, TrainingError
-from diffnext.engine.run_state import EngineState
-from diffnext.utils.json_files import write_json
+from diffnext.engine.snapshot import DamagedCheckpoint, Recipe, RunFolder, Snapshot
 
 FULL_DISK = 2**20  # bytes; what could not be written was larger
-
-
-@dataclass(frozen=True, kw_only=True)
-class Snapshot:
-    """What one process contributes to a checkpoint.
-
-    Attributes:
-        step: Completed steps.
-        rank_state: Content of this process's ``rank_<r>.pt``.
-        trainer_state: Content of ``trainer_state.json``; main process only.
-        write_weights: Writes trained weights and their like into a checkpoint folder; main only.
-        write_average: The same for averaged weights; None if there are none.
-    """
-
-    step: int
-    rank_state: Mapping[str, Any]
-    trainer_state: Mapping[str, Any]
-    write_weights: Callable[[Path], None]
-    write_average: Callable[[Path], None] | None = None
+RETRIES = (0.5, 2.0)  # seconds before another attempt to write
 
 
 class CheckpointWriter:
     """Writes checkpoints under temporary names and publishes them when every process is done.
 
     Args:
-        run: Output folder.
+        recipe: What all checkpoints of the run have in common.
         accelerator: Knows the processes. Building is collective.
-        engine: Masters and optimizer state.
-        asynchronous: Write in a thread, from copies in main memory.
-        keep_last: Delete all but so many of the newest; None keeps all.
-        keep_every: Never delete those of multiples of this step.
+        options: How to write, and which checkpoints to keep.
+        run_id: Of this run; checkpoints of others are left alone.
+        timeout: Seconds to wait for other processes.
         logger: Where to report.
     """
 
     def __init__(
         self,
-        run: RunFolder,
+        recipe: Recipe,
         accelerator: Accelerator,
-        engine: EngineState,
-        asynchronous: bool,
-        keep_last: int | None,
-        keep_every: int | None,
+        options: CheckpointConfig,
+        run_id: str,
+        timeout: float | None,
         logger: logging.Logger | logging.LoggerAdapter,
     ) -> None:
-        self.run = run
-        self.engine = engine
-        self.asynchronous = asynchronous
-        self.keep_last = keep_last
-        self.keep_every = keep_every
+        self.recipe = recipe
+        self.run = recipe.run
+        self.options = options
         self.logger = logger
         self.is_main = accelerator.is_main_process
-        self.rank = accelerator.process_index
+        self.steps = list(_find_own(self.run, run_id)) if self.is_main else []
         # The thread has a group of its own: the training's collectives go on beside it.
-        self._agreement = Agreement(accelerator)
+        self._agreement = Agreement(accelerator, timeout)
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
 
@@ -86,23 +61,10 @@ class CheckpointWriter:
             TrainingError: On every process, if any could not write.
         """
         self.wait()
-        final = self.run.checkpoint(snapshot.step)
-        failure = f"checkpoint-{snapshot.step} could not be written"
-        temporary = checkpoints.temporary_folder(final)
-        with self._cleaning_up([temporary]):
-            self._agreement.together(lambda: self._prepare(temporary), failure)
-            state = temporary / checkpoints.STATE
-            finish_engine = self._agreement.together(
-                lambda: self.engine.begin_save(state, self.asynchronous), failure
-            )
-
-        def complete() -> None:
-            self._complete(snapshot, temporary, final, finish_engine, failure)
-
-        if not self.asynchronous:
-            complete()
+        if not self.options.async_save:
+            self._write(snapshot)
             return
-        self._thread = threading.Thread(target=self._guard, args=(complete,), name="checkpoint")
+        self._thread = threading.Thread(target=self._guard, args=(snapshot,), name="checkpoint")
         self._thread.start()
 
     @property
@@ -119,85 +81,116 @@ class CheckpointWriter:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-        error = self.take_error()
+        self.raise_error()
+
+    def raise_error(self) -> None:
+        """Raise the error of a checkpoint in the background, once."""
+        error = self._error
+        self._error = None
         if error is not None:
             raise error
 
-    def take_error(self) -> Exception | None:
-        """The error of a checkpoint in the background, once."""
-        error = self._error
-        self._error = None
-        return error
-
-    def _guard(self, complete: Callable[[], None]) -> None:
+    def _guard(self, snapshot: Snapshot) -> None:
         try:
-            complete()
+            self._write(snapshot)
         except Exception as error:
             self._error = error
 
-    def _prepare(self, temporary: Path) -> None:
-        if self.is_main:
-            self.run.remove_leftovers()
-            (temporary / checkpoints.STATE).mkdir(parents=True)
+    def _write(self, snapshot: Snapshot) -> None:
+        step = snapshot.trainer_state.step
+        final = self.run.checkpoint(step)
+        average = self.run.ema_checkpoint(step)
+        folder, average_folder = (snapshots.temporary_folder(path) for path in (final, average))
 
-    def _complete(
-        self,
-        snapshot: Snapshot,
-        temporary: Path,
-        final: Path,
-        finish_engine: Callable[[], None],
-        failure: str,
-    ) -> None:
-        """Write what is left, and publish."""
-        average = self.run.ema_checkpoint(snapshot.step)
-        folders = [(temporary, final)]
-        if snapshot.write_average is not None:
-            folders.insert(0, (checkpoints.temporary_folder(average), average))
+        def prepare() -> None:
+            if self.is_main:
+                for leftover in self._leftovers():
+                    self._try_to_remove(leftover)
+                (folder / snapshots.STATE).mkdir(parents=True)
 
         def write() -> None:
-            finish_engine()
-            rank_file = temporary / checkpoints.STATE / f"rank_{self.rank}.pt"
-            torch.save(dict(snapshot.rank_state), rank_file)
+            snapshot.write_rank(folder)
             if self.is_main:
-                snapshot.write_weights(temporary)
-                if snapshot.write_average is not None:
-                    snapshot.write_average(folders[0][0])
+                snapshot.write_run(folder, average_folder, self.recipe)
 
         def publish() -> None:
             if not self.is_main:
                 return
-            files = checkpoints.list_file_sizes(temporary)
-            trainer_state = {**snapshot.trainer_state, "files": files}
-            write_json(temporary / checkpoints.STATE / checkpoints.TRAINER_STATE, trainer_state)
-            for source, target in folders:
-                checkpoints.publish(source, target)
+            snapshot.seal(folder, average_folder)
+            for path in (average, final):
+                moved = self.run.set_aside(path)
+                if moved is not None:
+                    self.logger.warning("%s was there already: it is %s now", path, moved)
+            if snapshot.average is not None:
+                snapshots.publish(average_folder, average)
+            snapshots.publish(folder, final)
 
-        with self._cleaning_up([source for source, _ in folders]):
-            self._agreement.together(write, failure)
-            self._agreement.together(publish, failure)
+        failure = f"{final.name} could not be written"
+        with self._cleaning_up(folder, average_folder):
+            for action in (prepare, write, publish):
+                self._agreement.together(functools.partial(_retry, action), failure)
         self.logger.info("Wrote snapshot to: %s", final)
-        if self.is_main and self.keep_last is not None:
-            self.run.keep_newest(self.keep_last, self.keep_every)
+        if self.is_main:
+            self.steps = sorted({*self.steps, step})
+            self._delete_old()
+
+    def _leftovers(self) -> Iterator[Path]:
+        """What writing or deleting that was cut short has left behind."""
+        for tree in (snapshots.CHECKPOINTS, snapshots.EMA_CHECKPOINTS):
+            yield from self.run.output_dir.glob(f"{tree}/.checkpoint-*.tmp")
+
+    def _delete_old(self) -> None:
+        """Delete all but the newest of this run's own checkpoints, averaged weights included."""
+        keep_last, keep_every = self.options.keep_last, self.options.keep_every
+        for step in self.steps[:-keep_last] if keep_last is not None else ():
+            if keep_every is None or step % keep_every:
+                self.steps.remove(step)
+                for path in (self.run.checkpoint(step), self.run.ema_checkpoint(step)):
+                    self._try_to_remove(path)
+
+    def _try_to_remove(self, path: Path) -> None:
+        """Delete a folder; one that cannot be deleted is no reason to end a run."""
+        doomed = path if path.name.startswith(".") else snapshots.temporary_folder(path)
+        try:
+            # Renaming first keeps a deletion that is cut short from leaving half a checkpoint.
+            with contextlib.suppress(FileNotFoundError):
+                path.rename(doomed)
+            snapshots.remove(doomed)
+        except OSError as error:
+            self.logger.warning("%s could not be deleted and is left there: %s", path, error)
 
     @contextlib.contextmanager
-    def _cleaning_up(self, folders: Sequence[Path]) -> Iterator[None]:
+    def _cleaning_up(self, *folders: Path) -> Iterator[None]:
         """Remove what was half written, and say what is left to continue from and to write on."""
         try:
             yield
         except TrainingError as error:
             free = shutil.disk_usage(self.run.output_dir).free
-            complete = self.run.complete_checkpoints()
-            newest = complete[-1].name if complete else "none"
-            if self.is_main:
-                for folder in folders:
-                    shutil.rmtree(folder, ignore_errors=True)
+            newest = self.run.checkpoint(self.steps[-1]).name if self.steps else "none"
+            for folder in folders if self.is_main else ():
+                self._try_to_remove(folder)
             disk = f"{free / 2**30:.2f} GB were free"
             if free < FULL_DISK:
                 disk = f"the disk of {self.run.output_dir} is full"
-            text = f"{error}; {disk}; the newest complete checkpoint is {newest}"
+            text = f"{error}; {disk}; the newest sound checkpoint is {newest}"
             raise TrainingError(text) from error
 
 
-def copy_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copy tensors to main memory, so that training can change the originals."""
-    return {name: value.detach().to("cpu", copy=True) for name, value in tensors.items()}
+def _find_own(run: RunFolder, run_id: str) -> Iterator[int]:
+    """Steps of the checkpoints that a run has written."""
+    for step in run.steps():
+        with contextlib.suppress(DamagedCheckpoint):
+            state = snapshots.read_state(run.checkpoint(step))
+            if state is not None and state.run == run_id:
+                yield step
+
+
+def _retry(action: Callable[[], None]) -> None:
+    """Do something that writes files; a file system may need a moment."""
+    for pause in RETRIES:
+        try:
+            action()
+            return
+        except OSError:
+            time.sleep(pause)
+    action()

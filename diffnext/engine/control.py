@@ -8,13 +8,19 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
 from torch import distributed
 
+from diffnext.config.targets import ConfigError
+
+T = TypeVar("T")
+
+EXIT_UNUSABLE = 2  # exit code of a run that was not begun: its configuration cannot be used
 # Exit code of a run that was asked to stop: EX_TEMPFAIL of sysexits.h, "try again later".
 EXIT_STOPPED = 75
 IMPATIENCE = 3.0  # seconds after which a repeated Ctrl-C is meant as such
@@ -37,12 +43,16 @@ class Agreement:
 
     Args:
         accelerator: Knows the processes. Building is collective.
+        timeout: Seconds to wait for the others; None for PyTorch's default.
     """
 
-    def __init__(self, accelerator: Accelerator) -> None:
+    def __init__(self, accelerator: Accelerator, timeout: float | None = None) -> None:
         self.rank = accelerator.process_index
         self.size = accelerator.num_processes
-        self.group = distributed.new_group(backend="gloo") if self.size > 1 else None
+        self.group = None
+        if self.size > 1:
+            limit = None if timeout is None else timedelta(seconds=timeout)
+            self.group = distributed.new_group(backend="gloo", timeout=limit)
 
     def collect(self, message: str | None) -> list[str]:
         """Gather the messages of all processes; collective, and cheap when there is none.
@@ -62,6 +72,34 @@ class Agreement:
         messages: list[str | None] = [None] * self.size
         distributed.all_gather_object(messages, message, group=self.group)
         return [f"rank {rank}: {text}" for rank, text in enumerate(messages) if text is not None]
+
+    def decide(self, action: Callable[[], T]) -> T:
+        """Let the main process do something for all; collective.
+
+        Args:
+            action: Called without arguments, on the main process only.
+
+        Returns:
+            What it returned, a copy on the other processes.
+
+        Raises:
+            ConfigError: On every process, if it was raised on the main process.
+            TrainingError: On every process, if anything else was.
+        """
+        outcome: list[Any] = [None, None]
+        if self.rank == 0:
+            try:
+                outcome[0] = action()
+            except ConfigError as error:
+                outcome[1] = error
+            except Exception as error:
+                outcome[1] = TrainingError(_describe(error))
+        if self.group is not None:
+            distributed.broadcast_object_list(outcome, src=0, group=self.group)
+        result, failure = outcome
+        if failure is not None:
+            raise failure
+        return result
 
     def together(self, action: Callable[[], Any], failure: str) -> Any:
         """Do something that may fail on some processes only; collective.

@@ -6,6 +6,8 @@ Each line of ``metrics.jsonl`` is a JSON object with a ``step`` and some values:
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import logging
 import os
@@ -22,14 +24,12 @@ SMOOTHING = 0.05  # share of the points that one point of the smooth curve avera
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
-    """Read the lines of a metrics file; a line cut short by a crash is left out."""
+    """Read the lines of a metrics file; one that is no report, as after a crash, is left out."""
     rows = []
-    for line in file.read_text(encoding="utf-8").splitlines():
-        try:
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+        with contextlib.suppress(ValueError):
             rows.append(json.loads(line))
-        except ValueError:
-            continue
-    return rows
+    return [row for row in rows if isinstance(row, dict) and isinstance(row.get("step"), int)]
 
 
 def truncate_metrics(file: Path, step: int) -> None:
@@ -49,8 +49,7 @@ def draw_curves(metrics_file: Path, output: Path) -> None:
         metrics_file: Written by a run.
         output: PNG file, replaced when the new one is whole.
     """
-    if find_spec("matplotlib") is None:
-        logger.warning("matplotlib is not installed, so no learning curves: pip install matplotlib")
+    if not _can_draw():
         return
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -76,6 +75,15 @@ def draw_curves(metrics_file: Path, output: Path) -> None:
     temporary = output.with_name(f".{output.name}.tmp")
     FigureCanvasAgg(figure).print_png(temporary)
     os.replace(temporary, output)
+
+
+@functools.cache
+def _can_draw() -> bool:
+    """Whether matplotlib is there; if not, that is said once."""
+    if find_spec("matplotlib") is None:
+        logger.warning("matplotlib is not installed, so no learning curves: pip install matplotlib")
+        return False
+    return True
 
 
 def _draw_line(panel: Any, rows: Iterable[dict[str, Any]], name: str, color: str) -> None:

@@ -21,9 +21,13 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
-from omegaconf import DictConfig, OmegaConf
+from torch import nn
 
-from diffnext.engine.data_check import count_holdout
+from diffnext.config.schema import TrainConfig
+from diffnext.config.targets import ConfigError, config_to_object, import_target
+from diffnext.data.example_order import ExampleOrder
+from diffnext.engine.base_folder import TransformerFacts, read_shapes
+from diffnext.engine.control import Agreement
 from diffnext.engine.engine_utils import synchronize_device
 from diffnext.engine.memory import (
     ENGINES,
@@ -32,32 +36,17 @@ from diffnext.engine.memory import (
     Engine,
     MemoryEstimate,
     ParameterCounts,
-    StepMemory,
+    device_bytes,
     estimate_memory,
+    make_meta_model,
     simulate_step,
 )
-from diffnext.engine.preflight import find_problems
-from diffnext.engine.run_facts import (
-    DatasetFacts,
-    ModelFacts,
-    batch_shape,
-    checkpoints_kept,
-    device_bytes,
-    fits_model,
-    inspect_dataset,
-    inspect_model,
-    optimizer_states,
-    shard_sizes,
-)
-from diffnext.engine.train_engine import Trainer, find_resume
-from diffnext.utils.accelerate_utils import (
-    get_ddp_shards,
-    normalize_precision,
-    precision_to_dtype,
-)
-from diffnext.utils.omegaconf_utils import ConfigError
-
-__all__ = ["dry_run", "memory_table", "time_steps"]
+from diffnext.engine.resume import find_resume_point
+from diffnext.engine.run_inputs import Findings, RunInputs, inspect_inputs
+from diffnext.engine.snapshot import RunFolder
+from diffnext.engine.train_engine import Trainer
+from diffnext.models.transformers.transformer_nova import NOVATransformer3DModel
+from diffnext.utils.accelerate_utils import precision_to_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -67,269 +56,234 @@ SHOWN_PROCESSES = (1, 8, 128)
 TIMED_STEPS = 3
 # Of a GPU's memory; the rest is for the CUDA context, libraries and fragmentation.
 USABLE_SHARE = 0.92
+# Latent frames assumed where no dataset tells: 33 frames of video, 4 to a latent after the first.
+DEFAULT_VIDEO_FRAMES = 9
 PARTS = {
     "video encoder": ("video_encoder",),
     "image encoder": ("image_encoder",),
     "decoder MLP": ("image_decoder",),
 }
 ENGINE_NAMES = {"ddp": "DDP", "zero2": "ZeRO-2", "fsdp2": "FSDP2"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Launch:
-    """How a run was started.
-
-    Attributes:
-        engine: What distributes it.
-        num_processes: Processes in all.
-        local_processes: Processes on this machine.
-        device: Of this process.
-        dtype: Training dtype.
-    """
-
-    engine: Engine
-    num_processes: int
-    local_processes: int
-    device: torch.device
-    dtype: torch.dtype
-
-    @classmethod
-    def of(cls, config: DictConfig, accelerator: Accelerator | None) -> Launch:
-        """Read it off the accelerator; None is one process on the best device here."""
-        dtype = precision_to_dtype(normalize_precision(config.training.get("mixed_precision")))
-        if accelerator is None:
-            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-            return cls(engine="ddp", num_processes=1, local_processes=1, device=device, dtype=dtype)
-        engines: dict[DistributedType, Engine] = {
-            DistributedType.DEEPSPEED: "zero2",
-            DistributedType.FSDP: "fsdp2",
-        }
-        return cls(
-            engine=engines.get(accelerator.distributed_type, "ddp"),
-            num_processes=accelerator.num_processes,
-            local_processes=int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes)),
-            device=accelerator.device,
-            dtype=dtype,
-        )
-
-    @property
-    def usable_bytes(self) -> int:
-        """Memory that one process may take."""
-        total = device_bytes(self.device)
-        if self.device.type == "cpu":
-            return int(USABLE_SHARE * total) // self.local_processes
-        return int(USABLE_SHARE * total)
+DISTRIBUTED: dict[DistributedType, Engine] = {
+    DistributedType.DEEPSPEED: "zero2",
+    DistributedType.FSDP: "fsdp2",
+}
+# Parameters of the frozen components of the released models, assumed where no weights are at hand.
+FROZEN = {"vae": ("AutoencoderKL", 83_653_863), "text_encoder": ("Phi-2", 2_779_683_840)}
 
 
 def dry_run(
-    config: DictConfig,
+    config: TrainConfig,
     accelerator: Accelerator | None = None,
     report: Callable[[str], Any] = logger.info,
 ) -> bool:
     """Report on a run without training.
 
     Args:
-        config: Training configuration with its defaults; left as it is.
-        accelerator: Of the launched processes; None for one.
+        config: Training configuration.
+        accelerator: Of the launched processes; default: one process, on the best device here.
         report: Called on the main process with each paragraph.
 
     Returns:
         Whether the run can start and fits, the same on every process.
     """
-    is_main = accelerator is None or accelerator.is_main_process
-    launch = Launch.of(config, accelerator)
-    problems: list[str] = []
-    if is_main:
-        for paragraph in _inspect(config, launch, problems):
-            report(paragraph)
-    can_start = _agree(accelerator, not problems)
-    measured, failure = _measure(config, accelerator, can_start)
-    if failure is not None:
-        problems.append(failure)
-    if is_main:
-        report(measured)
+    accelerator = Accelerator() if accelerator is None else accelerator
+    agreement = Agreement(accelerator)
+    inputs, problems = agreement.decide(lambda: _inspect(config, accelerator, report))
+    measured = "not measured: the run cannot start with what is here"
+    if inputs is not None:
+        measured, failure = _measure(config, accelerator, inputs)
+        problems += agreement.collect(failure)
+    if accelerator.is_main_process:
+        report(f"Step time: {measured}")
         report(_conclude(problems))
-    return _agree(accelerator, not problems)
+    return not problems
+
+
+def _inspect(
+    config: TrainConfig, accelerator: Accelerator, report: Callable[[str], Any]
+) -> tuple[RunInputs | None, list[str]]:
+    """Report what needs no training.
+
+    Returns:
+        What the run reads, None if it cannot start; and everything that is wrong.
+    """
+    findings = inspect_inputs(config, accelerator.num_processes)
+    problems = list(findings.problems)
+    run = RunFolder(Path(config.experiment.output_dir), config.model.name)
+    start = "unclear"
+    try:
+        resume = find_resume_point(run, config.experiment.resume_from_checkpoint)
+        start = "afresh" if resume is None else f"from {resume.checkpoint}"
+    except ConfigError as error:
+        problems += error.problems
+    device = accelerator.device
+    dtype = str(precision_to_dtype(config.training.mixed_precision)).removeprefix("torch.")
+    report(
+        f"Dry run of {config.experiment.name or config.config}: {accelerator.num_processes} x "
+        f"{device.type} ({device_bytes(device) / GIB:.1f} GiB), "
+        f"{ENGINE_NAMES[DISTRIBUTED.get(accelerator.distributed_type, 'ddp')]}, {dtype}"
+    )
+    report(f"Starts {start}")
+    try:
+        paragraphs = _Paragraphs(config, accelerator, findings)
+    except (LookupError, TypeError, ValueError) as error:  # sizes that no model can have
+        overlay = "pipeline.paths.module_config.transformer is not enough"
+        return None, problems or [f"{overlay} without the base folder: {error} is missing"]
+    for paragraph in paragraphs.write(problems):
+        report(paragraph)
+    return None if problems else findings.inputs(), problems
+
+
+def _measure(
+    config: TrainConfig, accelerator: Accelerator, inputs: RunInputs
+) -> tuple[str, str | None]:
+    """Time real steps; returns the report and what went wrong."""
+    on_gpu = accelerator.device.type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(accelerator.device)
+    try:
+        seconds = time_steps(config, accelerator, inputs)
+    except (RuntimeError, ValueError, OSError) as error:
+        return "not measured: a step failed, see below", f"a real step failed: {error}"
+    options = config.training
+    samples = options.batch_size * options.gradient_accumulation_steps * accelerator.num_processes
+    median = statistics.median(seconds)
+    days = median * options.max_train_steps / 86400
+    text = (
+        f"{median:.3f} s (median of {len(seconds)}: {min(seconds):.3f} to {max(seconds):.3f}), "
+        f"{samples / median:.1f} samples/s; {options.max_train_steps} steps take {days:.2f} days"
+    )
+    if on_gpu:
+        peak = torch.cuda.max_memory_allocated(accelerator.device)
+        text += f"\nMeasured peak memory: {peak / GIB:.2f} GiB"
+    return text, None
 
 
 def time_steps(
-    config: DictConfig, accelerator: Accelerator, steps: int = TIMED_STEPS
+    config: TrainConfig, accelerator: Accelerator, inputs: RunInputs, steps: int = TIMED_STEPS
 ) -> list[float]:
     """Do some real optimizer steps from the base weights; nothing is saved.
 
     Args:
         config: Training configuration.
         accelerator: Of the launched processes.
+        inputs: What the run reads.
         steps: How many to time, after one that warms up.
 
     Returns:
         Seconds of each.
     """
-    config = config.copy()
-    config.experiment.resume_from_checkpoint = ""
-    params = config.train_dataloader.params
-    if params.get("shard_id") is None:
-        params.update(get_ddp_shards(accelerator))
-    accumulation = config.training.gradient_accumulation_steps
     seconds = []
-    with contextlib.closing(Trainer(config, accelerator, logger)) as trainer:
+    with contextlib.closing(Trainer(config, accelerator, logger, inputs=inputs)) as trainer:
         for _ in range(1 + steps):
             start = time.perf_counter()
-            trainer.run_step(accumulation)
+            trainer.run_step(config.training.gradient_accumulation_steps)
             synchronize_device(accelerator.device)
             seconds.append(time.perf_counter() - start)
     return seconds[1:]
 
 
-def _inspect(config: DictConfig, launch: Launch, problems: list[str]) -> Iterator[str]:
-    """Yield the paragraphs that need no training; add what is wrong to ``problems``."""
-    yield _describe_launch(config, launch)
-    problems += find_problems(config)
-    try:
-        resume = find_resume(config)
-        yield f"Starts {'afresh' if resume is None else f'from {resume.checkpoint}'}"
-    except ConfigError as error:
-        problems.append(str(error))
-    try:
-        model = inspect_model(config)
-    except (KeyError, TypeError, ValueError) as error:
-        if not problems:
-            problems.append(f"pipeline.paths.module_config.transformer: {error}")
-        return
-    problems += model.problems
-    dataset = inspect_dataset(config)
-    is_assumed = dataset is None or not fits_model(model.config, dataset)
-    batch = batch_shape(config.training.batch_size, model.config, dataset)
-    yield _describe_parameters(model)
-    yield _describe_data(config, launch, dataset)
-    yield _describe_step(config, launch, model, batch, is_assumed=is_assumed)
-    yield _describe_memory(config, launch, model, batch, problems)
-    yield _describe_disk(config, launch, ParameterCounts.of(model.make()), problems)
+def _conclude(problems: Sequence[str]) -> str:
+    if not problems:
+        return "Ready: nothing found that would stop this run"
+    return "\n".join(["This run cannot start or finish, because", *(f"  - {p}" for p in problems)])
 
 
-def _describe_launch(config: DictConfig, launch: Launch) -> str:
-    total = device_bytes(launch.device) / GIB
-    return (
-        f"Dry run of {config.experiment.get('name') or config.config}: "
-        f"{launch.num_processes} x {launch.device.type} ({total:.1f} GiB), "
-        f"{ENGINE_NAMES[launch.engine]}, {str(launch.dtype).removeprefix('torch.')}"
-    )
+# The model and its memory
 
 
-def _describe_parameters(facts: ModelFacts) -> str:
-    model = facts.make()
-    lines = ["Parameters (millions)        all  trained"]
-    named = dict(model.named_children())
-    rest = set(named)
-    rows = []
-    for title, names in PARTS.items():
-        rows.append((title, [named[name] for name in names]))
-        rest -= set(names)
-    rows.append(("rest", [named[name] for name in sorted(rest)]))
-    for title, modules in rows:
-        lines.append(_parameter_line(title, modules))
-    lines.append(_parameter_line("in all", [model]))
-    for name, count in facts.frozen_parameters.items():
-        lines.append(f"  {name + ', frozen':<22}{count / 1e6:>9.2f}")
-    return "\n".join([*lines, *(f"  note: {note}" for note in facts.notes)])
+@dataclass(frozen=True, kw_only=True)
+class ModelPlan:
+    """The model that a run trains and what is loaded beside it.
 
+    Attributes:
+        config: Training configuration.
+        transformer: The model.
+        frozen_parameters: Parameters of each frozen component.
+        notes: What had to be assumed.
+    """
 
-def _parameter_line(title: str, modules: list[torch.nn.Module]) -> str:
-    parameters = [parameter for module in modules for parameter in module.parameters()]
-    trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
-    total = sum(parameter.numel() for parameter in parameters)
-    return f"  {title:<22}{total / 1e6:>9.2f}{trained / 1e6:>9.2f}"
+    config: TrainConfig
+    transformer: TransformerFacts
+    frozen_parameters: Mapping[str, int]
+    notes: tuple[str, ...]
 
-
-def _describe_data(config: DictConfig, launch: Launch, dataset: DatasetFacts | None) -> str:
-    if dataset is None:
-        return "Data: not readable"
-    lines = [
-        f"Data: {dataset.num_examples} examples; moments {dataset.moments} {dataset.dtype}; "
-        f"{dataset.prompt}; {dataset.record_bytes / MB:.2f} MB each"
-    ]
-    holdout = OmegaConf.select(config, "validation.holdout")
-    num_held_out = count_holdout(holdout, dataset.num_examples)
-    if num_held_out:
-        lines.append(f"  {num_held_out} of them, the last, are held out for validation")
-    try:
-        size, last = shard_sizes(dataset.num_examples - num_held_out, launch.num_processes)
-    except ValueError:  # of the problems
-        return lines[0]
-    per_step = config.training.batch_size * config.training.gradient_accumulation_steps
-    max_steps = config.training.max_train_steps
-    lines += [
-        f"  {launch.num_processes} shards of {size} examples"
-        + (f", the last of {last}" if last != size else ""),
-        f"  {math.ceil(size / per_step)} steps an epoch; "
-        f"{max_steps} steps are {max_steps * per_step / size:.2f} epochs",
-        f"  each process reads {per_step * dataset.record_bytes / MB:.2f} MB a step",
-    ]
-    return "\n".join(lines)
-
-
-def _describe_step(
-    config: DictConfig, launch: Launch, facts: ModelFacts, batch: BatchShape, is_assumed: bool
-) -> str:
-    model = facts.make()
-    rows, columns = batch.latent_size
-    counts = {}
-    for name, encoder in (("video", model.video_encoder), ("image", model.image_encoder)):
-        patch = encoder.patch_embed.patch_size
-        counts[name] = batch.frames * (rows // patch) * (columns // patch)
-    accumulation = config.training.gradient_accumulation_steps
-    samples = batch.size * accumulation * launch.num_processes
-    condition = model.text_embed.num_tokens if model.text_embed is not None else 1
-    loss_tokens = counts["image"] * model.loss_repeat
-    return "\n".join(
-        [
-            f"A sample: {batch.frames} x {rows} x {columns} latents"
-            + (", assumed, as no fitting records can be read" if is_assumed else ""),
-            f"Tokens a sample: {counts['video']} in the video encoder and {counts['image']} in the "
-            f"image encoder, {condition} of condition; {loss_tokens} in the loss "
-            f"({model.loss_repeat} noise levels)",
-            f"Optimizer step: {samples} samples ({batch.size} x {accumulation} micro-batches x "
-            f"{launch.num_processes} processes), {samples * counts['image']} image tokens",
-        ]
-    )
-
-
-def _describe_memory(
-    config: DictConfig,
-    launch: Launch,
-    facts: ModelFacts,
-    batch: BatchShape,
-    problems: list[str],
-) -> str:
-    device_type = launch.device.type
-    own = memory_table(
-        config, facts, batch, device_type, [launch.num_processes], engines=[launch.engine]
-    )[launch.engine, launch.num_processes]
-    usable = launch.usable_bytes
-    if own.peak > usable:
-        problems.append(
-            f"does not fit: {own.peak / GIB:.1f} GiB are needed on each {device_type}, "
-            f"{usable / GIB:.1f} GiB can be used (training.batch_size, "
-            "model.gradient_checkpointing, another engine)"
+    @classmethod
+    def of(cls, config: TrainConfig, findings: Findings) -> ModelPlan:
+        """Find it as far as the base folder is on this machine."""
+        base = findings.base
+        notes = []
+        if base is None or base.find("transformer") is None:
+            name = config.pipeline.paths.pretrained_path
+            notes.append(f"{name} is not complete on this machine")
+            notes.append("sizes are those of pipeline.paths.module_config")
+        frozen = {}
+        given = config.pipeline.paths.module_dict.given()
+        for component, (model, count) in FROZEN.items():
+            is_left_out = base is not None and component not in base.components
+            if is_left_out or not given.get(component, True):
+                continue
+            if component == "text_encoder" and not findings.transformer.sizes.get("text_token_dim"):
+                continue
+            folder = None if base is None else base.find(component)
+            shapes = {} if folder is None else read_shapes(folder)
+            frozen[component] = sum(math.prod(shape) for shape in shapes.values()) or count
+            if not shapes:
+                notes.append(f"{component}: no weights, assumed {model}, {count / 1e6:.0f} M")
+        return cls(
+            config=config,
+            transformer=findings.transformer,
+            frozen_parameters=frozen,
+            notes=tuple(notes),
         )
-    processes = sorted({*SHOWN_PROCESSES, launch.num_processes})
-    estimates = memory_table(config, facts, batch, "cuda", processes)
-    level = config.model.get("gradient_checkpointing", 0)
-    lines = [
-        f"Memory: {own.peak / GIB:.2f} GiB on each {device_type} of this launch, "
-        f"{usable / GIB:.1f} GiB can be used",
-        f"Memory of a GPU in GiB, batch {batch.size}, checkpointing level {level}:",
-        format_memory(estimates, usable if device_type == "cuda" else None),
-    ]
-    if config.get("ema") and OmegaConf.select(config, "ema.params.device") == "cpu":
-        size = _ema_bytes(ParameterCounts.of(facts.make()))
-        lines.append(f"  and {size / GIB:.2f} GiB of main memory for the EMA of process 0")
-    return "\n".join(lines)
+
+    def make(self) -> NOVATransformer3DModel:
+        """Build the model on the meta device, ready for training."""
+        options = self.config.model
+        model = make_meta_model(
+            self.transformer.arguments,
+            frozen_modules=getattr(
+                import_target(self.config.pipeline.target), "frozen_modules", ()
+            ),
+            gradient_checkpointing=options.gradient_checkpointing,
+            loss_repeat=options.loss_repeat,
+        )
+        if options.lora is not None:
+            from diffnext.engine.lora import add_lora
+
+            with torch.device("meta"):
+                add_lora(model, options.lora)
+        return model
+
+    def batch_shape(self, moments: tuple[int, ...] = ()) -> BatchShape:
+        """The shapes of a micro-batch.
+
+        Args:
+            moments: Shape of the dataset's; without them, or if they do not fit the model, a video
+                has the usual number of frames.
+        """
+        is_video = self.transformer.sizes["video_base_size"][0] > 1
+        frames = DEFAULT_VIDEO_FRAMES if is_video else 1
+        if self.transformer.fits(moments):
+            frames = moments[1] if len(moments) == 4 else 1
+        size = self.config.training.batch_size
+        latent_size = self.transformer.latent_size
+        if latent_size is None:
+            raise LookupError("image_size or image_stride")
+        return BatchShape(size=size, frames=frames, latent_size=latent_size)
+
+
+def _ema_bytes(config: TrainConfig, counts: ParameterCounts, device_type: str) -> int:
+    """Memory of the averaged weights on the devices of a type."""
+    if config.ema is None:
+        return 0
+    home = "cpu" if config.ema.params.device == "cpu" else device_type
+    return FLOAT32 * counts.total + counts.buffers if home == device_type else 0
 
 
 def memory_table(
-    config: DictConfig,
-    facts: ModelFacts,
+    plan: ModelPlan,
     batch: BatchShape,
     device_type: str,
     processes: Sequence[int],
@@ -338,8 +292,7 @@ def memory_table(
     """Estimate the memory of engines on several numbers of processes.
 
     Args:
-        config: Training configuration.
-        facts: Model and frozen components.
+        plan: Model and frozen components.
         batch: Shapes of the micro-batch.
         device_type: "cuda" or "cpu".
         processes: Numbers of processes.
@@ -348,16 +301,14 @@ def memory_table(
     Returns:
         Bytes on the main process's device, by engine and number of processes.
     """
-    dtype = precision_to_dtype(normalize_precision(config.training.get("mixed_precision")))
-    states = optimizer_states(config)
+    options = plan.config.training
+    dtype = precision_to_dtype(options.mixed_precision)
+    states = optimizer_states(plan.config)
     estimates = {}
     for engine in engines:
-        model = facts.make()
+        model = plan.make()
         counts = ParameterCounts.of(model)
-        on_device = device_type == "cpu" or OmegaConf.select(config, "ema.params.device") != "cpu"
-        step: StepMemory = simulate_step(
-            model, batch, engine=engine, dtype=dtype, device_type=device_type
-        )
+        step = simulate_step(model, batch, engine=engine, dtype=dtype, device_type=device_type)
         for number in processes:
             estimates[engine, number] = estimate_memory(
                 engine,
@@ -366,9 +317,9 @@ def memory_table(
                 step=step,
                 dtype=dtype,
                 optimizer_states=states,
-                frozen_bytes=dtype.itemsize * sum(facts.frozen_parameters.values()),
-                ema_bytes=_ema_bytes(counts) if config.get("ema") and on_device else 0,
-                is_accumulating=config.training.gradient_accumulation_steps > 1,
+                frozen_bytes=dtype.itemsize * sum(plan.frozen_parameters.values()),
+                ema_bytes=_ema_bytes(plan.config, counts, device_type),
+                is_accumulating=options.gradient_accumulation_steps > 1,
             )
     return estimates
 
@@ -384,90 +335,196 @@ def format_memory(
     """
     titles = "engine, processes, weights, gradients, optimizer, engine buffers, activations, frozen"
     header = [*titles.split(", "), "EMA", "peak"] + (["fits"] if usable is not None else [])
-    lines = [_row(header), "|---" * len(header) + "|"]
+    rows: list[list[Any]] = [header]
     for (engine, number), e in sorted(estimates.items(), key=lambda item: item[0][1]):
         parts = [e.weights, e.gradients, e.optimizer, e.buffers, e.activations, e.frozen, e.ema]
-        cells = [ENGINE_NAMES[engine], number, *(f"{part / GIB:.2f}" for part in (*parts, e.peak))]
+        row = [ENGINE_NAMES[engine], number, *(f"{part / GIB:.2f}" for part in (*parts, e.peak))]
         if usable is not None:
-            cells.append("yes" if e.peak <= usable else "NO")
-        lines.append(_row(cells))
+            row.append("yes" if e.peak <= usable else "NO")
+        rows.append(row)
+    lines = [f"| {' | '.join(map(str, row))} |" for row in rows]
+    lines.insert(1, "|---" * len(header) + "|")
     return "\n".join(lines)
 
 
-def _row(cells: Sequence[Any]) -> str:
-    return f"| {' | '.join(str(cell) for cell in cells)} |"
+def optimizer_states(config: TrainConfig) -> float:
+    """Numbers that the configured optimizer keeps for each parameter, found by one step."""
+    parameter = nn.Parameter(torch.zeros(64, 64))
+    optimizer = config_to_object(config.optimizer, params=[parameter])
+    parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    tensors = [v for v in optimizer.state[parameter].values() if isinstance(v, torch.Tensor)]
+    return sum(tensor.numel() for tensor in tensors if tensor.ndim) / parameter.numel()
 
 
-def _ema_bytes(counts: ParameterCounts) -> int:
-    return FLOAT32 * counts.total + counts.buffers
+def checkpoints_kept(config: TrainConfig) -> int:
+    """Most checkpoints on disk at a time, the one being written included."""
+    options = config.checkpoint
+    max_steps = config.training.max_train_steps
+    written = math.ceil(max_steps / config.experiment.save_every)
+    if options.keep_last is None:
+        return written
+    pinned = max_steps // options.keep_every if options.keep_every else 0
+    return min(written, options.keep_last + 1 + pinned)
 
 
-def _describe_disk(
-    config: DictConfig, launch: Launch, counts: ParameterCounts, problems: list[str]
-) -> str:
-    """Size of the checkpoints against the free disk."""
-    is_lora = bool(config.model.get("lora"))
-    saved = counts.trainable if is_lora else counts.total
-    masters = FLOAT32 * saved
-    moments = int(FLOAT32 * optimizer_states(config) * counts.trainable)
-    average = FLOAT32 * saved if config.get("ema") else 0
-    each = launch.dtype.itemsize * saved + masters + moments + average
-    number = checkpoints_kept(config)
-    folder = Path(config.experiment.output_dir).absolute()
-    existing = next(path for path in (folder, *folder.parents) if path.exists())
-    free = shutil.disk_usage(existing).free
-    if each * number > free:
-        problems.append(
-            f"does not fit: {number} checkpoints of {each / GIB:.2f} GiB each, {free / GIB:.1f} "
-            f"GiB free at {existing} (checkpoint.keep_last, experiment.save_every)"
+def shard_sizes(num_examples: int, num_shards: int) -> tuple[int, int]:
+    """Examples of every shard but the last, and of the last.
+
+    Raises:
+        ValueError: If shards would be empty.
+    """
+    order = ExampleOrder(num_examples=num_examples, num_shards=num_shards)
+    return order.shard_size, num_examples - order.shard_size * (num_shards - 1)
+
+
+# The report
+
+
+class _Paragraphs:
+    """What there is to say about a model, its data and a step.
+
+    Raises:
+        LookupError: If a size is missing.
+        TypeError: If a size has another type.
+        ValueError: If a size is out of range.
+    """
+
+    def __init__(self, config: TrainConfig, accelerator: Accelerator, findings: Findings) -> None:
+        self.config = config
+        self.accelerator = accelerator
+        self.findings = findings
+        self.plan = ModelPlan.of(config, findings)
+        self.batch = self.plan.batch_shape(findings.dataset.shape)
+        self.model = self.plan.make()
+        self.counts = ParameterCounts.of(self.model)
+
+    def write(self, problems: list[str]) -> Iterator[str]:
+        """Yield the paragraphs; add what does not fit to ``problems``."""
+        yield self.parameters()
+        yield self.data()
+        yield self.step()
+        yield self.memory(problems)
+        yield self.disk(problems)
+
+    def parameters(self) -> str:
+        """Parameters of the model's parts and of the frozen components."""
+        named = dict(self.model.named_children())
+        rows = {title: [named.pop(name) for name in names] for title, names in PARTS.items()}
+        rows |= {"rest": list(named.values()), "in all": [self.model]}
+        lines = ["Parameters (millions)        all  trained"]
+        for title, modules in rows.items():
+            parameters = [p for module in modules for p in module.parameters()]
+            trained = sum(p.numel() for p in parameters if p.requires_grad)
+            total = sum(p.numel() for p in parameters)
+            lines.append(f"  {title:<22}{total / 1e6:>9.2f}{trained / 1e6:>9.2f}")
+        for name, count in self.plan.frozen_parameters.items():
+            lines.append(f"  {name + ', frozen':<22}{count / 1e6:>9.2f}")
+        return "\n".join([*lines, *(f"  note: {note}" for note in self.plan.notes)])
+
+    def data(self) -> str:
+        """The dataset, and how it is shared out."""
+        dataset, num_held_out = self.findings.dataset, self.findings.num_held_out
+        if not dataset.shape:
+            return "Data: not readable"
+        lines = [
+            f"Data: {dataset.num_examples} examples; moments {dataset.shape} {dataset.dtype}; "
+            f"{dataset.prompt}; {dataset.record_bytes / MB:.2f} MB each"
+        ]
+        if num_held_out:
+            lines.append(f"  {num_held_out} of them, the last, are held out for validation")
+        number = self.accelerator.num_processes
+        try:
+            size, last = shard_sizes(dataset.num_examples - num_held_out, number)
+        except ValueError:  # of the problems
+            return lines[0]
+        options = self.config.training
+        per_step = options.batch_size * options.gradient_accumulation_steps
+        steps = options.max_train_steps
+        lines += [
+            f"  {number} shards of {size} examples{f', the last of {last}' * (last != size)}",
+            f"  {math.ceil(size / per_step)} steps an epoch; {steps} steps are "
+            f"{steps * per_step / size:.2f} epochs",
+            f"  each process reads {per_step * dataset.record_bytes / MB:.2f} MB a step",
+        ]
+        return "\n".join(lines)
+
+    def step(self) -> str:
+        """Tokens and samples."""
+        model, batch = self.model, self.batch
+        rows, columns = batch.latent_size
+        tokens = {}
+        for name, encoder in (("video", model.video_encoder), ("image", model.image_encoder)):
+            patch = encoder.patch_embed.patch_size
+            tokens[name] = batch.frames * (rows // patch) * (columns // patch)
+        accumulation = self.config.training.gradient_accumulation_steps
+        processes = self.accelerator.num_processes
+        samples = batch.size * accumulation * processes
+        condition = model.text_embed.num_tokens if model.text_embed is not None else 1
+        is_assumed = not self.plan.transformer.fits(self.findings.dataset.shape)
+        return "\n".join(
+            [
+                f"A sample: {batch.frames} x {rows} x {columns} latents"
+                + ", assumed, as no fitting records can be read" * is_assumed,
+                f"Tokens a sample: {tokens['video']} in the video encoder and {tokens['image']} in "
+                f"the image encoder, {condition} of condition; "
+                f"{tokens['image'] * model.loss_repeat} in the loss ({model.loss_repeat} noise "
+                "levels)",
+                f"Optimizer step: {samples} samples ({batch.size} x {accumulation} micro-batches x "
+                f"{processes} processes), {samples * tokens['image']} image tokens",
+            ]
         )
-    return (
-        f"Disk: {each / GIB:.2f} GiB a checkpoint, at most {number} at a time are "
-        f"{each * number / GIB:.1f} GiB; {free / GIB:.1f} GiB free at {existing}"
-    )
 
+    def memory(self, problems: list[str]) -> str:
+        """Memory of this launch and of others."""
+        engine, number = (
+            DISTRIBUTED.get(self.accelerator.distributed_type, "ddp"),
+            self.accelerator.num_processes,
+        )
+        device = self.accelerator.device.type
+        usable = int(USABLE_SHARE * device_bytes(self.accelerator.device))
+        if device == "cpu":  # the processes of this machine share its memory
+            usable //= int(os.environ.get("LOCAL_WORLD_SIZE", number))
+        own = memory_table(self.plan, self.batch, device, [number], [engine])[engine, number]
+        if own.peak > usable:
+            problems.append(
+                f"does not fit: {own.peak / GIB:.1f} GiB are needed on each {device}, "
+                f"{usable / GIB:.1f} GiB can be used (training.batch_size, "
+                "model.gradient_checkpointing, another engine)"
+            )
+        processes = sorted({*SHOWN_PROCESSES, number})
+        estimates = memory_table(self.plan, self.batch, "cuda", processes)
+        lines = [
+            f"Memory: {own.peak / GIB:.2f} GiB on each {device} of this launch, "
+            f"{usable / GIB:.1f} GiB can be used",
+            f"Memory of a GPU in GiB, batch {self.batch.size}, checkpointing level "
+            f"{self.config.model.gradient_checkpointing}:",
+            format_memory(estimates, usable if device == "cuda" else None),
+        ]
+        average = _ema_bytes(self.config, self.counts, "cpu")
+        if average and not _ema_bytes(self.config, self.counts, "cuda"):
+            lines.append(f"  and {average / GIB:.2f} GiB of main memory for the EMA of process 0")
+        return "\n".join(lines)
 
-def _measure(
-    config: DictConfig, accelerator: Accelerator | None, can_start: bool
-) -> tuple[str, str | None]:
-    """Time real steps if the run can start; returns the report and what went wrong."""
-    if not can_start:
-        return "Step time: not measured: the run cannot start as it is, see below", None
-    if accelerator is None:
-        return "Step time: not measured: there is no accelerator to run on", None
-    if accelerator.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(accelerator.device)
-    try:
-        seconds = time_steps(config, accelerator)
-    except (RuntimeError, ValueError, OSError) as error:
-        return "Step time: not measured: a step failed, see below", f"a real step failed: {error}"
-    median = statistics.median(seconds)
-    samples = (
-        config.training.batch_size
-        * config.training.gradient_accumulation_steps
-        * accelerator.num_processes
-    )
-    days = median * config.training.max_train_steps / 86400
-    text = (
-        f"Step time: {median:.3f} s (median of {len(seconds)}: {min(seconds):.3f} to "
-        f"{max(seconds):.3f}), {samples / median:.1f} samples/s; "
-        f"{config.training.max_train_steps} steps take {days:.2f} days"
-    )
-    if accelerator.device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(accelerator.device)
-        text += f"\nMeasured peak memory: {peak / GIB:.2f} GiB"
-    return text, None
-
-
-def _conclude(problems: list[str]) -> str:
-    if not problems:
-        return "Ready: nothing found that would stop this run"
-    return "\n".join(["This run cannot start or finish, because", *(f"  - {p}" for p in problems)])
-
-
-def _agree(accelerator: Accelerator | None, value: bool) -> bool:
-    """Whether a value is true on every process."""
-    if accelerator is None or accelerator.num_processes == 1:
-        return value
-    flag = torch.tensor(int(value), device=accelerator.device)
-    return bool(accelerator.reduce(flag, reduction="sum") == accelerator.num_processes)
+    def disk(self, problems: list[str]) -> str:
+        """Size of the checkpoints against the free disk."""
+        config, counts = self.config, self.counts
+        saved = counts.total if config.model.lora is None else counts.trainable
+        moments = int(FLOAT32 * optimizer_states(config) * counts.trainable)
+        copies = FLOAT32 if config.ema is None else 2 * FLOAT32  # masters and average
+        copies += precision_to_dtype(config.training.mixed_precision).itemsize
+        each = copies * saved + moments
+        number = checkpoints_kept(config)
+        folder = Path(config.experiment.output_dir).absolute()
+        existing = next(path for path in (folder, *folder.parents) if os.path.exists(path))
+        free = shutil.disk_usage(existing).free
+        if each * number > free:
+            problems.append(
+                f"does not fit: {number} checkpoints of {each / GIB:.2f} GiB each, "
+                f"{free / GIB:.1f} GiB free at {existing} (checkpoint.keep_last, "
+                "experiment.save_every)"
+            )
+        return (
+            f"Disk: {each / GIB:.2f} GiB a checkpoint, at most {number} at a time are "
+            f"{each * number / GIB:.1f} GiB; {free / GIB:.1f} GiB free at {existing}"
+        )

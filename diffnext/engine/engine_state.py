@@ -1,55 +1,26 @@
-"""The state of a run besides the published weights: engine, random numbers, position in the data.
+"""What a run holds in memory besides its configuration: random numbers, masters, optimizer state.
 
-``state/`` of a checkpoint holds
+The engines (one process, DDP, FSDP2, DeepSpeed ZeRO-2) keep them in different shapes and places.
+Here they are whole tensors by name, so that what one engine saves every other loads, on any number
+of processes:
 
-    trainer_state.json   step, layout, versions, and the size of every file of the checkpoint
-    config.yaml          the configuration as the user gave it
-    rank_<r>.pt          random states, data position and unreported steps of a process
-    engine/              float32 masters and optimizer state
-
-Without DeepSpeed ``engine/`` is a distributed checkpoint of PyTorch keyed by parameter names, which
-any number of processes loads, sharded or not. DeepSpeed's own files fit one number of processes;
-for another they are rewritten as a universal checkpoint.
+    model.<name>              float32 masters of the parameters; buffers
+    optimizer.<name>.<key>    what the optimizer keeps for a parameter, such as exp_avg and step
 """
 
 from __future__ import annotations
 
 import contextlib
-import copy
-import functools
 import random
-import shutil
-import subprocess
-import sys
-import warnings
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, cast
 
 import numpy as np
 import torch
-import torch.distributed.checkpoint as dcp
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
-from torch.distributed.tensor import DTensor
-
-ENGINE = "engine"
-ZERO_TAG = "zero"
-UNIVERSAL_TAG = "universal"
-
-# A single process is no reason to warn. Not in a context, as threads write, too.
-warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninit")
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 # Random numbers
 
@@ -60,7 +31,7 @@ def capture_random_state(device: torch.device) -> dict[str, Any]:
     Args:
         device: Device of this process, whose generator is included.
     """
-    name, keys, position, has_gauss, gauss = np.random.get_state()
+    name, keys, position, has_gauss, gauss = cast("tuple[Any, ...]", np.random.get_state())
     state = {
         "torch": torch.get_rng_state(),
         "numpy": [name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss],
@@ -101,232 +72,240 @@ def _listed(state: tuple) -> Iterator[Any]:
 # Engines
 
 
-class EngineState(ABC):
-    """Masters and optimizer state of the prepared model, whatever keeps them.
+class EngineState:
+    """Masters and optimizer state of a prepared model: in one process, under DDP and FSDP2.
 
     Args:
         accelerator: The engine.
         model: Prepared model.
         optimizer: Prepared optimizer.
+        trained_only: Leave out what is not trained; it comes from the base folder then.
     """
 
-    name: str
-
-    def __init__(self, accelerator: Accelerator, model: nn.Module, optimizer: Any) -> None:
+    def __init__(
+        self, accelerator: Accelerator, model: nn.Module, optimizer: Any, trained_only: bool
+    ) -> None:
         self.accelerator = accelerator
-        self.model = model
+        self.model: nn.Module = accelerator.unwrap_model(model)
         self.optimizer = optimizer
+        self.trained_only = trained_only
 
-    @abstractmethod
-    def begin_save(self, folder: Path, asynchronous: bool) -> Callable[[], None]:
-        """Take the state; collective.
-
-        Args:
-            folder: Existing folder to write to.
-            asynchronous: Copy the state, so that training can go on before it is written.
-
-        Returns:
-            A function that waits until everything is written.
-        """
-
-    @abstractmethod
-    def load(self, folder: Path) -> None:
-        """Restore what :meth:`begin_save` wrote to a folder; collective."""
-
-    @abstractmethod
     def masters(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
         """Yield each parameter with its whole float32 value; collective, one at a time."""
+        for parameter in self.model.parameters():
+            yield parameter, self._master(parameter)
 
-    def weights(self) -> dict[str, Tensor]:
-        """Whole state dict of the model on the main process, empty elsewhere; collective."""
-        return self.accelerator.unwrap_model(self.model).state_dict()
+    def tensors(self, copy: bool = False) -> dict[str, Tensor]:
+        """All of it in main memory, on the main process; empty elsewhere; collective.
 
-    @contextlib.contextmanager
-    def _kept_options(self) -> Iterator[None]:
-        """Keep learning rate, weight decay and such as configured, not as loaded."""
+        Args:
+            copy: Whether training may go on while the tensors are in use.
+        """
+        kept = {}
+        is_main = self.accelerator.is_main_process
+        for name, value in self._named_tensors():  # on every process: reading is collective
+            if is_main:
+                kept[name] = value.detach().to("cpu", copy=copy).contiguous()
+        return kept
+
+    @torch.no_grad()
+    def load(self, saved: Mapping[str, Tensor]) -> None:
+        """Take the state back, without its learning rate, weight decay and such.
+
+        Raises:
+            ValueError: If it lacks a parameter, or one has another shape.
+        """
+        for name, value in self._own_values():
+            found = _find(saved, f"model.{name}", value)
+            if isinstance(value, nn.Parameter):
+                self._set_master(value, found)
+            else:
+                value.copy_(found)
         options = [
             {name: value for name, value in group.items() if name != "params"}
             for group in self.optimizer.param_groups
         ]
-        yield
+        self._load_optimizer(_by_parameter(saved))
         for group, configured in zip(self.optimizer.param_groups, options, strict=True):
             group.update(configured)
 
+    def scaler_state(self) -> dict[str, Any] | None:
+        """Of the scaler that keeps float16 gradients from vanishing; None if there is none."""
+        scaler = self.accelerator.scaler
+        return None if scaler is None else scaler.state_dict()
 
-class DistributedState(EngineState):
-    """State under plain training, DDP and FSDP2."""
+    def load_scaler_state(self, state: dict[str, Any] | None) -> None:
+        """Continue with a scaler's state; None, or no scaler here, changes nothing."""
+        if state is not None and self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state)
 
-    name = "distributed"
+    def _own_values(self) -> Iterator[tuple[str, Tensor]]:
+        """Parameters and saved buffers by name, in the order of the model."""
+        parameters = dict(self.model.named_parameters())
+        for name, value in self.model.state_dict(keep_vars=True).items():
+            if not self.trained_only or (name in parameters and value.requires_grad):
+                yield name, parameters.get(name, value)
 
-    def __init__(self, accelerator: Accelerator, model: nn.Module, optimizer: Any) -> None:
-        super().__init__(accelerator, model, optimizer)
-        self._torch_optimizer = optimizer.optimizer
-        self._shards = accelerator.is_fsdp2
-        self._group = None
-        if accelerator.num_processes > 1:
-            # Of its own, as a save in the background must not meet the training's collectives.
-            self._group = torch.distributed.new_group(backend="gloo")
+    def _named_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        for name, value in self._own_values():
+            whole = self._master(value) if isinstance(value, nn.Parameter) else value
+            yield f"model.{name}", whole
+        for parameter, state in self._optimizer_state():
+            for key, value in state.items():
+                yield f"optimizer.{names[parameter]}.{key}", torch.as_tensor(value)
 
-    def begin_save(self, folder: Path, asynchronous: bool) -> Callable[[], None]:
-        """See :meth:`EngineState.begin_save`."""
-        arguments = {"checkpoint_id": folder / ENGINE, "process_group": self._group}
-        arguments["no_dist"] = self._group is None
-        model, optimizer = get_state_dict(self.model, self._torch_optimizer)
-        state = {"model": model, "optimizer": optimizer["state"]}
-        if asynchronous:
-            with _as_plain_errors():
-                future = dcp.async_save(state, **arguments)
-            return lambda: _finish(future.result)
-        return lambda: _finish(functools.partial(dcp.save, state, **arguments))
+    def _master(self, parameter: nn.Parameter) -> Tensor:
+        return _whole(parameter)
 
-    def load(self, folder: Path) -> None:
-        """See :meth:`EngineState.load`.
+    def _set_master(self, parameter: nn.Parameter, value: Tensor) -> None:
+        parameter.copy_(_like(value, parameter))
 
-        Raises:
-            ValueError: If the saved masters are of another model.
-        """
-        model, optimizer = get_state_dict(self.model, self._torch_optimizer)
-        reader = dcp.FileSystemReader(folder / ENGINE)
-        saved = reader.read_metadata().state_dict_metadata
-        missing = [name for name in model if f"model.{name}" not in saved]
-        if missing:
-            raise ValueError(f"the saved state lacks {missing[0]} and {len(missing) - 1} more")
-        state = {"model": model, "optimizer": optimizer["state"]}
-        with _as_plain_errors():
-            dcp.load(
-                state,
-                storage_reader=reader,
-                # A parameter that never had a gradient has no optimizer state.
-                planner=DefaultLoadPlanner(allow_partial_load=True),
-                process_group=self._group,
-                no_dist=self._group is None,
-            )
-        set_model_state_dict(self.model, state["model"])
-        with self._kept_options():
-            set_optimizer_state_dict(
-                self.model,
-                self._torch_optimizer,
-                {"state": state["optimizer"], "param_groups": optimizer["param_groups"]},
-            )
+    def _optimizer_state(self) -> Iterator[tuple[nn.Parameter, dict[str, Any]]]:
+        """Each trained parameter with what the optimizer keeps for it, whole; collective."""
+        state = self.optimizer.optimizer.state
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                values = state.get(parameter, {})
+                yield parameter, {k: _whole(v) for k, v in values.items() if v is not None}
 
-    def masters(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
-        """See :meth:`EngineState.masters`."""
-        for parameter in self.accelerator.unwrap_model(self.model).parameters():
-            whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
-            yield parameter, whole
-
-    def weights(self) -> dict[str, Tensor]:
-        """See :meth:`EngineState.weights`."""
-        if not self._shards:
-            return super().weights()
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        return get_model_state_dict(self.model, options=options)
+    def _load_optimizer(self, saved: Mapping[str, Mapping[str, Tensor]]) -> None:
+        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        # A parameter that never had a gradient has no state.
+        state = {
+            index: {key: _like(value, p) for key, value in saved[names[p]].items()}
+            for index, p in enumerate(parameters)
+            if names[p] in saved
+        }
+        _load_into(self.optimizer.optimizer, state)
 
 
-def _finish(write: Callable[[], Any]) -> None:
-    with _as_plain_errors():
-        write()
+class ZeroState(EngineState):
+    """Masters and optimizer state under DeepSpeed ZeRO-2, which keeps both in flat shards."""
 
+    @property
+    def _zero(self) -> Any:
+        return self.optimizer.optimizer
 
-@contextlib.contextmanager
-def _as_plain_errors() -> Iterator[None]:
-    """Make the errors of distributed checkpoints ordinary ones; they derive from BaseException."""
-    try:
-        yield
-    except CheckpointException as error:
-        rank, (cause, _) = next(iter(error.failures.items()))
-        raise OSError(f"writing or reading the state failed on rank {rank}: {cause}") from error
+    def scaler_state(self) -> dict[str, Any] | None:
+        """See :meth:`EngineState.scaler_state`."""
+        state = vars(self._zero.loss_scaler)
+        return {name: value for name, value in state.items() if isinstance(value, int | float)}
 
+    def load_scaler_state(self, state: dict[str, Any] | None) -> None:
+        """See :meth:`EngineState.load_scaler_state`."""
+        known = vars(self._zero.loss_scaler)
+        known.update({name: value for name, value in (state or {}).items() if name in known})
 
-class DeepSpeedState(EngineState):
-    """State under DeepSpeed ZeRO, in its own files."""
-
-    name = "deepspeed"
-
-    def begin_save(self, folder: Path, asynchronous: bool) -> Callable[[], None]:
-        """See :meth:`EngineState.begin_save`."""
-        engine = self.model
-        if not asynchronous:
-            engine.save_checkpoint(str(folder / ENGINE), tag=ZERO_TAG)
-            return lambda: None
-        direct = engine.checkpoint_engine
-        deferred = _deferring(direct)
-        engine.checkpoint_engine = deferred
-        try:
-            engine.save_checkpoint(str(folder / ENGINE), tag=ZERO_TAG)
-        finally:
-            engine.checkpoint_engine = direct
-        return deferred.write
-
-    def load(self, folder: Path) -> None:
-        """See :meth:`EngineState.load`."""
-        is_universal = self.model.load_universal_checkpoint()
-        tag = UNIVERSAL_TAG if is_universal else ZERO_TAG
-        with self._kept_options():
-            self.model.load_checkpoint(str(folder / ENGINE), tag=tag)
-
-    def masters(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
-        """See :meth:`EngineState.masters`."""
+    def _master(self, parameter: nn.Parameter) -> Tensor:
         from deepspeed.utils import safe_get_full_fp32_param
 
-        for parameter in self.accelerator.unwrap_model(self.model).parameters():
-            master = safe_get_full_fp32_param(parameter) if parameter.requires_grad else None
-            yield parameter, parameter if master is None else master
+        master = safe_get_full_fp32_param(parameter) if parameter.requires_grad else None
+        return parameter if master is None else master
+
+    def _set_master(self, parameter: nn.Parameter, value: Tensor) -> None:
+        from deepspeed.utils import safe_set_full_fp32_param
+
+        parameter.copy_(value)
+        if parameter.requires_grad:
+            safe_set_full_fp32_param(parameter, value.to(parameter.device, torch.float32))
+
+    def _groups(self) -> Iterator[tuple[Tensor, list[nn.Parameter]]]:
+        """The flat shard of each group with the parameters that it is a part of."""
+        yield from zip(
+            self._zero.single_partition_of_fp32_groups, self._zero.bit16_groups, strict=True
+        )
+
+    def _link(self) -> None:
+        """Tell parameters where the optimizer's state for them is.
+
+        DeepSpeed does so once, after the step of the first group, when the others have none yet.
+        """
+        self._zero._hp_optimizer_states_linked = False
+        self._zero._lazy_init_hp_params_optimizer_state()
+
+    def _optimizer_state(self) -> Iterator[tuple[nn.Parameter, dict[str, Any]]]:
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        self._link()
+        for flat, parameters in self._groups():
+            state = self._zero.optimizer.state.get(flat, {})
+            for parameter in parameters:
+                yield (
+                    parameter,
+                    {
+                        key: safe_get_full_optimizer_state(parameter, key)
+                        if torch.is_tensor(value) and value.shape == flat.shape
+                        else torch.as_tensor(value).clone()  # one for all of the group
+                        for key, value in state.items()
+                    },
+                )
+
+    def _load_optimizer(self, saved: Mapping[str, Mapping[str, Tensor]]) -> None:
+        from deepspeed.utils import safe_set_full_optimizer_state
+
+        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        state = {}
+        for index, (flat, parameters) in enumerate(self._groups()):
+            # All of a group have taken the same steps.
+            first = next((saved[names[p]] for p in parameters if names[p] in saved), {})
+            state[index] = {
+                key: torch.zeros_like(flat) if value.ndim else value for key, value in first.items()
+            }
+        if not any(state.values()):
+            return  # saved before the first step
+        _load_into(self._zero.optimizer, state)
+        self._link()
+        for _, parameters in self._groups():
+            for parameter in parameters:
+                for key, value in saved.get(names[parameter], {}).items():
+                    if value.ndim:
+                        whole = value.to(parameter.device, torch.float32)
+                        safe_set_full_optimizer_state(parameter, whole, key)
 
 
-def _deferring(direct: Any) -> Any:
-    """DeepSpeed's file writer, but one that takes copies and writes them later."""
-    deferred = copy.copy(direct)
-    pending: list[tuple[Any, str]] = []
-
-    def keep(state_dict: Any, path: str) -> None:
-        pending.append((_copy_to_memory(state_dict), path))
-
-    def write() -> None:
-        for state_dict, path in pending:
-            direct.save(state_dict, path)
-
-    deferred.save = keep
-    deferred.write = write
-    return deferred
-
-
-def _copy_to_memory(value: Any) -> Any:
-    """Copy the tensors of nested containers to main memory."""
-    if isinstance(value, Tensor):
-        return value.detach().to("cpu", copy=True)
-    if isinstance(value, dict):
-        return type(value)({key: _copy_to_memory(item) for key, item in value.items()})
-    if type(value) in (list, tuple):
-        return type(value)(_copy_to_memory(item) for item in value)
-    return copy.deepcopy(value)
-
-
-def make_universal(folder: Path, target: Path) -> None:
-    """Rewrite DeepSpeed's state for any number of processes.
-
-    Args:
-        folder: ``state/`` of a checkpoint written under DeepSpeed.
-        target: Folder to create, of the same layout.
-
-    Raises:
-        OSError: If DeepSpeed's converter fails.
-    """
-    shutil.rmtree(target, ignore_errors=True)
-    (target / ENGINE).mkdir(parents=True)
-    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal"]
-    command += ["--input_folder", str(folder / ENGINE / ZERO_TAG)]
-    command += ["--output_folder", str(target / ENGINE / UNIVERSAL_TAG)]
-    command += ["--num_extract_workers", "1", "--num_merge_workers", "1", "--inject_missing_state"]
-    # As a process of its own, because it prints and starts a pool of processes.
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode != 0:
-        last_line = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise OSError(f"DeepSpeed could not convert {folder}: {last_line}")
-
-
-def make_engine_state(accelerator: Accelerator, model: nn.Module, optimizer: Any) -> EngineState:
-    """The kind of state that fits the engine; collective."""
+def make_engine_state(
+    accelerator: Accelerator, model: nn.Module, optimizer: Any, trained_only: bool
+) -> EngineState:
+    """The kind of state that fits the engine."""
     uses_deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
-    kind = DeepSpeedState if uses_deepspeed else DistributedState
-    return kind(accelerator, model, optimizer)
+    kind = ZeroState if uses_deepspeed else EngineState
+    return kind(accelerator, model, optimizer, trained_only)
+
+
+def _whole(value: Any) -> Any:
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def _like(value: Tensor, parameter: Tensor) -> Tensor:
+    """A whole value, sharded as a parameter is if they have the same shape."""
+    if not isinstance(parameter, DTensor) or value.shape != parameter.shape:
+        return value
+    # Every process has the whole value, so none needs to send it.
+    value = value.to(parameter.device)
+    return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+
+
+def _find(saved: Mapping[str, Tensor], name: str, expected: Tensor) -> Tensor:
+    if name not in saved or saved[name].shape != expected.shape:
+        found = tuple(saved[name].shape) if name in saved else "missing"
+        raise ValueError(f"{name} must have the shape {tuple(expected.shape)}, it is {found}")
+    return saved[name]
+
+
+def _by_parameter(saved: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """What the optimizer keeps, by parameter and key."""
+    states: dict[str, dict[str, Tensor]] = {}
+    for full_name, value in saved.items():
+        kind, _, rest = full_name.partition(".")
+        name, _, key = rest.rpartition(".")
+        if kind == "optimizer":
+            states.setdefault(name, {})[key] = value
+    return states
+
+
+def _load_into(optimizer: torch.optim.Optimizer, state: Mapping[int, Any]) -> None:
+    """Give an optimizer the state of its parameters, by their number."""
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": dict(state), "param_groups": groups})

@@ -16,27 +16,27 @@ from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dic
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from diffnext.engine.engine_utils import read_weights
+from diffnext.config.schema import LoraOptions
+from diffnext.config.targets import ConfigError
+from diffnext.models.transformers.transformer_nova import NOVATransformer3DModel
 from diffnext.pipelines.release_folder import LORA_FILE
-from diffnext.utils.omegaconf_utils import ConfigError
 
 ADAPTER = "default"
 COMPONENT = "transformer"  # prefix of the names in the file
 ATTENTION = ("attn.qkv", "attn.proj")
 
 
-def add_lora(model: nn.Module, options: Mapping[str, Any]) -> None:
+def add_lora(model: NOVATransformer3DModel, options: LoraOptions) -> None:
     """Freeze a model and add adapters, which change nothing at first.
 
     Args:
         model: A model with diffusers' adapter methods.
-        options: The section ``model.lora``: rank, alpha, dropout, target_modules.
+        options: The section ``model.lora``.
 
     Raises:
         ConfigError: If no linear layer has one of the names in ``target_modules``.
     """
-    rank = options.get("rank", 16)
-    targets = list(options.get("target_modules") or ATTENTION)
+    targets = list(options.target_modules or ATTENTION)
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     for target in targets:
         if not any(name == target or name.endswith(f".{target}") for name in linear):
@@ -46,55 +46,51 @@ def add_lora(model: nn.Module, options: Mapping[str, Any]) -> None:
                 f"{', '.join(known)}"
             )
     model.requires_grad_(False)
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=options.get("alpha") or rank,
-        lora_dropout=options.get("dropout", 0.0),
-        target_modules=targets,
-    )
+    settings: dict[str, Any] = {"r": options.rank, "lora_alpha": options.alpha or options.rank}
+    config = LoraConfig(**settings, lora_dropout=options.dropout, target_modules=targets)
     model.add_adapter(config, ADAPTER)
 
 
-def adapter_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Pick the adapters from the whole state dict of a model, under peft's names."""
-    return get_peft_model_state_dict(model, state_dict=dict(weights), adapter_name=ADAPTER)
+def adapter_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Pick the adapters from the state dict of a model."""
+    return {name: value for name, value in weights.items() if ".lora_" in name}
 
 
-def adapter_metadata(model: nn.Module) -> dict[str, str]:
-    """Rank, scale and targets of the adapters, under the key that diffusers reads."""
-    config = {
-        f"{COMPONENT}.{name}": sorted(value) if isinstance(value, set) else value
-        for name, value in model.peft_config[ADAPTER].to_dict().items()
-    }
-    return {"format": "pt", LORA_ADAPTER_METADATA_KEY: json.dumps(config, indent=2)}
-
-
-def write_adapter(folder: Path, weights: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+def write_adapter(
+    folder: Path, model: NOVATransformer3DModel, weights: Mapping[str, Tensor]
+) -> None:
     """Write adapters as ``pipe.load_lora_weights(folder)`` reads them.
 
     Args:
         folder: Folder, created if there is none.
-        weights: From :func:`adapter_weights`.
-        metadata: From :func:`adapter_metadata`.
+        model: The model that has them; its settings are written, too.
+        weights: The state dict of a model, or the adapters in it.
     """
+    adapters = get_peft_model_state_dict(model, state_dict=dict(weights), adapter_name=ADAPTER)
     tensors = {
-        f"{COMPONENT}.{name}": value.detach().cpu().contiguous() for name, value in weights.items()
+        f"{COMPONENT}.{name}": value.detach().cpu().contiguous() for name, value in adapters.items()
+    }
+    config = {
+        f"{COMPONENT}.{name}": sorted(value) if isinstance(value, set) else value
+        for name, value in vars(model)["peft_config"][ADAPTER].to_dict().items()
     }
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / LORA_FILE, metadata=dict(metadata))
+    metadata = {"format": "pt", LORA_ADAPTER_METADATA_KEY: json.dumps(config, indent=2)}
+    save_file(tensors, folder / LORA_FILE, metadata=metadata)
 
 
-def load_adapter(model: nn.Module, file: Path) -> None:
+def load_adapter(model: NOVATransformer3DModel, file: Path, tensors: Mapping[str, Tensor]) -> None:
     """Load adapters into a model that has them.
 
     Args:
         model: Prepared by :func:`add_lora`.
         file: Written by :func:`write_adapter`.
+        tensors: Its content.
 
     Raises:
         ConfigError: If they are of another rank or for other layers.
     """
-    weights = {name.removeprefix(f"{COMPONENT}."): v for name, v in read_weights(file).items()}
+    weights = {name.removeprefix(f"{COMPONENT}."): value for name, value in tensors.items()}
     expected = get_peft_model_state_dict(model, adapter_name=ADAPTER)
     for name, value in weights.items():
         if name not in expected or expected[name].shape != value.shape:

@@ -10,9 +10,10 @@ Not counted: the CUDA context, libraries, scratch space inside kernels and fragm
 from __future__ import annotations
 
 import contextlib
+import os
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -24,19 +25,6 @@ from torch.utils._pytree import tree_leaves
 
 from diffnext.models.transformers.transformer_nova import NOVATransformer3DModel
 from diffnext.schedulers.scheduling_cfm import FlowMatchEulerDiscreteScheduler
-
-__all__ = [
-    "ENGINES",
-    "BatchShape",
-    "Engine",
-    "MemoryEstimate",
-    "ParameterCounts",
-    "StepMemory",
-    "estimate_memory",
-    "make_meta_model",
-    "set_worst_mask",
-    "simulate_step",
-]
 
 Engine = Literal["ddp", "zero2", "fsdp2"]
 ENGINES: tuple[Engine, ...] = ("ddp", "zero2", "fsdp2")
@@ -158,106 +146,47 @@ def estimate_memory(
         ema_bytes: Of the averaged weights on this device.
         is_accumulating: Whether gradients of earlier micro-batches lie in memory during a step.
     """
-    held = {"ddp": _hold_ddp, "zero2": _hold_zero2, "fsdp2": _hold_fsdp2}[engine]
-    return held(
-        num_processes, counts, step, dtype.itemsize, optimizer_states, is_accumulating
-    ).with_extras(frozen_bytes, ema_bytes)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Held(MemoryEstimate):
-    """An estimate before frozen components and EMA are added."""
-
-    frozen: int = 0
-    ema: int = 0
-
-    def with_extras(self, frozen: int, ema: int) -> MemoryEstimate:
-        return replace(self, frozen=frozen, ema=ema, peak=self.peak + frozen + ema)
-
-
-def _hold_ddp(
-    processes: int,
-    counts: ParameterCounts,
-    step: StepMemory,
-    itemsize: int,
-    states: float,
-    is_accumulating: bool,
-) -> _Held:
-    """Everything on every device, in float32; buckets hold a second copy of the gradients."""
-    weights = FLOAT32 * counts.total + counts.buffers
-    gradients = FLOAT32 * counts.trainable
-    optimizer = int(FLOAT32 * states * counts.trainable)
-    buffers = gradients if processes > 1 else 0
-    during_step = step.activations + gradients if is_accumulating else step.with_gradients
-    return _Held(
-        weights=weights,
-        gradients=gradients,
-        optimizer=optimizer,
-        buffers=buffers,
-        activations=step.activations,
-        peak=weights + optimizer + buffers + max(during_step, gradients),
-    )
-
-
-def _hold_zero2(
-    processes: int,
-    counts: ParameterCounts,
-    step: StepMemory,
-    itemsize: int,
-    states: float,
-    is_accumulating: bool,
-) -> _Held:
-    """Weights everywhere in the training dtype; masters, moments and gradients in shards.
-
-    Gradients pass through one bucket on their way to their owner. The optimizer takes its shard of
-    them in float32, when activations and bucket are gone.
-    """
-    shard = -(-counts.trainable // processes)
-    weights = itemsize * counts.total + counts.buffers
-    gradients = itemsize * shard
-    optimizer = int(FLOAT32 * (1 + states) * shard)
-    buffers = itemsize * ZERO2_BUCKET
-    made = (step.with_gradients - step.activations) // processes
+    shard = -(-counts.trainable // num_processes)
+    # Gradients that exist at the step's peak, in the dtype of the weights it computes from.
+    made = step.with_gradients - step.activations
+    if engine == "ddp":
+        # Everything on every device, in float32; buckets hold a second copy of the gradients.
+        weights = FLOAT32 * counts.total
+        gradients = FLOAT32 * counts.trainable
+        optimizer = FLOAT32 * optimizer_states * counts.trainable
+        buffers = gradients if num_processes > 1 else 0
+        after_step = gradients + buffers
+    elif engine == "zero2":
+        # Weights everywhere in the training dtype; masters, moments and gradients in shards.
+        # Gradients pass through one bucket on their way to their owner. The optimizer takes its
+        # shard of them in float32, when activations and bucket are gone.
+        weights = dtype.itemsize * counts.total
+        gradients = dtype.itemsize * shard
+        optimizer = FLOAT32 * (1 + optimizer_states) * shard
+        buffers = dtype.itemsize * ZERO2_BUCKET
+        made //= num_processes
+        after_step = gradients + FLOAT32 * shard
+    else:
+        # Float32 shards of everything. Gathered in the training dtype are what is in no block, for
+        # the whole step and with its gradients, and blocks: the one at work and the next one, each
+        # as it arrives and as it is used; in backward their gradients.
+        weights = FLOAT32 * -(-counts.total // num_processes)
+        gradients = FLOAT32 * shard
+        optimizer = FLOAT32 * optimizer_states * shard
+        buffers = dtype.itemsize * (2 * counts.unwrapped + 6 * counts.largest_block)
+        made = made * FLOAT32 // dtype.itemsize // num_processes
+        after_step = gradients + buffers
     during_step = step.activations + buffers + (gradients if is_accumulating else made)
-    return _Held(
-        weights=weights,
+    held = weights + counts.buffers + int(optimizer) + frozen_bytes + ema_bytes
+    return MemoryEstimate(
+        weights=weights + counts.buffers,
         gradients=gradients,
-        optimizer=optimizer,
+        optimizer=int(optimizer),
         buffers=buffers,
         activations=step.activations,
-        peak=weights + optimizer + max(during_step, gradients + FLOAT32 * shard),
-    )
-
-
-def _hold_fsdp2(
-    processes: int,
-    counts: ParameterCounts,
-    step: StepMemory,
-    itemsize: int,
-    states: float,
-    is_accumulating: bool,
-) -> _Held:
-    """Float32 shards of everything.
-
-    Gathered in the training dtype are what is in no block, for the whole step and with its
-    gradients, and blocks: the one at work and the next one, each as it arrives and as it is used;
-    in backward their gradients.
-    """
-    shard = -(-counts.trainable // processes)
-    weights = FLOAT32 * -(-counts.total // processes) + counts.buffers
-    gradients = FLOAT32 * shard
-    optimizer = int(FLOAT32 * states * shard)
-    buffers = itemsize * (2 * counts.unwrapped + 6 * counts.largest_block)
-    # Shards are in float32, the gradients of the simulation in the training dtype.
-    made = (step.with_gradients - step.activations) * FLOAT32 // itemsize // processes
-    during_step = step.activations + buffers + (gradients if is_accumulating else made)
-    return _Held(
-        weights=weights,
-        gradients=gradients,
-        optimizer=optimizer,
-        buffers=buffers,
-        activations=step.activations,
-        peak=weights + optimizer + max(during_step, gradients + buffers),
+        frozen=frozen_bytes,
+        ema=ema_bytes,
+        peak=held + max(during_step, after_step),
     )
 
 
@@ -276,25 +205,30 @@ def make_meta_model(
     """The model of a config.json, without memory for its weights, ready for training.
 
     Args:
-        config: Arguments of the model; those starting with an underscore are left out.
+        config: Content of a config.json; what is no argument of the model is ignored.
         frozen_modules: Names of the parts that are not trained.
         gradient_checkpointing: Level, 0 to 3.
-        loss_repeat: Noise levels a token.
+        loss_repeat: Noise levels of each token.
 
     Raises:
         KeyError: If the architecture is unknown.
-        TypeError: If an argument is unknown or missing.
-        ValueError: If a value is out of range.
+        ValueError: If a size is missing or out of range.
     """
-    arguments = {key: value for key, value in config.items() if not key.startswith("_")}
     with torch.device("meta"):
-        model = NOVATransformer3DModel(**arguments)
+        model = NOVATransformer3DModel.from_config(dict(config))
     for name, module in model.named_modules():
         if name in frozen_modules:
             module.requires_grad_(False)
     model.set_gradient_checkpointing(gradient_checkpointing)
     model.loss_repeat = loss_repeat
     return model.train()
+
+
+def device_bytes(device: torch.device) -> int:
+    """Memory of a GPU, or main memory for the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def set_worst_mask(model: NOVATransformer3DModel) -> None:
@@ -389,6 +323,7 @@ class LiveBytes(TorchDispatchMode):
         self._live -= self._sizes.pop(key)
 
     def _add_gradient(self, parameter: nn.Parameter) -> None:
+        assert parameter.grad is not None  # the hook runs when it has arrived
         self._gradients += parameter.grad.nbytes
         self._note()
 
@@ -434,10 +369,9 @@ def _make_inputs(
     """What a training pipeline hands to the model."""
     channels = model.image_encoder.image_dim
     frames = (batch.frames,) if batch.frames > 1 else ()
-    inputs = {"x": torch.empty(batch.size, channels, *frames, *batch.latent_size, dtype=dtype)}
+    x = torch.empty(batch.size, channels, *frames, *batch.latent_size, dtype=dtype)
     if model.text_embed is not None:
         shape = (batch.size, model.text_embed.num_tokens, model.text_embed.token_dim)
-        inputs["prompt"] = torch.empty(shape, dtype=dtype)
-    else:
-        inputs["c"] = [model.label_embed(torch.zeros(batch.size, dtype=torch.int64))]
-    return inputs
+        return {"x": x, "prompt": torch.empty(shape, dtype=dtype)}
+    assert model.label_embed is not None  # a model has one of the two
+    return {"x": x, "c": [model.label_embed(torch.zeros(batch.size, dtype=torch.int64))]}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +35,7 @@ class ModelEMA:
             raise ValueError(f'ema device must be "cpu" or "gpu", got {device!r}')
         self.decay = decay
         self.update_every = update_every
-        self.model = _copy_module(model).eval()
+        self.model = copy_module(model).eval()
         for parameter in self.model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
@@ -118,17 +119,23 @@ class _Bucket:
         return [tuple(value.shape) for _, value, good in pairs if not good]
 
 
-def _copy_module(model: nn.Module) -> nn.Module:
+def copy_module(model: nn.Module, with_weights: bool = True) -> nn.Module:
     """Copy parameters, buffers and submodules; share everything else.
 
     Pipelines hang the text encoder and themselves on the model as plain attributes: copying those
     would double the memory of a run.
+
+    Args:
+        model: Module to copy.
+        with_weights: Whether parameters have values; else they are on the meta device.
     """
     own = vars(nn.Module()).keys()
-    shared = {
+    copies: dict[int, Any] = {
         id(value): value
         for module in model.modules()
         for name, value in vars(module).items()
         if name not in own
     }
-    return copy.deepcopy(model, shared)
+    if not with_weights:
+        copies |= {id(p): nn.Parameter(p.to("meta"), p.requires_grad) for p in model.parameters()}
+    return copy.deepcopy(model, copies)

@@ -1,14 +1,13 @@
 """What a run tells while it goes on: log lines, progress bar, trackers, metrics file, curves.
 
 ``<output_dir>/metrics.jsonl`` gets one JSON object for each report, whatever tracker there is;
-``<output_dir>/curves.png`` is drawn from it.
+``<output_dir>/curves.png`` is drawn from it. A report that fails is a warning.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import resource
 import sys
 import time
@@ -19,12 +18,13 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from omegaconf import DictConfig
 from torch import Tensor
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from diffnext.config.schema import TrainConfig
 from diffnext.engine.curves import draw_curves, truncate_metrics
+from diffnext.utils.accelerate_utils import Logger, warn_on_error
 from diffnext.utils.profiler import SmoothedValue
 
 METRICS_FILE = "metrics.jsonl"
@@ -61,24 +61,17 @@ class Reporter:
         logger: Where log lines go.
     """
 
-    def __init__(
-        self,
-        config: DictConfig,
-        accelerator: Accelerator,
-        logger: logging.Logger | logging.LoggerAdapter,
-    ) -> None:
+    def __init__(self, config: TrainConfig, accelerator: Accelerator, logger: Logger) -> None:
+        training = config.training
         self.accelerator = accelerator
         self.logger = logger
-        self.show_bar = config.training.get("progress_bar", True) and accelerator.is_main_process
-        self.max_steps = config.training.max_train_steps
+        self.show_bar = training.progress_bar and accelerator.is_main_process
+        self.max_steps = training.max_train_steps
         self.samples_per_step = (
-            config.training.batch_size
-            * config.training.gradient_accumulation_steps
-            * accelerator.num_processes
+            training.batch_size * training.gradient_accumulation_steps * accelerator.num_processes
         )
-        output_dir = Path(config.experiment.output_dir)
-        self.metrics_file = output_dir / METRICS_FILE
-        self.curves_file = output_dir / CURVES_FILE
+        self.metrics_file = Path(config.experiment.output_dir) / METRICS_FILE
+        self.curves_file = Path(config.experiment.output_dir) / CURVES_FILE
         self.window: list[StepResult] = []
         self._window_started = time.perf_counter()
         self._bar: tqdm | None = None
@@ -87,23 +80,23 @@ class Reporter:
     def progress_bar(self, first_step: int) -> Iterator[None]:
         """Show a live bar on the main process; log lines pass above it."""
         is_terminal = sys.stderr.isatty()
-        arguments = {
-            "total": self.max_steps,
-            "initial": first_step,
-            "unit": "step",
-            "dynamic_ncols": True,
-            "disable": not self.show_bar,
-            # In a file each refresh is one more line, so refresh seldom.
-            "mininterval": 0.5 if is_terminal else 10.0,
-        }
         self._window_started = time.perf_counter()
-        with tqdm(**arguments) as bar, contextlib.ExitStack() as stack:
+        with contextlib.ExitStack() as stack:
+            self._bar = stack.enter_context(
+                tqdm(
+                    total=self.max_steps,
+                    initial=first_step,
+                    unit="step",
+                    dynamic_ncols=True,
+                    disable=not self.show_bar,
+                    # In a file each refresh is one more line, so refresh seldom.
+                    mininterval=0.5 if is_terminal else 10.0,
+                )
+            )
             if is_terminal and self.show_bar:
                 logger = getattr(self.logger, "logger", self.logger)  # an adapter's own logger
                 stack.enter_context(logging_redirect_tqdm([logger]))
-            self._bar = bar
             yield
-            self._bar = None
 
     def add(self, result: StepResult) -> None:
         """Take the result of a step; one that was left out does not count."""
@@ -118,7 +111,8 @@ class Reporter:
         start = time.perf_counter()
         yield
         if self.accelerator.is_main_process and self.metrics_file.is_file():
-            draw_curves(self.metrics_file, self.curves_file)
+            with warn_on_error(self.logger, "%s is not drawn", self.curves_file):
+                draw_curves(self.metrics_file, self.curves_file)
         self._window_started += time.perf_counter() - start
 
     def report(self) -> None:
@@ -132,27 +126,34 @@ class Reporter:
         for name in last.metrics:
             self.logger.info("    Train net output(%s): %s", name, columns[name])
         self.logger.info("    Gradient norm: %s", columns["grad_norm"])
-        medians = {name: values.median for name, values in columns.items()}
-        speed = self._speed(seconds)
-        self.track({**medians, "lr": last.lr, "time": seconds, **speed}, last.step)
-        self._show(medians, last.lr, speed)
+        values = {name: column.median for name, column in columns.items()}
+        values |= {
+            "lr": last.lr,
+            "time": seconds,
+            "samples_per_s": self.samples_per_step / seconds,
+            "tokens_per_s": last.num_tokens * self.accelerator.num_processes / seconds,
+            "memory_gb": peak_memory(self.accelerator.device) / 2**30,
+        }
+        self.track(values, last.step)
+        self._show(values)
         self.window.clear()
         self._window_started = time.perf_counter()
 
     def track(self, values: Mapping[str, float], step: int) -> None:
-        """Hand values to the metrics file and the trackers; a tracker must not end the run."""
+        """Hand values to the metrics file and the trackers."""
         if self.accelerator.is_main_process:
-            with self.metrics_file.open("a", encoding="utf-8") as file:
+            with (
+                warn_on_error(self.logger, "step %d is not in %s", step, self.metrics_file),
+                self.metrics_file.open("a", encoding="utf-8") as file,
+            ):
                 file.write(json.dumps({"step": step, **values}) + "\n")
-        try:
-            self.accelerator.log(dict(values), step=step)
-        except Exception as error:
-            self.logger.warning("the tracker did not take the values of step %d: %s", step, error)
+        self.accelerator.log(dict(values), step=step)
 
     def rewind(self, step: int) -> None:
         """Forget what was reported of steps that will be done again."""
         if self.accelerator.is_main_process and self.metrics_file.is_file():
-            truncate_metrics(self.metrics_file, step)
+            with warn_on_error(self.logger, "%s keeps what is done again", self.metrics_file):
+                truncate_metrics(self.metrics_file, step)
 
     def state_dict(self) -> list[dict[str, Any]]:
         """The steps that are not yet reported."""
@@ -168,34 +169,22 @@ class Reporter:
 
     def _reduce_window(self) -> dict[str, SmoothedValue]:
         """The metrics of the window's steps, averaged over the processes."""
-        names = [*self.window[-1].metrics, "grad_norm"]
-        rows = [[*result.metrics.values(), result.grad_norm] for result in self.window]
-        table = torch.stack([torch.stack(row) for row in rows])
-        table = self.accelerator.reduce(table, reduction="mean").tolist()  # (steps, metrics)
-        columns = {}
-        for name, column in zip(names, zip(*table, strict=True), strict=True):
-            columns[name] = SmoothedValue()
-            for value in column:
-                columns[name].update(value)
+        rows = [{**result.metrics, "grad_norm": result.grad_norm} for result in self.window]
+        table = torch.stack([torch.stack(list(row.values())) for row in rows])  # (steps, metrics)
+        columns = {name: SmoothedValue() for name in rows[0]}
+        for row in self.accelerator.reduce(table, reduction="mean").tolist():
+            for column, value in zip(columns.values(), row, strict=True):
+                column.update(value)
         return columns
 
-    def _speed(self, seconds: float) -> dict[str, float]:
-        """Throughput of all processes and memory of this one."""
-        tokens = self.window[-1].num_tokens * self.accelerator.num_processes
-        return {
-            "samples_per_s": self.samples_per_step / seconds,
-            "tokens_per_s": tokens / seconds,
-            "memory_gb": peak_memory(self.accelerator.device) / 2**30,
-        }
-
-    def _show(self, medians: Mapping[str, float], lr: float, speed: Mapping[str, float]) -> None:
+    def _show(self, values: Mapping[str, float]) -> None:
         if self._bar is None:
             return
-        shown = {name: f"{value:.4f}" for name, value in medians.items()}
-        shown["lr"] = f"{lr:.2e}"
-        shown["samples/s"] = f"{speed['samples_per_s']:.3g}"
-        shown["tokens/s"] = f"{speed['tokens_per_s']:.3g}"
-        shown["memory"] = f"{speed['memory_gb']:.1f} GB"
+        shown = {name: f"{values[name]:.4f}" for name in (*self.window[-1].metrics, "grad_norm")}
+        shown["lr"] = f"{values['lr']:.2e}"
+        shown["samples/s"] = f"{values['samples_per_s']:.3g}"
+        shown["tokens/s"] = f"{values['tokens_per_s']:.3g}"
+        shown["memory"] = f"{values['memory_gb']:.1f} GB"
         self._bar.set_postfix(shown, refresh=False)
 
 

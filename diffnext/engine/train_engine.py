@@ -1,4 +1,4 @@
-"""The trainer: builds a run from its configuration, steps it, saves it, resumes it."""
+"""The trainer: steps a run, reports, saves and validates it."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ import json
 import logging
 import math
 import signal
-from collections.abc import Callable, Mapping
-from importlib.util import find_spec
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import accelerate
 import numpy as np
@@ -19,13 +18,20 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from omegaconf import DictConfig, OmegaConf
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from diffnext.config.load import parse
+from diffnext.config.schema import TrainConfig
+from diffnext.config.targets import (
+    ConfigError,
+    config_to_class,
+    config_to_object,
+    target_parameters,
+)
 from diffnext.data.records import open_subset
-from diffnext.engine import checkpoint as checkpoints
-from diffnext.engine.checkpoint import ResumePoint, RunFolder
-from diffnext.engine.checkpoint_writer import CheckpointWriter, Snapshot, copy_tensors
+from diffnext.engine import snapshot as snapshots
+from diffnext.engine.checkpoint_writer import CheckpointWriter
 from diffnext.engine.control import (
     Agreement,
     HeldSignal,
@@ -34,27 +40,26 @@ from diffnext.engine.control import (
     TrainingStopped,
     is_lost_connection,
 )
-from diffnext.engine.data_check import count_training_examples
-from diffnext.engine.engine_utils import get_param_groups, manual_seed
-from diffnext.engine.model_ema import ModelEMA
-from diffnext.engine.preflight import loss_weights
-from diffnext.engine.reporting import Reporter, StepResult
-from diffnext.engine.run_state import (
-    UNIVERSAL_TAG,
+from diffnext.engine.engine_state import (
     capture_random_state,
     make_engine_state,
-    make_universal,
     restore_random_state,
 )
+from diffnext.engine.engine_utils import get_param_groups, manual_seed
+from diffnext.engine.model_ema import ModelEMA
+from diffnext.engine.nonfinite import find_nonfinite, find_nonfinite_gradient
+from diffnext.engine.reporting import Reporter, StepResult
+from diffnext.engine.resume import ResumePoint, describe_schedule
+from diffnext.engine.run_inputs import RunInputs, open_inputs
+from diffnext.engine.snapshot import DamagedCheckpoint, Recipe, RunFolder, Snapshot, TrainerState
 from diffnext.engine.validation import Validator
+from diffnext.models.transformers.transformer_nova import NOVATransformer3DModel
 from diffnext.pipelines.builder import build_pipeline, get_pipeline_path
-from diffnext.pipelines.release_folder import LORA_FILE
-from diffnext.utils.accelerate_utils import normalize_precision, precision_to_dtype
-from diffnext.utils.omegaconf_utils import ConfigError, config_to_class, config_to_object
-from diffnext.utils.profiler import Timer, get_progress
+from diffnext.pipelines.release_folder import INDEX_FILE
+from diffnext.utils.accelerate_utils import get_ddp_shards, precision_to_dtype
+from diffnext.utils.json_files import read_json
+from diffnext.utils.profiler import Timer, get_progress, parse_duration
 from diffnext.version import __version__
-
-STATE_FORMAT = 2  # of trainer_state.json and what lies beside it
 
 
 class Trainer:
@@ -64,9 +69,13 @@ class Trainer:
     autocast; under DeepSpeed it is in the training dtype and DeepSpeed keeps float32 masters.
 
     Args:
-        config: Training configuration, see :mod:`diffnext.utils.config_schema`.
+        config: Training configuration, merged or parsed.
         accelerator: From :func:`diffnext.utils.accelerate_utils.build_accelerator`.
         logger: Where the run reports.
+        inputs: What the run reads; default: opened here.
+        resume: Where to continue; default: at the start.
+        run_id: Of the run, written to its checkpoints.
+        wandb_run_id: Of the tracker's run, kept across resumes.
         user_config: Configuration as the user gave it, saved with checkpoints; default ``config``.
         stop: Asked between steps whether to go on; default: nobody stops the run.
 
@@ -76,56 +85,61 @@ class Trainer:
 
     def __init__(
         self,
-        config: DictConfig,
+        config: TrainConfig | DictConfig,
         accelerator: Accelerator,
         logger: logging.Logger | logging.LoggerAdapter,
+        inputs: RunInputs | None = None,
+        resume: ResumePoint | None = None,
+        run_id: str = "",
+        wandb_run_id: str | None = None,
         user_config: DictConfig | None = None,
         stop: StopRequests | None = None,
     ) -> None:
-        self.config = config
+        self.config = parse(config, TrainConfig)
         self.accelerator = accelerator
         self.logger = logger
-        self.user_config = config.copy() if user_config is None else user_config
+        self.inputs = open_inputs(self.config) if inputs is None else inputs
+        self.run_id = run_id
+        self.wandb_run_id = wandb_run_id
         self.stop = StopRequests() if stop is None else stop
-        self.precision = normalize_precision(config.training.get("mixed_precision"))
-        self.dtype = precision_to_dtype(self.precision)
-        self.run = RunFolder(Path(config.experiment.output_dir), config.model.name)
-        self.loss_weights = loss_weights(config)
-        self.adapters = import_adapters(config)
-        resume = find_resume(config)
+        self.dtype = precision_to_dtype(self.config.training.mixed_precision)
+        self.run = RunFolder(Path(self.config.experiment.output_dir), self.config.model.name)
         self.global_step = 0 if resume is None else resume.step
+        self._saved_step = self.global_step  # nothing is new yet
 
         # First, as it fails fastest. Its processes only start with the first batch.
-        self.loader = build_loader(config)
+        self.loader = build_loader(self.config, self.inputs, accelerator)
         self._reader_deaths = HeldSignal(signal.SIGCHLD)
         self.pipeline = self._build_pipeline(resume)
         self.ema = self._build_ema(resume)
-        model = self.pipeline.prepare_model(config)
-        if config.training.get("compile"):
+        model = self.pipeline.prepare_model(self.config)
+        if self.config.training.compile:
             model.compile_parts()
-        self.optimizer = config_to_object(config.optimizer, params=get_param_groups(model))
-        self.lr_scheduler = config_to_object(config.lr_scheduler)
-        self.agreement = Agreement(accelerator)
-        universal_state = self._prepare_universal_state(resume)
+        self.optimizer = config_to_object(self.config.optimizer, params=get_param_groups(model))
+        self.lr_scheduler = config_to_object(self.config.lr_scheduler)
+        timeout = parse_duration(self.config.training.process_group_timeout)
+        self.agreement = Agreement(accelerator, timeout)
+        self.validator = Validator(self.config, self.inputs, accelerator, self.pipeline, logger)
         self.model, self.optimizer = accelerator.prepare(model, self.optimizer)
         if self.uses_deepspeed:
             # Else it checks gradients in fp16 only. A step that is not finite is left out.
             self.model.optimizer.check_grad_overflow = True
-        self.engine = make_engine_state(accelerator, self.model, self.optimizer)
-        self.writer = CheckpointWriter(
-            self.run,
-            accelerator,
-            self.engine,
-            asynchronous=bool(OmegaConf.select(config, "checkpoint.async_save")),
-            keep_last=OmegaConf.select(config, "checkpoint.keep_last"),
-            keep_every=OmegaConf.select(config, "checkpoint.keep_every"),
-            logger=logger,
+        self.engine = make_engine_state(
+            accelerator, self.model, self.optimizer, trained_only=self.config.model.lora is not None
         )
-        self.validator = Validator(config, accelerator, self.pipeline, logger)
+        self.writer = CheckpointWriter(
+            self._make_recipe(OmegaConf.create() if user_config is None else user_config),
+            accelerator,
+            self.config.checkpoint,
+            run_id,
+            timeout,
+            logger,
+        )
         self.timer = Timer()
-        self.reporter = Reporter(config, accelerator, logger)
+        self.reporter = Reporter(self.config, accelerator, logger)
         if resume is not None:
-            self._restore_state(resume, universal_state)
+            failure = f"{resume.checkpoint} cannot be continued"
+            self.agreement.together(lambda: self._restore(resume), failure)
 
     @property
     def uses_deepspeed(self) -> bool:
@@ -138,50 +152,56 @@ class Trainer:
         return self.config.training.max_train_steps
 
     @property
-    def bare_model(self) -> nn.Module:
+    def bare_model(self) -> NOVATransformer3DModel:
         """The model without the wrappers of distributed training."""
-        return self.accelerator.unwrap_model(self.model)
+        return cast(NOVATransformer3DModel, self.accelerator.unwrap_model(self.model))
 
-    # Building
+    # Inputs
 
     def _build_pipeline(self, resume: ResumePoint | None) -> Any:
         """Load the base folder, with the trained component from the checkpoint if there is one."""
-        paths = OmegaConf.to_container(self.config.pipeline.paths, resolve=True)
-        folder = get_pipeline_path(**paths)
         dtypes = {"default": self.dtype}
         if not self.uses_deepspeed:
-            dtypes[checkpoints.COMPONENT] = torch.float32
-        pipeline_class = config_to_class(self.config.pipeline)
-        pipeline = build_pipeline(folder, pipeline_class, dtype=dtypes)
-        if self.adapters is not None:
-            self.adapters.add_lora(pipeline.model, self.config.model.lora)
+            dtypes[snapshots.COMPONENT] = torch.float32
+        pipeline = build_pipeline(
+            get_pipeline_path(**self.inputs.paths),
+            config_to_class(self.config.pipeline),
+            dtype=dtypes,
+            trust_remote_code=self.config.trust_remote_code,
+        )
+        if self.config.model.lora is not None:
+            from diffnext.engine.lora import add_lora
+
+            add_lora(pipeline.model, self.config.model.lora)
         if resume is not None:
             self._load_trained(pipeline.model, resume.weights)
         return pipeline.to(self.accelerator.device)
 
-    def _load_trained(self, model: nn.Module, file: Path) -> None:
-        """Load what a run has trained: the model's weights, or its adapters."""
-        has_adapters = file.name == LORA_FILE
-        if has_adapters != (self.adapters is not None):
-            raise ConfigError(
-                f"model.lora is {self.config.model.get('lora')}, but {file} is of a run "
-                f"{'with' if has_adapters else 'without'} LoRA"
-            )
-        if self.adapters is None:
-            checkpoints.load_weights_into(model, file)
-        else:
-            self.adapters.load_adapter(model, file)
+    def _load_trained(self, model: NOVATransformer3DModel, file: Path) -> None:
+        """Load what a run has trained: the model's weights, or its adapters.
+
+        Raises:
+            ConfigError: If they are of another model.
+        """
+        try:
+            tensors = snapshots.read_tensors(file)
+            if self.config.model.lora is None:
+                model.load_state_dict(tensors)
+            else:
+                from diffnext.engine.lora import load_adapter
+
+                load_adapter(model, file, tensors)
+        except (DamagedCheckpoint, RuntimeError) as error:
+            raise ConfigError(f"the weights {file} do not fit the model: {error}") from error
 
     def _build_ema(self, resume: ResumePoint | None) -> ModelEMA | None:
         """The average lives on the main process only, and starts before anything is frozen."""
-        if not self.config.get("ema") or not self.accelerator.is_main_process:
+        if self.config.ema is None or not self.accelerator.is_main_process:
             return None
-        ema = ModelEMA(self.pipeline.model, **(self.config.ema.get("params") or {}))
-        if resume is None:
-            return ema
-        if resume.ema_weights is not None:
-            self._load_trained(ema.model, resume.ema_weights)
-        else:
+        ema = ModelEMA(self.pipeline.model, **asdict(self.config.ema.params))
+        if resume is not None and resume.ema_weights is not None:
+            self._load_trained(cast(NOVATransformer3DModel, ema.model), resume.ema_weights)
+        elif resume is not None:
             self.logger.warning(
                 "%s has no averaged weights: EMA starts from its weights", resume.checkpoint
             )
@@ -213,7 +233,7 @@ class Trainer:
             ) from error
 
     def _advance(self) -> None:
-        """Do one step and all that is due after it."""
+        """Do one step and everything that is due after it."""
         with self.timer.tic_and_toc():
             result = self.run_step(self.config.training.gradient_accumulation_steps)
         self.global_step += 1
@@ -244,9 +264,7 @@ class Trainer:
         return StepResult(self.global_step, lr, metrics, norm, num_tokens, applied)
 
     def _read_batches(self, count: int) -> list[dict[str, Any]]:
-        error = self.writer.take_error()
-        if error is not None:
-            raise error
+        self.writer.raise_error()
         with self._reader_deaths.delivered():
             return [self.loader.next()[0] for _ in range(count)]
 
@@ -257,7 +275,8 @@ class Trainer:
         with self.accelerator.accumulate(self.model):
             outputs = self.model(inputs)
             # Under DeepSpeed this also steps the optimizer after the last micro-batch.
-            self.accelerator.backward(_total_loss(outputs, self.loss_weights))
+            weights = self.config.model.loss_weights.by_output()
+            self.accelerator.backward(_total_loss(outputs, weights))
         return _detach_metrics(outputs, self.accelerator.device)
 
     def _step_optimizer(self, metrics: Mapping[str, Tensor]) -> tuple[Tensor, bool]:
@@ -273,7 +292,7 @@ class Trainer:
         else:
             norm = self._clip_gradients()
             applied = math.isfinite(norm.item())
-            if applied or self.precision == "fp16":  # whose scaler must see what overflows
+            if applied or self.accelerator.scaler is not None:  # which must see what overflows
                 self.optimizer.step()
         if not applied:
             self._handle_nonfinite(metrics)
@@ -287,7 +306,7 @@ class Trainer:
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
         if isinstance(norm, DTensor):
             norm = norm.full_tensor()
-        max_norm = self.config.training.get("max_grad_norm")
+        max_norm = self.config.training.max_grad_norm
         if max_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
         return norm
@@ -301,34 +320,25 @@ class Trainer:
         Raises:
             TrainingError: If ``training.on_nonfinite`` says stop.
         """
-        name = _find_nonfinite(metrics)
-        message = None if name is None else f"{name} on {self._describe_last_examples()}"
-        culprits = self.agreement.collect(message)
-        if not culprits and self.precision == "fp16":
+        training = self.config.training
+        name = find_nonfinite(metrics)
+        count = training.batch_size * training.gradient_accumulation_steps
+        examples = f"examples {self.loader.last_examples(count)} of the dataset"
+        culprits = self.agreement.collect(None if name is None else f"{name} on {examples}")
+        if not culprits and training.mixed_precision == "fp16":
             return
         if not culprits:
-            culprits = [f"the gradient of {self._find_nonfinite_gradient()}"]
+            culprits = [f"the gradient of {find_nonfinite_gradient(self.bare_model)}"]
         text = f"step {self.global_step} is not finite: {'; '.join(culprits)}"
-        if self.config.training.get("on_nonfinite", "stop") == "skip":
+        if training.on_nonfinite == "skip":
             self.logger.warning("%s. This step is left out", text)
             return
         raise TrainingError(f"{text}. Nothing of this step was applied")
 
-    def _find_nonfinite_gradient(self) -> str:
-        for name, parameter in self.bare_model.named_parameters():
-            if parameter.grad is not None and not parameter.grad.isfinite().all():
-                return name
-        return "a parameter"  # DeepSpeed has dropped the gradients by now
-
-    def _describe_last_examples(self) -> str:
-        count = self.config.training.batch_size * self.config.training.gradient_accumulation_steps
-        return f"examples {self.loader.last_examples(count)} of the dataset"
-
     def _count_tokens(self, batch: Mapping[str, Any]) -> int:
         """Latent tokens of a batch: frames x rows x columns of the image encoder's patches."""
-        latents = batch["latents"]
         patch_size = self.bare_model.image_encoder.patch_embed.patch_size
-        return sum(math.prod(moments.shape[1:]) // patch_size**2 for moments in latents)
+        return sum(math.prod(m.shape[1:]) // patch_size**2 for m in batch["latents"])
 
     def _set_learning_rate(self) -> float:
         lr = self.lr_scheduler.lr_at(self.global_step)
@@ -338,14 +348,14 @@ class Trainer:
 
     def _after_step(self, is_last: bool) -> None:
         """Log, average and save as the intervals ask; the last step does whatever is still due."""
-        log_every = self.config.experiment.log_every
-        if is_last or (self.global_step - 1) % log_every == 0:
+        experiment, ema = self.config.experiment, self.config.ema
+        if is_last or (self.global_step - 1) % experiment.log_every == 0:
             self.reporter.report()
-        if self.global_step % (10 * log_every) == 0:
+        if self.global_step % (10 * experiment.log_every) == 0:
             self.logger.info(get_progress(self.timer, self.global_step, self.max_steps))
-        if is_last or self.global_step % self._ema_interval() == 0:
+        if ema is not None and (is_last or self.global_step % ema.params.update_every == 0):
             self.update_ema()
-        if is_last or self.global_step % self.config.experiment.save_every == 0:
+        if is_last or self.global_step % experiment.save_every == 0:
             with self.reporter.excluded_time():
                 self.save()
         if self.validator.is_due(self.global_step):
@@ -367,17 +377,12 @@ class Trainer:
         self.writer.wait()
         raise TrainingStopped(f"stopped at step {self.global_step}: {reason}")
 
-    def _ema_interval(self) -> int:
-        return OmegaConf.select(self.config, "ema.params.update_every") or 100
-
     def update_ema(self) -> None:
         """Move the average toward the master weights; every process takes part.
 
         Raises:
             TrainingError: On every process, if a weight is not finite.
         """
-        if not self.config.get("ema"):
-            return
 
         def move() -> None:
             masters = self.engine.masters()
@@ -399,172 +404,124 @@ class Trainer:
     # Saving and resuming
 
     def save(self) -> None:
-        """Write the checkpoint of the current step, unless it is already there; collective.
+        """Write the checkpoint of the current step, unless nothing is new; collective.
 
         Raises:
             TrainingError: On every process, if any could not write.
         """
-        self.writer.wait()
-        final = self.run.checkpoint(self.global_step)
-        exists = final.is_dir() and self.run.find_damage(final) is None
-        # No process may start writing while another still looks at what exists.
-        if self.agreement.collect("exists" if exists else None):
-            self.logger.warning("%s exists already and is kept", final)
+        if self.global_step == self._saved_step:
             return
-        self.writer.write(self._take_snapshot())
+        is_async = self.config.checkpoint.async_save
+        engine = self.agreement.together(
+            lambda: self.engine.tensors(copy=is_async), "the state could not be gathered"
+        )
+        average = None
+        if self.ema is not None:
+            weights = self._trained_weights(self.ema.model.state_dict())
+            average = {n: v.detach().to("cpu", copy=is_async) for n, v in weights.items()}
+        self.writer.write(
+            Snapshot(
+                trainer_state=self._describe_run(),
+                rank=self.accelerator.process_index,
+                rank_state={
+                    "data": self.loader.state_dict(),
+                    "random": capture_random_state(self.accelerator.device),
+                    "window": self.reporter.state_dict(),
+                    "scaler": self.engine.scaler_state(),
+                },
+                engine=engine,
+                average=average,
+            )
+        )
+        self._saved_step = self.global_step
 
-    def _take_snapshot(self) -> Snapshot:
-        """Everything of this process but the engine's state; collective."""
-        weights = {
-            name: value.to(self.dtype) if value.is_floating_point() else value
-            for name, value in self.engine.weights().items()
-        }
-        average = None if self.ema is None else self.ema.model.state_dict()
-        if self.writer.asynchronous and self.accelerator.is_main_process:
-            weights = copy_tensors(weights)
-            average = None if average is None else copy_tensors(average)
-        return Snapshot(
-            step=self.global_step,
-            rank_state=self._rank_state(),
-            trainer_state=self._describe_run(),
-            write_weights=self._component_writer(weights, with_config=True),
-            write_average=None if average is None else self._component_writer(average),
+    def _make_recipe(self, user_config: DictConfig) -> Recipe:
+        """What all checkpoints of the run have in common."""
+        paths, base = self.inputs.paths, self.inputs.base_folder
+        index = (paths["module_dict"] or {}).get("model_index") or base / INDEX_FILE
+        return Recipe(
+            run=self.run,
+            base_folder=base,
+            components={
+                name: folder
+                for name, folder in self.inputs.components.items()
+                if name != snapshots.COMPONENT and folder != base / name
+            },
+            index=read_json(index),
+            config_yaml=OmegaConf.to_yaml(user_config),
+            write_trained=self._write_trained,
+            dtype=self.dtype,
         )
 
-    def _component_writer(
-        self, weights: Mapping[str, Tensor], with_config: bool = False
-    ) -> Callable[[Path], None]:
-        """A function that makes a folder with these weights loadable as a pipeline."""
-        write_trained = self._trained_writer(weights)
-        name = self.run.model_name
+    def _trained_weights(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Of a model's weights, those that a checkpoint holds."""
+        if self.config.model.lora is None:
+            return dict(weights)
+        from diffnext.engine.lora import adapter_weights
 
-        def write(folder: Path) -> None:
-            write_trained(folder)
-            if name == checkpoints.COMPONENT:  # under another name no pipeline would find it
-                paths = self.config.pipeline.paths
-                checkpoints.complete_pipeline(
-                    folder, paths.pretrained_path, paths.get("module_dict") or {}
-                )
-            if with_config:
-                OmegaConf.save(self.user_config, folder / checkpoints.STATE / "config.yaml")
+        return adapter_weights(weights)
 
-        return write
+    def _write_trained(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
+        """Write the model, or its adapters, to a folder."""
+        if self.config.model.lora is not None:
+            from diffnext.engine.lora import write_adapter
 
-    def _trained_writer(self, weights: Mapping[str, Tensor]) -> Callable[[Path], None]:
-        """A function that writes the model, or its adapters, to a folder."""
-        if not self.accelerator.is_main_process:
-            return lambda folder: None
-        if self.adapters is not None:
-            metadata = self.adapters.adapter_metadata(self.bare_model)
-            adapters = self.adapters.adapter_weights(self.bare_model, weights)
-            write_adapter = self.adapters.write_adapter
-            return lambda folder: write_adapter(folder, adapters, metadata)
+            write_adapter(folder, self.bare_model, weights)
+            return
         config = json.loads(self.bare_model.to_json_string())
-        file_format = OmegaConf.select(self.config, "checkpoint.format") or "safetensors"
-        name = self.run.model_name
-        return lambda folder: checkpoints.write_component(
-            folder / name, config, weights, file_format
-        )
+        file_format = self.config.checkpoint.format
+        snapshots.write_component(folder / self.run.model_name, config, weights, file_format)
 
-    def _rank_state(self) -> dict[str, Any]:
-        """What only this process knows."""
-        scaler = self.accelerator.scaler
-        return {
-            "data": self.loader.state_dict(),
-            "random": capture_random_state(self.accelerator.device),
-            "window": self.reporter.state_dict(),
-            "scaler": None if scaler is None else scaler.state_dict(),
-        }
-
-    def _describe_run(self) -> dict[str, Any]:
-        return {
-            "format": STATE_FORMAT,
-            "step": self.global_step,
-            "num_processes": self.accelerator.num_processes,
-            "engine": self.engine.name,
-            "precision": self.precision,
-            "wandb_run_id": OmegaConf.select(self.config, "wandb.run_id"),
-            "versions": {
+    def _describe_run(self) -> TrainerState:
+        return TrainerState(
+            format=snapshots.STATE_FORMAT,
+            step=self.global_step,
+            num_processes=self.accelerator.num_processes,
+            run=self.run_id,
+            engine="deepspeed" if self.uses_deepspeed else "distributed",
+            precision=self.config.training.mixed_precision,
+            optimizer=self.config.optimizer.target,
+            pipeline=self.config.pipeline.target,
+            schedule=describe_schedule(self.config),
+            dataset=self.inputs.dataset.fingerprint,
+            wandb_run_id=self.wandb_run_id,
+            versions={
                 "diffnext": __version__,
                 "torch": torch.__version__,
                 "accelerate": accelerate.__version__,
             },
-        }
-
-    def _prepare_universal_state(self, resume: ResumePoint | None) -> Path | None:
-        """Rewrite DeepSpeed's state if it was saved by another number of processes; collective.
-
-        Returns:
-            Folder of the rewritten state; None if there was nothing to do.
-        """
-        if resume is None or not self.uses_deepspeed or self._find_mismatch(resume) is not None:
-            return None
-        if resume.trainer_state["num_processes"] == self.accelerator.num_processes:
-            return None
-        target = self.run.output_dir / checkpoints.CHECKPOINTS / f".{UNIVERSAL_TAG}"
-
-        def convert() -> None:
-            if self.accelerator.is_main_process:
-                make_universal(resume.state, target)
-
-        try:
-            self.agreement.together(convert, "the optimizer state could not be converted")
-        except TrainingError as error:
-            self._warn_of_reset(resume, str(error))
-            return None
-        plugin = self.accelerator.state.deepspeed_plugin
-        plugin.deepspeed_config["checkpoint"] = {"load_universal": True}
-        return target
-
-    def _restore_state(self, resume: ResumePoint, universal_state: Path | None) -> None:
-        """Restore engine, random states, data position and open reports as far as they fit."""
-        mismatch = self._find_mismatch(resume)
-        same_processes = resume.trainer_state.get("num_processes") == self.accelerator.num_processes
-        if mismatch is not None:
-            self._warn_of_reset(resume, mismatch)
-        elif universal_state is not None:
-            self.engine.load(universal_state)
-        elif same_processes or not self.uses_deepspeed:
-            self.engine.load(resume.state)
-        if mismatch is not None or not same_processes:
-            self._draw_fresh_random_numbers()
-        if resume.state is None or not self._is_current_format(resume):
-            self.logger.warning("%s holds no data position: data restarts", resume.checkpoint)
-            return
-        rank = self.accelerator.process_index if same_processes else 0
-        rank_file = resume.state / f"rank_{rank}.pt"
-        state = torch.load(rank_file, map_location="cpu", weights_only=True)
-        self._restore_data_position(state["data"], resume.trainer_state["num_processes"])
-        if mismatch is None and same_processes:
-            restore_random_state(state["random"], self.accelerator.device)
-            self.reporter.load_state_dict(state["window"])
-        if self.accelerator.scaler is not None and state["scaler"] is not None:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
-
-    def _warn_of_reset(self, resume: ResumePoint, reason: str) -> None:
-        self.logger.warning(
-            "%s: continuing from %s with its weights and step only. THE OPTIMIZER STATE IS RESET, "
-            "and so are the random states",
-            reason,
-            resume.checkpoint,
         )
 
-    def _is_current_format(self, resume: ResumePoint) -> bool:
-        return resume.trainer_state.get("format") == STATE_FORMAT
+    def _restore(self, resume: ResumePoint) -> None:
+        """Restore engine, random states, data position and open reports as far as they fit.
 
-    def _find_mismatch(self, resume: ResumePoint) -> str | None:
-        """Why the saved optimizer state cannot be used; None if it can."""
-        saved = resume.trainer_state
-        if resume.state is None:
-            return "the checkpoint holds no optimizer state"
-        if not self._is_current_format(resume):
-            return f"the checkpoint's state is of format {saved.get('format', 1)}"
-        engine = "deepspeed" if self.uses_deepspeed else "distributed"
-        if saved["engine"] != engine:
-            return f"saved {'without' if self.uses_deepspeed else 'with'} DeepSpeed"
-        if self.uses_deepspeed and saved["precision"] != self.precision:
-            return f"saved with precision {saved['precision']}, now {self.precision}"
-        return None
+        Raises:
+            DamagedCheckpoint: If a file does not hold what it should.
+            ValueError: If it is that of another model.
+        """
+        engine = None if resume.state is None else snapshots.read_engine(resume.checkpoint)
+        if engine is None:
+            self.logger.warning(
+                "%s holds no optimizer state: continuing with its weights and step only. THE "
+                "OPTIMIZER STATE IS RESET, and so are the random states",
+                resume.checkpoint,
+            )
+        else:
+            self.engine.load(engine)
+        num_saved = None if resume.state is None else resume.state.num_processes
+        is_same = num_saved == self.accelerator.num_processes
+        if engine is None or not is_same:
+            self._draw_fresh_random_numbers()
+        if num_saved is None:
+            self.logger.warning("%s holds no data position: data restarts", resume.checkpoint)
+            return
+        rank = self.accelerator.process_index if is_same else 0
+        saved = snapshots.read_rank(resume.checkpoint, rank)
+        self._restore_data_position(saved["data"], num_saved)
+        if engine is not None and is_same:
+            restore_random_state(saved["random"], self.accelerator.device)
+            self.reporter.load_state_dict(saved["window"])
+        self.engine.load_scaler_state(saved["scaler"])
 
     def _draw_fresh_random_numbers(self) -> None:
         """Seed anew, so that the numbers of the first steps are not drawn once more."""
@@ -598,42 +555,17 @@ class Trainer:
             self.loader.close()
 
 
-def import_adapters(config: DictConfig) -> ModuleType | None:
-    """The module for low-rank adapters if the configuration wants them, else None.
-
-    Raises:
-        ConfigError: If peft is missing.
-    """
-    if not config.model.get("lora"):
-        return None
-    if find_spec("peft") is None:
-        raise ConfigError("model.lora needs the package peft: pip install peft")
-    from diffnext.engine import lora
-
-    return lora
-
-
-def build_loader(config: DictConfig) -> Any:
-    """Open the training examples: the dataset without what validation holds out."""
-    holdout = OmegaConf.select(config, "validation.holdout")
-    if not isinstance(holdout, float):
-        return config_to_object(config.train_dataloader)
-    stop = count_training_examples(config)
-    getter = functools.partial(open_subset, start=0, stop=stop)
-    return config_to_object(config.train_dataloader, dataset_getter=getter)
-
-
-def find_resume(config: DictConfig) -> ResumePoint | None:
-    """Find the checkpoint that a configuration continues from.
-
-    Args:
-        config: Training configuration; its ``experiment`` section is read.
-
-    Raises:
-        ConfigError: If an explicit checkpoint cannot be used.
-    """
-    run = RunFolder(Path(config.experiment.output_dir), config.model.name)
-    return checkpoints.find_resume_point(run, config.experiment.get("resume_from_checkpoint"))
+def build_loader(config: TrainConfig, inputs: RunInputs, accelerator: Accelerator) -> Any:
+    """Open the training examples of this process: the dataset without what validation holds out."""
+    target = config.train_dataloader.target
+    params = {**asdict(config.train_dataloader.params), "max_examples": inputs.num_train or None}
+    if params["shard_id"] is None:
+        params |= get_ddp_shards(accelerator)
+    if inputs.num_held_out:
+        params["dataset_getter"] = functools.partial(open_subset, start=0, stop=inputs.num_train)
+    taken = target_parameters(target) or params
+    given = {name: value for name, value in params.items() if value is not None and name in taken}
+    return config_to_object({"target": target, "params": given})
 
 
 def _total_loss(outputs: Mapping[str, Any], weights: Mapping[str, float]) -> Tensor:
@@ -659,11 +591,3 @@ def _detach_metrics(outputs: Mapping[str, Any], device: torch.device) -> dict[st
         for name, value in outputs.items()
         if "loss" in name or "metric" in name
     }
-
-
-def _find_nonfinite(metrics: Mapping[str, Tensor]) -> str | None:
-    """The first metric that is not finite, with its value; None if all are."""
-    for name, value in metrics.items():
-        if not math.isfinite(value.item()):
-            return f"{name} is {value.item()}"
-    return None

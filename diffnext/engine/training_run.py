@@ -3,170 +3,269 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
+import secrets
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from accelerate import Accelerator
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
-from diffnext.engine.control import EXIT_STOPPED, StopRequests, TrainingStopped
-from diffnext.engine.data_check import count_training_examples
+from diffnext.config.load import Draft, parse_for_rank, read_config, save_config
+from diffnext.config.schema import TrainConfig
+from diffnext.config.targets import ConfigError
+from diffnext.engine.control import (
+    EXIT_STOPPED,
+    Agreement,
+    StopRequests,
+    TrainingError,
+    TrainingStopped,
+)
 from diffnext.engine.dry_run import dry_run
 from diffnext.engine.engine_utils import count_params, manual_seed
-from diffnext.engine.preflight import check_config
-from diffnext.engine.train_engine import Trainer, find_resume
+from diffnext.engine.output_lock import locked
+from diffnext.engine.reporting import METRICS_FILE
+from diffnext.engine.resume import LATEST, ResumePoint, find_mismatches, find_resume_point
+from diffnext.engine.run_inputs import RunInputs, open_inputs
+from diffnext.engine.snapshot import RunFolder
+from diffnext.engine.train_engine import Trainer
 from diffnext.utils.accelerate_utils import (
     RankLogger,
     build_accelerator,
     build_trackers,
-    get_ddp_shards,
     set_logger,
 )
-from diffnext.utils.json_files import write_json
-from diffnext.utils.omegaconf_utils import config_to_yaml, fill_defaults, save_config
+from diffnext.utils.json_files import read_json, write_json
 from diffnext.utils.profiler import parse_duration
 
 STATUS_FILE = "status.json"
 
 
-def prepare_checkpoints(config: DictConfig) -> None:
-    """Create the checkpoint folder and decide which checkpoint to continue from.
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """What the main process has decided for all.
 
-    The decision is written to ``experiment.resume_from_checkpoint`` (a path or "") and
-    ``experiment.resume_iter``.
-
-    Args:
-        config: Training configuration, changed in place.
+    Attributes:
+        inputs: What the run reads.
+        resume: Where it continues; None for a fresh start.
+        run_id: Tells its checkpoints from those of other runs.
+        notes: Warnings.
     """
-    os.makedirs(os.path.join(config.experiment.output_dir, "checkpoints"), exist_ok=True)
-    resume = find_resume(config)
-    config.experiment.resume_from_checkpoint = "" if resume is None else str(resume.checkpoint)
-    config.experiment.resume_iter = 0 if resume is None else resume.step
-    saved_run_id = None if resume is None else resume.trainer_state.get("wandb_run_id")
-    if saved_run_id and config.get("wandb") is not None and not config.wandb.get("run_id"):
-        config.wandb.run_id = saved_run_id
+
+    inputs: RunInputs
+    resume: ResumePoint | None
+    run_id: str
+    notes: tuple[str, ...]
+
+    @property
+    def step(self) -> int:
+        """Steps that are done already."""
+        return 0 if self.resume is None else self.resume.step
 
 
-def prepare_datasets(config: DictConfig, accelerator: Accelerator) -> None:
-    """Tell the loader the size of the dataset and which shard of it belongs to this process.
+def train(argv: Sequence[str]) -> None:
+    """Set up the run that a command line describes, and train.
 
     Args:
-        config: Training configuration, changed in place.
-        accelerator: Knows the processes.
+        argv: Arguments, see :func:`diffnext.config.load.get_config`.
 
     Raises:
-        ValueError: If the dataset is none.
-    """
-    params = config.train_dataloader.params
-    params.max_examples = count_training_examples(config)
-    if params.get("shard_id") is None:
-        params.update(get_ddp_shards(accelerator))
-
-
-def prepare_seeds(config: DictConfig, accelerator: Accelerator) -> None:
-    """Give each process its own seed and seed everything.
-
-    Args:
-        config: Training configuration, changed in place.
-        accelerator: Knows the processes.
-    """
-    seed = config.training.seed
-    config.training.gpu_id = accelerator.device.index
-    config.training.seed = seed + accelerator.process_index
-    manual_seed(seed, (accelerator.device, config.training.seed))
-
-
-def run_train(
-    config: DictConfig,
-    accelerator: Accelerator,
-    logger: RankLogger,
-    user_config: DictConfig,
-    stop: StopRequests,
-) -> None:
-    """Train until the configured step.
-
-    Args:
-        config: Prepared configuration.
-        accelerator: Started accelerator.
-        logger: Where to report.
-        user_config: Configuration as given, to be saved with checkpoints.
-        stop: Asked between steps whether to go on.
-
-    Raises:
+        ConfigError: Naming everything that keeps the run from starting.
         TrainingStopped: If asked to stop early.
         TrainingError: If the run cannot go on.
     """
-    done = config.experiment.resume_iter
-    if done >= config.training.max_train_steps:
-        logger.info(
-            "Nothing to do: %s is at step %d and training.max_train_steps is %d",
-            config.experiment.resume_from_checkpoint,
-            done,
-            config.training.max_train_steps,
-        )
-        return
-    with contextlib.closing(Trainer(config, accelerator, logger, user_config, stop)) as trainer:
-        logger.info("#Params: %.2fM", count_params(trainer.bare_model))
-        if done > 0:
-            logger.info("Resume from %s at step %d", config.experiment.resume_from_checkpoint, done)
-        logger.info("Start training...")
-        trainer.train_loop()
-
-
-def write_status(config: DictConfig, status: str, message: str, exit_code: int) -> None:
-    """Leave word of how a run ended: launchers turn every exit code but 0 into 1.
-
-    Args:
-        config: Training configuration.
-        status: "running", "finished", "stopped" or "failed".
-        message: Details.
-        exit_code: Of the process.
-    """
-    content = {"status": status, "message": message, "exit_code": exit_code}
-    write_json(Path(config.experiment.output_dir) / STATUS_FILE, content)
-
-
-def train(config: DictConfig) -> None:
-    """Set up the run that a configuration describes, and train.
-
-    Args:
-        config: Training configuration.
-    """
-    user_config = config
-    config = fill_defaults(config)
+    user_config = load(argv)
+    config = parse_for_rank(user_config, rank=0)
     if config.training.dry_run:
         accelerator = build_accelerator(config)
         report = print if accelerator.is_main_process else _report_nothing
         sys.exit(0 if dry_run(config, accelerator, report) else 1)
-    check_config(config)
-    accelerator = build_accelerator(config, log_with="wandb")
-    time_limit = parse_duration(config.training.get("time_limit"))
+    with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(StopRequests(parse_duration(config.training.time_limit)))
+        accelerator = build_accelerator(config, log_with="wandb")
+        agreement = Agreement(accelerator, parse_duration(config.training.process_group_timeout))
+        start = agreement.decide(lambda: _decide(config, accelerator, stack))
+        config = parse_for_rank(user_config, accelerator.process_index)
+        _train(config, user_config, accelerator, start, stop)
+
+
+def load(argv: Sequence[str]) -> DictConfig:
+    """Merge file and command line, and find everything that is wrong.
+
+    If the sections are sound that say what a run reads, that is looked at, too, so that all errors
+    come at once.
+
+    Raises:
+        ConfigError: Naming each.
+    """
+    user_config, origins = read_config(argv)
+    draft = Draft(user_config, TrainConfig, origins)
+    if not draft.problems:
+        return user_config
+    sound = draft.sound_part(
+        needed=("model", "pipeline", "train_dataloader", "validation"),
+        stand_ins={"experiment.output_dir": ".", "training.max_train_steps": 1},
+    )
+    problems = list(draft.problems)
+    if sound is not None:
+        try:
+            open_inputs(sound, int(os.environ.get("WORLD_SIZE", 1)))
+        except ConfigError as error:
+            sections = {path.partition(".")[0] for path in draft.unsound}
+            problems += [p for p in error.problems if p.partition(".")[0] not in sections]
+    raise ConfigError(*problems)
+
+
+def _decide(config: TrainConfig, accelerator: Accelerator, stack: contextlib.ExitStack) -> Start:
+    """Take the output folder, open what the run reads and choose where it continues.
+
+    Raises:
+        ConfigError: If the run cannot be begun.
+    """
+    output_dir = Path(config.experiment.output_dir)
+    inputs = open_inputs(config, accelerator.num_processes)
+    stack.enter_context(locked(output_dir))
+    known_id = _read_run_id(output_dir)
+    run = RunFolder(output_dir, config.model.name)
+    resume = find_resume_point(run, config.experiment.resume_from_checkpoint, known_id)
+    notes: list[str] = []
+    if resume is not None:
+        notes += resume.notes
+        differences = list(find_mismatches(config, inputs, resume))
+        problems = [text for text, can_continue in differences if not can_continue]
+        if problems:
+            raise ConfigError(*problems)
+        notes += [text for text, _ in differences]
+    elif run.steps():
+        notes.append(
+            f"{output_dir} has checkpoints of another run, up to step {run.steps()[-1]}: this one "
+            "starts afresh and leaves them alone; of the same step, they are moved away"
+        )
+    run_id = None
+    if resume is not None and config.experiment.resume_from_checkpoint == LATEST:
+        run_id = known_id or (resume.state and resume.state.run)
+    else:  # a run of its own, even if it goes back to an earlier checkpoint
+        run.set_aside(output_dir / METRICS_FILE)
+    run_id = run_id or secrets.token_hex(8)
+    return Start(inputs=inputs, resume=resume, run_id=run_id, notes=tuple(notes))
+
+
+def _read_run_id(output_dir: Path) -> str | None:
+    """The run that an output folder belongs to; None if it does not say."""
     try:
-        with StopRequests(time_limit) as stop:
-            logger = set_logger(config.experiment.output_dir, accelerator=accelerator)
-            prepare_seeds(config, accelerator)
-            prepare_checkpoints(config)
-            prepare_datasets(config, accelerator)
-            build_trackers(config, accelerator)
-            logger.info("Config:\n%s", config_to_yaml(config))
-            if accelerator.is_main_process:
-                save_config(user_config, os.path.join(config.experiment.output_dir, "config.yaml"))
-                write_status(config, "running", "", 0)
-            run_train(config, accelerator, logger, user_config, stop)
-    except BaseException as error:
+        run_id = read_json(output_dir / STATUS_FILE).get("run")
+    except (OSError, ValueError):
+        return None
+    return run_id if isinstance(run_id, str) else None
+
+
+def _train(
+    config: TrainConfig,
+    user_config: DictConfig,
+    accelerator: Accelerator,
+    start: Start,
+    stop: StopRequests,
+) -> None:
+    """Train, and leave word of how it ended."""
+    status = Status(Path(config.experiment.output_dir), start.run_id, accelerator)
+    try:
+        logger = set_logger(config.experiment.output_dir, accelerator=accelerator)
+        for note in start.notes:
+            logger.warning("%s", note)
+        rank_seed = config.training.seed
+        seed = rank_seed - accelerator.process_index
+        manual_seed(seed, (accelerator.device, rank_seed))
+        saved = None if start.resume is None else start.resume.state
+        wandb_run_id = None if saved is None else saved.wandb_run_id
+        wandb_run_id = build_trackers(config, accelerator, wandb_run_id, first_step=start.step)
+        logger.info("Config:\n%s", OmegaConf.to_yaml(user_config))
         if accelerator.is_main_process:
-            stopped = isinstance(error, TrainingStopped)
-            code = EXIT_STOPPED if stopped else 1
-            write_status(config, "stopped" if stopped else "failed", str(error), code)
+            save_config(user_config, Path(config.experiment.output_dir) / "config.yaml")
+        status.write("running")
+        _step_to_the_end(config, user_config, accelerator, logger, start, stop, wandb_run_id)
+    except BaseException as error:
+        is_stop = isinstance(error, TrainingStopped)
+        code = EXIT_STOPPED if is_stop else 1
+        status.write("stopped" if is_stop else "failed", str(error), code)
         # Leave the process group alone: other processes may be waiting in it.
         for tracker in accelerator.trackers:
-            tracker.finish()
+            with contextlib.suppress(Exception):
+                tracker.finish()
         raise
-    if accelerator.is_main_process:
-        write_status(config, "finished", "", 0)
+    status.write("finished")
     accelerator.end_training()
+
+
+def _step_to_the_end(
+    config: TrainConfig,
+    user_config: DictConfig,
+    accelerator: Accelerator,
+    logger: logging.Logger | RankLogger,
+    start: Start,
+    stop: StopRequests,
+    wandb_run_id: str | None,
+) -> None:
+    max_steps = config.training.max_train_steps
+    if start.resume is not None and start.step >= max_steps:
+        logger.info(
+            "Nothing to do: %s is at step %d and training.max_train_steps is %d",
+            start.resume.checkpoint,
+            start.step,
+            max_steps,
+        )
+        return
+    trainer = Trainer(
+        config,
+        accelerator,
+        logger,
+        inputs=start.inputs,
+        resume=start.resume,
+        run_id=start.run_id,
+        wandb_run_id=wandb_run_id,
+        user_config=user_config,
+        stop=stop,
+    )
+    with contextlib.closing(trainer):
+        logger.info("#Params: %.2fM", count_params(trainer.bare_model))
+        if start.resume is not None:
+            logger.info("Resume from %s at step %d", start.resume.checkpoint, start.step)
+        logger.info("Start training...")
+        trainer.train_loop()
+
+
+@dataclass(frozen=True)
+class Status:
+    """Leaves word of how a run ended: launchers turn every exit code but 0 into 1.
+
+    Attributes:
+        output_dir: Gets ``status.json`` from the main process.
+        run_id: Of the run.
+        accelerator: Knows the processes.
+    """
+
+    output_dir: Path
+    run_id: str
+    accelerator: Accelerator
+
+    def write(self, status: str, message: str = "", exit_code: int = 0) -> None:
+        """Write it down; a file that cannot be written is no reason to end a run.
+
+        Args:
+            status: "running", "finished", "stopped" or "failed".
+            message: Details.
+            exit_code: Of the process.
+        """
+        if self.accelerator.is_main_process:
+            content = {"run": self.run_id, "status": status, "message": message}
+            with contextlib.suppress(OSError):
+                write_json(self.output_dir / STATUS_FILE, {**content, "exit_code": exit_code})
 
 
 def _report_nothing(text: str) -> None:
     """Keep ranks other than 0 silent."""
+
+
+__all__ = ["Start", "TrainingError", "load", "train"]

@@ -2,37 +2,41 @@
 
 Samples go to ``<output_dir>/validation/step-<N>/``: ``raw`` and ``ema``, as ``.png`` or, for
 videos, ``.mp4``; rows are prompts, columns are seeds. Nothing here moves the random states of the
-run.
+run, and no failure of the samples ends it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import itertools
-import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
+from diffnext.config.schema import TrainConfig
 from diffnext.data.flex_loaders import FeatureDataLoader
 from diffnext.data.records import RecordDataset, open_subset
-from diffnext.engine.data_check import count_holdout
+from diffnext.engine.control import Agreement, TrainingError
+from diffnext.engine.engine_state import preserved_random_state
 from diffnext.engine.engine_utils import manual_seed
-from diffnext.engine.run_state import preserved_random_state
-from diffnext.utils.config_schema import ValidationConfig
+from diffnext.engine.model_ema import copy_module
+from diffnext.engine.run_inputs import RunInputs
+from diffnext.utils.accelerate_utils import Logger, precision_to_dtype, warn_on_error
 from diffnext.utils.export_utils import export_to_image, export_to_video
 
 FOLDER = "validation"
 MAX_BATCHES = 64  # of a process in one held-out loss
 DATASET_PROMPTS = 4  # drawn when none are configured
 GAP = 2  # pixels between the pictures of a grid
+PATIENCE = 365 * 86400.0  # seconds that the others wait for the samples of the main process
 
 
 class Validator:
@@ -40,28 +44,34 @@ class Validator:
 
     Args:
         config: Training configuration; its ``validation`` section has the settings.
+        inputs: The dataset, and what of it is held out.
         accelerator: Knows processes and trackers.
-        pipeline: The training pipeline, whose components are used.
+        pipeline: The training pipeline, whose components are used. Its model is not yet prepared
+            for the engine, which may shard it.
         logger: Where to report.
     """
 
     def __init__(
         self,
-        config: DictConfig,
+        config: TrainConfig,
+        inputs: RunInputs,
         accelerator: Accelerator,
         pipeline: Any,
-        logger: logging.Logger | logging.LoggerAdapter,
+        logger: Logger,
     ) -> None:
-        section = config.get("validation")
-        options = OmegaConf.to_container(section, resolve=True) if section else {}
-        self.options = ValidationConfig(**options)
+        self.options = config.validation
+        self.batch_size = config.training.batch_size
+        self.dtype = precision_to_dtype(config.training.mixed_precision)
+        self.folder = Path(config.experiment.output_dir) / FOLDER
+        self.inputs = inputs
         self.accelerator = accelerator
         self.pipeline = pipeline
         self.logger = logger
-        self.dataset = config.train_dataloader.params.dataset
-        self.batch_size = config.training.batch_size
-        self.folder = Path(config.experiment.output_dir) / FOLDER
-        self._vae: nn.Module | None = None
+        self.agreement = Agreement(accelerator, PATIENCE)
+        self._is_sharded = accelerator.is_fsdp2
+        self._whole: nn.Module | None = None
+        if self._is_sharded and accelerator.is_main_process:
+            self._whole = copy_module(pipeline.model, with_weights=False)
 
     def is_due(self, step: int) -> bool:
         """Whether to validate after so many steps."""
@@ -83,61 +93,68 @@ class Validator:
             torch.no_grad(),
             torch.compiler.set_stance("force_eager"),  # few calls, of many kinds
         ):
-            was_training = model.training
-            self._sample(step, model, average)
-            model.train(was_training)
+            weights = self._gather(model) if self._is_sharded else {}
+            if self.accelerator.is_main_process:
+                self._sample(step, model, weights, average)
+            self.agreement.collect(None)  # meet: no collective of the training waits meanwhile
             return self._holdout_losses(model)
 
-    # Samples
+    # Samples: the main process draws alone, so that a failure leaves nobody waiting
 
-    def _sample(self, step: int, model: nn.Module, average: nn.Module | None) -> None:
-        """Draw and save; a failure of the samples is no reason to end the training."""
-        # A sharded model needs every process, even to look at it.
-        if not (self.accelerator.is_main_process or self.accelerator.is_fsdp2):
-            return
+    def _gather(self, model: nn.Module) -> dict[str, Any]:
+        """The weights of a sharded model in the main memory of the main process; collective."""
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        return get_model_state_dict(model, options=options)
+
+    def _sample(
+        self, step: int, model: nn.Module, weights: dict[str, Any], average: nn.Module | None
+    ) -> None:
+        with warn_on_error(self.logger, "no samples at step %d", step):
+            if self._prompts:
+                drawn = model if self._whole is None else self._assemble(self._whole, weights)
+                self._save(step, "raw", self._draw(drawn))
+        with warn_on_error(self.logger, "no samples of the average at step %d", step):
+            if self._prompts and average is not None:
+                with self._on_device(average):
+                    self._save(step, "ema", self._draw(average))
+
+    def _assemble(self, structure: nn.Module, weights: dict[str, Any]) -> nn.Module:
+        """A whole model with gathered weights, in the training dtype."""
+        whole = copy_module(structure)
+        whole.load_state_dict(weights, assign=True)
+        return whole.to(self.accelerator.device, self.dtype)
+
+    @contextlib.contextmanager
+    def _on_device(self, average: nn.Module) -> Iterator[None]:
+        """Move the average, which may be kept in main memory, to where it draws."""
+        home = next(average.parameters()).device
         try:
-            prompts = self._prompts()
-            if not prompts:
-                return
-            self._save(step, "raw", self._draw(model, prompts))
-            if average is not None:
-                self._save(step, "ema", self._draw_average(average, prompts))
-        except Exception as error:
-            self.logger.warning("no samples at step %d: %s: %s", step, type(error).__name__, error)
+            average.to(self.accelerator.device)
+            yield
+        finally:
+            average.to(home)
 
-    def _prompts(self) -> list[str] | list[int]:
+    @functools.cached_property
+    def _prompts(self) -> Sequence[Any]:
         """The configured prompts, or the first different ones of the dataset."""
         if self.options.prompts is not None:
             return self.options.prompts
-        records = RecordDataset(self.dataset)
-        found = [
-            example.get("label", example.get("caption"))
-            for example in (records[index] for index in range(min(len(records), 64)))
-        ]
-        records.close()
+        with RecordDataset(self.inputs.dataset.folder) as records:
+            examples = [records[index] for index in range(min(len(records), 64))]
+        found = [example.get("label", example.get("caption")) for example in examples]
         if any(isinstance(prompt, dict) for prompt in found):
             self.logger.warning("no samples: the captions are cached; set validation.prompts")
             return []
         return list(dict.fromkeys(found))[:DATASET_PROMPTS]
 
-    def _draw_average(self, average: nn.Module, prompts: Sequence[Any]) -> np.ndarray:
-        """Draw with the averaged weights, which may be kept in main memory."""
-        home = next(average.parameters()).device
-        average.to(self.accelerator.device)
-        try:
-            return self._draw(average, prompts)
-        finally:
-            average.to(home)
-
-    def _draw(self, model: nn.Module, prompts: Sequence[Any]) -> np.ndarray:
+    def _draw(self, model: nn.Module) -> np.ndarray:
         """Draw every prompt with every seed.
 
         Returns:
-            uint8, (F, H, W, 3): one grid, or one a frame.
+            uint8, (F, H, W, 3): one grid, or one per frame.
         """
         device = self.accelerator.device
-        dtype = self._dtype()
-        pipeline = self.pipeline.make_generation_pipeline(model, self._decoder())
+        pipeline = self.pipeline.make_generation_pipeline(model, self._decoder)
         arguments = {
             "num_inference_steps": self.options.num_inference_steps,
             "num_diffusion_steps": self.options.num_diffusion_steps,
@@ -145,35 +162,29 @@ class Validator:
             "disable_progress_bar": True,
             "output_type": "np",
         }
-        num_latents = self._num_latents(model)
+        num_latents = self.options.max_latent_length or self._video_length
         if num_latents > 1:
             arguments["max_latent_length"] = num_latents
         columns = []
         for seed in self.options.seeds:
-            generators = [torch.Generator(device).manual_seed(seed) for _ in prompts]
-            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                output = pipeline(list(prompts), generator=generators, **arguments)
+            generators = [torch.Generator(device).manual_seed(seed) for _ in self._prompts]
+            with torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32):
+                output = pipeline(list(self._prompts), generator=generators, **arguments)
             drawn = output.frames if output.images is None else output.images[:, None]
             columns.append(np.asarray(drawn))  # (prompts, F, H, W, 3)
         return make_grid(np.stack(columns, axis=1))
 
-    def _num_latents(self, model: nn.Module) -> int:
-        return self.options.max_latent_length or model.config.video_base_size[0]
+    @property
+    def _video_length(self) -> int:
+        return self.pipeline.model.config.video_base_size[0]
 
-    def _dtype(self) -> torch.dtype:
-        return self.pipeline.vae.dtype  # loaded in the training dtype
-
+    @functools.cached_property
     def _decoder(self) -> nn.Module:
         """The autoencoder, in float32 on a CPU, where half precision takes minutes."""
-        if self._vae is None:
-            vae = self.pipeline.vae
-            on_cpu = self.accelerator.device.type == "cpu"
-            self._vae = copy.deepcopy(vae).float() if on_cpu else vae
-        return self._vae
+        vae = self.pipeline.vae
+        return copy.deepcopy(vae).float() if self.accelerator.device.type == "cpu" else vae
 
     def _save(self, step: int, name: str, frames: np.ndarray) -> None:
-        if not self.accelerator.is_main_process:
-            return
         folder = self.folder / f"step-{step}"
         folder.mkdir(parents=True, exist_ok=True)
         if len(frames) == 1:
@@ -182,53 +193,57 @@ class Validator:
             export_to_video(list(frames), str(folder / f"{name}.mp4"))
         middle = frames[len(frames) // 2]
         for tracker in self.accelerator.trackers:
-            # TensorBoard has to be told the order of the axes.
-            options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-            tracker.log_images({f"{FOLDER}/{name}": middle[None]}, step=step - 1, **options)
+            tracker.log_images({f"{FOLDER}/{name}": middle[None]}, step=step - 1)
 
     # Loss
 
     def _holdout_losses(self, model: nn.Module) -> dict[str, float]:
         """Losses on held-out examples, the same noise and masks each time."""
-        loader = self._open_holdout()
-        if loader is None:
+        try:
+            # All that a process may fail at alone comes first: then the model may be sharded.
+            batches = self.agreement.together(self._read_holdout, "no held-out loss")
+        except TrainingError as error:
+            self.logger.warning("%s", error)
             return {}
-        batches = min(MAX_BATCHES, -(-loader.shard_size // self.batch_size))
-        rank = self.accelerator.process_index
-        manual_seed(0, (self.accelerator.device, rank))
+        if not batches:
+            return {}
+        manual_seed(0, (self.accelerator.device, self.accelerator.process_index))
         sums: dict[str, Tensor] = {}
-        with loader:
-            for _ in range(batches):
-                for name, value in model(self.pipeline.preprocess(loader.next()[0])).items():
-                    if "loss" in name:
-                        sums[name] = sums.get(name, 0) + value.detach().float().mean() / batches
+        for batch in batches:
+            with self.accelerator.autocast():
+                outputs = model(self.pipeline.preprocess(batch))
+            for name, value in outputs.items():
+                if "loss" in name:
+                    mean = value.detach().float().mean() / len(batches)
+                    sums[name] = sums[name] + mean if name in sums else mean
         values = self.accelerator.reduce(torch.stack(list(sums.values())), reduction="mean")
         losses = dict(zip(sums, values.tolist(), strict=True))
         for name, value in losses.items():
             self.logger.info("    Validation(%s): %.4f", name, value)
         return {f"{FOLDER}/{name}": value for name, value in losses.items()}
 
-    def _open_holdout(self) -> FeatureDataLoader | None:
-        """The held-out examples of this process, or None if none are configured."""
-        holdout = self.options.holdout
-        if holdout is None:
-            return None
-        folder, getter = holdout, None
-        with RecordDataset(self.dataset if isinstance(holdout, float) else holdout) as records:
-            count = len(records)
-        if isinstance(holdout, float):
-            held_out = count_holdout(holdout, count)
-            getter = functools.partial(open_subset, start=count - held_out, stop=count)
-            folder, count = self.dataset, held_out
+    def _read_holdout(self) -> list[dict[str, Any]]:
+        """The held-out examples of this process, or the first of them; as many on every process."""
+        folder, getter, count = self.inputs.dataset.folder, None, self.inputs.num_held_out
+        if self.inputs.holdout is not None:
+            folder, count = self.inputs.holdout.folder, self.inputs.holdout.num_examples
+        elif count > 0:
+            stop = self.inputs.dataset.num_examples
+            getter = functools.partial(open_subset, start=stop - count, stop=stop)
+        else:
+            return []
         shards = self.accelerator.num_processes
         share = {"shard_id": self.accelerator.process_index, "num_shards": shards}
-        return FeatureDataLoader(
+        loader = FeatureDataLoader(
             folder,
             dataset_getter=getter,
             batch_size=min(self.batch_size, count),
             shuffle=False,
             **(share if count >= shards**2 else {}),  # few examples are read by every process
         )
+        with loader:
+            num_batches = -(-loader.shard_size // self.batch_size)
+            return [loader.next()[0] for _ in range(min(MAX_BATCHES, num_batches))]
 
 
 def make_grid(pictures: np.ndarray) -> np.ndarray:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from diffnext.schedulers.linear_update import LinearUpdate, linear_updates
-from diffnext.utils.arguments import naming
+from diffnext.utils.messages import naming
 
 __all__ = ["DenoisingRun", "check_scheduler", "predicts_flow"]
 

@@ -1,6 +1,13 @@
 """A release folder with a model of a few thousand weights, and records to train it on."""
 
+import contextlib
+import io
+import json
+import os
 import runpy
+import socket
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +40,23 @@ TRANSFORMER = {
 WORDS = ("a", "red", "green", "blue", "circle", "square", "star")
 
 
+def accelerate_launch(config, *options):
+    """Words after ``python`` that launch a script with one of the shipped files."""
+    file = ROOT / "accelerate_configs" / f"{config}.yaml"
+    launcher = ["-m", "accelerate.commands.launch", "--main_process_port={port}"]
+    return [*launcher, "--config_file", str(file), *options]
+
+
+LAUNCHERS = {
+    "plain": [],
+    "plain_x2": ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port={port}"],
+    "ddp_x2": accelerate_launch("2_cpus_ddp"),
+    "fsdp2_x2": accelerate_launch("2_cpus_fsdp2"),
+    "zero2": accelerate_launch("1_gpus_zero2"),
+    "zero2_x2": accelerate_launch("1_gpus_zero2", "--num_processes=2"),
+}
+
+
 @dataclass(frozen=True)
 class TinyRun:
     """Paths of one run, and the command line that starts it."""
@@ -62,15 +86,52 @@ class TinyRun:
         AcceleratorState._reset_state(reset_partial_state=True)
         runpy.run_path(str(ROOT / "scripts" / "train.py"))["main"](self.arguments(*overrides))
 
+    def fail(self, *overrides: str, code: int = 1) -> str:
+        """Run it to an exit code other than 0; returns what it says then."""
+        printed = io.StringIO()
+        with contextlib.redirect_stderr(printed), pytest.raises(SystemExit) as ended:
+            self.train(*overrides)
+        lines = printed.getvalue().splitlines()
+        text = "\n".join(line for line in lines if line.startswith(("error: ", "stopped ")))
+        assert ended.value.code == code, text
+        return text
+
     def checkpoint(self, step: int) -> Path:
         return self.output / "checkpoints" / f"checkpoint-{step}"
 
     def ema_checkpoint(self, step: int) -> Path:
         return self.output / "ema_checkpoints" / f"checkpoint-{step}"
 
+    def metrics(self, name: str) -> list[float]:
+        """The values of one name in the metrics file, in the order of steps."""
+        rows = [json.loads(line) for line in (self.output / "metrics.jsonl").open()]
+        return [row[name] for row in rows if name in row]
+
     def log(self) -> str:
         """All log files of the output folder, oldest first."""
         return "".join(path.read_text() for path in sorted(self.output.glob("logs/*.log")))
+
+
+def launch(run: TinyRun, launcher: str, *overrides: str, script: str = "scripts/train.py") -> str:
+    """Train, and return what was printed."""
+    if "zero2" in launcher:
+        pytest.importorskip("deepspeed")
+    arguments = run.arguments("training.max_train_steps=6", "ema.params.update_every=2", *overrides)
+    options = [option.format(port=free_port()) for option in LAUNCHERS[launcher]]
+    command = [*options, str(ROOT / script), *arguments]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # ninja for DeepSpeed
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": path, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, *command], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
 
 
 def save_base_folder(folder: Path) -> None:
@@ -97,8 +158,8 @@ def save_base_folder(folder: Path) -> None:
     pipeline.save_pretrained(folder)
 
 
-def write_dataset(folder: Path, entries: int = 12) -> None:
-    """Moments that differ from example to example, with almost no variance."""
+def write_dataset(folder: Path, entries: int = 12, cut_short: int | None = None) -> None:
+    """Moments that differ from example to example, with almost no variance; some of one lack."""
     folder.mkdir()
     rng = np.random.default_rng(0)
     features = {"moments": "bytes", "caption": "string", "shape": ["int64"]}
@@ -108,7 +169,8 @@ def write_dataset(folder: Path, entries: int = 12) -> None:
             moments = np.concatenate([mean, np.full((4, 8, 8), -10.0)]).astype(np.float16)
             color, shape = WORDS[1 + index % 3], WORDS[4 + index // 3 % 3]
             caption = f"a {color} {shape}"
-            writer.write({"moments": moments.tobytes(), "shape": moments.shape, "caption": caption})
+            content = moments.tobytes()[: 100 if index == cut_short else None]
+            writer.write({"moments": content, "shape": moments.shape, "caption": caption})
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 from PIL import Image
 
 from diffnext.engine.curves import draw_curves, read_metrics, truncate_metrics
@@ -16,9 +17,12 @@ def rows(count=100):
     return [{"step": step, **values, "loss": 1 / (step + 1)} for step in range(count)]
 
 
-def test_line_cut_short_is_left_out(tmp_path):
+@pytest.mark.parametrize(
+    "rest", ['{"step": 3, "lo', "[3]\n", '{"loss": 1}\n', '{"step": "3"}\n', "3\n"]
+)
+def test_line_that_is_no_report_is_left_out(tmp_path, rest):
     file = tmp_path / "metrics.jsonl"
-    write(file, rows(3), '{"step": 3, "lo')
+    write(file, rows(3), rest)
     assert read_metrics(file) == rows(3)
 
 

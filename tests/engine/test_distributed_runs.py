@@ -1,55 +1,16 @@
 """Runs through launchers: several processes, DeepSpeed ZeRO-2, and changes between them."""
 
-import os
 import re
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-ROOT = Path(__file__).parents[2]
+from tests.engine.conftest import launch
+
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
-LAUNCHERS = {
-    "plain": [],
-    "plain_x2": ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port={port}"],
-    "zero2": [
-        *("-m", "accelerate.commands.launch", "--main_process_port={port}"),
-        *("--config_file", str(ROOT / "accelerate_configs" / "1_gpus_zero2.yaml")),
-    ],
-}
-LAUNCHERS["fsdp2_x2"] = [
-    *("-m", "accelerate.commands.launch", "--main_process_port={port}"),
-    *("--config_file", str(ROOT / "accelerate_configs" / "2_cpus_fsdp2.yaml")),
-]
-LAUNCHERS["zero2_x2"] = [*LAUNCHERS["zero2"], "--num_processes=2"]
 
 pytestmark = pytest.mark.slow
-
-
-def free_port():
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
-
-
-def launch(run, launcher, *overrides, script="scripts/train.py"):
-    """Train, and return what was printed."""
-    if "zero2" in launcher:
-        pytest.importorskip("deepspeed")
-    arguments = run.arguments("training.max_train_steps=6", "ema.params.update_every=2", *overrides)
-    options = [option.format(port=free_port()) for option in LAUNCHERS[launcher]]
-    command = [*options, str(ROOT / script), *arguments]
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # ninja for DeepSpeed
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": path, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, *command], env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return done.stdout
 
 
 def losses(run):

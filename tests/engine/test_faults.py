@@ -6,6 +6,9 @@ import os
 import resource
 import shutil
 import signal
+import socket
+import subprocess
+import sys
 import threading
 import time
 
@@ -13,16 +16,11 @@ import numpy as np
 import pytest
 
 from diffnext.data.records import RecordDataset, RecordWriter
-from diffnext.engine import checkpoint_writer
+from diffnext.engine import snapshot
 from diffnext.engine.control import EXIT_STOPPED
+from diffnext.engine.validation import Validator
 from diffnext.models.transformers.transformer_nova import NOVATransformer3DModel
 from tests.engine.conftest import TinyRun
-
-
-def error_of(run, *overrides):
-    with pytest.raises(SystemExit) as stopped:
-        run.train(*overrides)
-    return stopped.value.code
 
 
 def with_dataset(run, tmp_path, change):
@@ -50,7 +48,7 @@ IN_ORDER = ["train_dataloader.params.shuffle=false", "training.batch_size=2"]
 
 def test_bad_record_stops_the_run_by_step_tensor_and_example(tiny_run, tmp_path):
     run = with_dataset(tiny_run, tmp_path, poisoned([5]))
-    error = error_of(run, *IN_ORDER, "experiment.save_every=2", "training.max_train_steps=6")
+    error = run.fail(*IN_ORDER, "experiment.save_every=2", "training.max_train_steps=6")
     assert "step 2 is not finite: loss is nan on examples [4, 5] of the dataset" in error
     assert [path.name for path in run.output.glob("checkpoints/checkpoint-*")] == ["checkpoint-2"]
 
@@ -80,7 +78,7 @@ def test_record_of_another_shape_is_named(tiny_run, tmp_path):
         return example
 
     run = with_dataset(tiny_run, tmp_path, change)
-    error = error_of(run, *IN_ORDER, "training.max_train_steps=6")
+    error = run.fail(*IN_ORDER, "training.max_train_steps=6")
     assert "step 5 cannot start" in error and "example 10" in error
 
 
@@ -96,7 +94,7 @@ def test_record_cut_short_is_named(tiny_run, tmp_path, workers):
     data.write_bytes(bytes(content))
     run = TinyRun(tiny_run.base, folder, tiny_run.output)
     workers = f"train_dataloader.params.num_workers={workers}"
-    error = error_of(run, *IN_ORDER, workers, "training.max_train_steps=6")
+    error = run.fail(*IN_ORDER, workers, "training.max_train_steps=6")
     assert "step 5 cannot start" in error
     assert "example 10" in error and "00000.data" in error
 
@@ -123,7 +121,7 @@ ONE_READER = "train_dataloader.params.num_workers=1"
 def test_reading_process_that_dies_while_the_model_computes_is_named(tiny_run, monkeypatch):
     compute = killing_the_reader_in(NOVATransformer3DModel.forward)
     monkeypatch.setattr(NOVATransformer3DModel, "forward", compute)
-    error = error_of(tiny_run, ONE_READER, "training.max_train_steps=1000")
+    error = tiny_run.fail(ONE_READER, "training.max_train_steps=1000")
     assert "step 1 cannot start: RuntimeError: DataLoader worker" in error
     assert "is killed by signal: Killed" in error
 
@@ -131,11 +129,8 @@ def test_reading_process_that_dies_while_the_model_computes_is_named(tiny_run, m
 def test_reading_process_that_dies_while_a_checkpoint_is_written_does_not_spoil_it(
     tiny_run, monkeypatch
 ):
-    write = killing_the_reader_in(checkpoint_writer.torch.save)
-    monkeypatch.setattr(checkpoint_writer.torch, "save", write)
-    error = error_of(
-        tiny_run, ONE_READER, "experiment.save_every=2", "training.max_train_steps=1000"
-    )
+    monkeypatch.setattr(snapshot.torch, "save", killing_the_reader_in(snapshot.torch.save))
+    error = tiny_run.fail(ONE_READER, "experiment.save_every=2", "training.max_train_steps=1000")
     assert "step 2 cannot start: RuntimeError: DataLoader worker" in error
     assert [path.name for path in tiny_run.output.glob("checkpoints/*")] == ["checkpoint-2"]
 
@@ -151,8 +146,8 @@ def test_signal_ends_the_run_after_a_whole_step_with_a_checkpoint(tiny_run, numb
 
     sender = threading.Thread(target=send_after_some_steps, daemon=True)
     sender.start()
-    code = error_of(tiny_run, "training.max_train_steps=100000", "experiment.save_every=100000")
-    assert code == EXIT_STOPPED
+    options = ["training.max_train_steps=100000", "experiment.save_every=100000"]
+    tiny_run.fail(*options, code=EXIT_STOPPED)
     assert f"received {number.name}" in tiny_run.log()
     (checkpoint,) = (tiny_run.output / "checkpoints").iterdir()
     step = int(checkpoint.name.split("-")[1])
@@ -166,7 +161,7 @@ def test_signal_ends_the_run_after_a_whole_step_with_a_checkpoint(tiny_run, numb
 def test_time_limit_stops_and_the_same_command_continues(tiny_run):
     options = ["training.max_train_steps=100000", "training.time_limit=6s"]
     for _ in range(2):
-        assert error_of(tiny_run, *options) == EXIT_STOPPED
+        tiny_run.fail(*options, code=EXIT_STOPPED)
     assert tiny_run.log().count("training.time_limit of 6 s reached") == 2
     assert "Resume from" in tiny_run.log()
     steps = [json.loads(line)["step"] for line in (tiny_run.output / "metrics.jsonl").open()]
@@ -188,31 +183,121 @@ def test_failed_write_ends_the_run_and_leaves_the_last_checkpoint(
     options = [f"checkpoint.async_save={async_save}", "experiment.save_every=2"]
     tiny_run.train(*options, "training.max_train_steps=2")
     small_files()
-    error = error_of(tiny_run, *options, "training.max_train_steps=100")
+    error = tiny_run.fail(*options, "training.max_train_steps=100")
     assert "checkpoint-4 could not be written" in error
-    assert "the newest complete checkpoint is checkpoint-2" in error
+    assert "the newest sound checkpoint is checkpoint-2" in error
     names = [path.name for path in (tiny_run.output / "checkpoints").iterdir()]
     assert names == ["checkpoint-2"]
 
 
-def test_truncated_newest_checkpoint_is_passed_over(tiny_run):
-    tiny_run.train("training.max_train_steps=4", "experiment.save_every=2")
-    engine_file = next((tiny_run.checkpoint(4) / "state" / "engine").glob("*.distcp"))
-    engine_file.write_bytes(engine_file.read_bytes()[:-100])
-    tiny_run.train("training.max_train_steps=5", "experiment.save_every=2")
-    assert "ignoring the incomplete checkpoint" in tiny_run.log()
-    assert f"Resume from {tiny_run.checkpoint(2)} at step 2" in tiny_run.log()
-    error = error_of(
-        tiny_run,
-        "training.max_train_steps=9",
-        f"experiment.resume_from_checkpoint={tiny_run.checkpoint(5)}x",
+def test_signal_in_the_last_step_changes_nothing(tiny_run, monkeypatch):
+    def forward(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return compute(*args, **kwargs)
+
+    compute = NOVATransformer3DModel.forward
+    monkeypatch.setattr(NOVATransformer3DModel, "forward", forward)
+    tiny_run.train("training.max_train_steps=1")
+    assert tiny_run.checkpoint(1).is_dir()
+
+
+@pytest.mark.parametrize("phase", ["before the first step", "in validation", "in saving"])
+def test_signal_in_other_phases_stops_after_them(tiny_run, monkeypatch, phase):
+    """Nothing is lost, nothing half written, and the same command continues."""
+    owner, name = {
+        "before the first step": (NOVATransformer3DModel, "set_gradient_checkpointing"),
+        "in validation": (Validator, "run"),
+        "in saving": (snapshot.torch, "save"),
+    }[phase]
+    original = getattr(owner, name)
+
+    def interrupted(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return original(*args, **kwargs)
+
+    options = ["experiment.save_every=2", "validation={every: 2, holdout: 0.25}"]
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, interrupted)
+        tiny_run.fail(*options, "training.max_train_steps=6", code=EXIT_STOPPED)
+    first = 0 if phase == "before the first step" else 2
+    assert f"Stopping at step {first}: received SIGTERM" in tiny_run.log()
+    assert len(list(tiny_run.output.glob("checkpoints/*"))) == (1 if first else 0)
+    tiny_run.train(*options, "training.max_train_steps=4")
+    steps = [json.loads(line)["step"] for line in (tiny_run.output / "metrics.jsonl").open()]
+    assert sorted(set(steps)) == [0, 1, 2, 3]
+
+
+def test_output_folder_in_use_is_refused_with_its_holder(tiny_run):
+    """And free again, once that process is dead."""
+    code = (
+        "import sys, time; from pathlib import Path; from diffnext.engine.output_lock import locked"
+        "\nwith locked(Path(sys.argv[1])): print('locked', flush=True); time.sleep(600)"
     )
-    assert "no such folder" in error
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(tiny_run.output)], stdout=subprocess.PIPE, text=True
+    ) as holder:
+        assert holder.stdout.readline() == "locked\n"
+        error = tiny_run.fail("training.max_train_steps=1", code=2)
+        holder.kill()
+    assert "is in use by another run" in error
+    assert f"process {holder.pid} on {socket.gethostname()}" in error
+    assert not (tiny_run.output / "checkpoints").exists()
+    tiny_run.train("training.max_train_steps=1")
 
 
-def test_damaged_checkpoint_named_explicitly_is_an_error(tiny_run):
-    tiny_run.train("training.max_train_steps=2")
-    (tiny_run.checkpoint(2) / "state" / "rank_0.pt").unlink()
-    resume = f"experiment.resume_from_checkpoint={tiny_run.checkpoint(2)}"
-    error = error_of(tiny_run, "training.max_train_steps=3", resume)
-    assert "rank_0.pt is missing" in error
+@pytest.mark.parametrize(
+    "output", ["/proc/run", "a_file/run", "x" * 300], ids=["proc", "below a file", "long name"]
+)
+def test_impossible_output_folder_is_one_sentence(tiny_run, tmp_path, output):
+    (tmp_path / "a_file").touch()
+    error = tiny_run.fail(f"experiment.output_dir={tmp_path / output}", code=2)
+    assert error.startswith(f"error: experiment.output_dir={tmp_path / output}")
+    assert "\n" not in error
+
+
+FRESH = "experiment.resume_from_checkpoint="
+
+
+def test_fresh_run_in_a_used_folder_keeps_both_runs(tiny_run):
+    options = ["experiment.save_every=2", "checkpoint.keep_last=1"]
+    tiny_run.train(*options, "training.max_train_steps=6", "checkpoint.keep_last=null")
+    old = {step: load_weights(tiny_run.checkpoint(step)) for step in (2, 4, 6)}
+    tiny_run.train(*options, FRESH, "training.max_train_steps=4", "training.seed=7")
+    log = tiny_run.log()
+    assert "has checkpoints of another run, up to step 6" in log
+    new = load_weights(tiny_run.checkpoint(4))
+    assert any(not new[name].equal(value) for name, value in old[4].items())
+    for step in (2, 4, 6):
+        moved = tiny_run.output.glob(f"replaced-*/checkpoints/checkpoint-{step}")
+        folder = next(moved, tiny_run.checkpoint(step))
+        assert all(load_weights(folder)[n].equal(value) for n, value in old[step].items())
+    # "latest" is the newest of the second run.
+    tiny_run.train(*options, "training.max_train_steps=5", "training.seed=7")
+    assert f"Resume from {tiny_run.checkpoint(4)} at step 4" in tiny_run.log()
+
+
+@pytest.mark.parametrize("what", ["checkpoint", "report", "curves", "pictures", "leftover"])
+def test_what_cannot_be_deleted_or_reported_does_not_end_the_run(tiny_run, monkeypatch, what):
+    options = ["training.max_train_steps=4", "experiment.save_every=1", "checkpoint.keep_last=1"]
+    options += ["validation={every: 1, prompts: [a red star], num_inference_steps: 2}"]
+    if what == "checkpoint":
+
+        def busy(path, *args, **kwargs):
+            if "checkpoint" in str(path):
+                raise OSError(16, "Device or resource busy", str(path))
+            return rmtree(path, *args, **kwargs)
+
+        rmtree = shutil.rmtree
+        monkeypatch.setattr(snapshot.shutil, "rmtree", busy)
+    names = {"report": "metrics.jsonl", "curves": "curves.png", "pictures": "validation"}
+    if what in names:  # a folder where the file shall be, or the reverse
+        tiny_run.output.mkdir()
+        path = tiny_run.output / names[what]
+        path.touch() if what == "pictures" else (path / "full").mkdir(parents=True)
+    if what == "leftover":
+        (tiny_run.output / "checkpoints").mkdir(parents=True)
+        (tiny_run.output / "checkpoints" / ".checkpoint-98.tmp").touch()
+    tiny_run.train(*options)
+    assert tiny_run.checkpoint(4).is_dir()
+    if what == "checkpoint":
+        assert "could not be deleted and is left there" in tiny_run.log()

@@ -79,22 +79,16 @@ def test_stopped_and_continued_equals_straight(tiny_run, tmp_path):
         torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 
-def error_of(run, *overrides):
-    with pytest.raises(SystemExit) as stopped:
-        run.train(*overrides)
-    return stopped.value.code
-
-
 def test_wrong_layer_is_named_with_those_that_exist(tiny_run):
-    error = error_of(tiny_run, "model.lora.target_modules=[attn.q]", STEPS)
+    error = tiny_run.fail("model.lora.target_modules=[attn.q]", STEPS, code=2)
     assert "model.lora.target_modules: no linear layer is named 'attn.q'" in error
     assert "attn.qkv" in error
 
 
 def test_run_with_and_without_adapters_do_not_continue_each_other(trained):
-    error = error_of(trained, "training.max_train_steps=5")
-    assert "model.lora is None" in error and "of a run with LoRA" in error
-    error = error_of(trained, "model.lora.rank=8", "training.max_train_steps=5")
+    error = trained.fail("training.max_train_steps=5", code=2)
+    assert "model.lora is not set" in error and "has adapters" in error
+    error = trained.fail("model.lora.rank=8", "training.max_train_steps=5", code=2)
     assert "model.lora does not fit" in error
 
 

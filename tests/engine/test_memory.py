@@ -124,33 +124,29 @@ def estimate(engine, processes, **arguments):
     )
 
 
-def test_one_process_holds_float32_weights_and_two_moments():
-    one = estimate("ddp", 1)
-    assert (one.weights, one.gradients, one.optimizer, one.buffers) == (4010, 3200, 6400, 0)
-    assert one.peak == 4010 + 6400 + 6000  # gradients come as activations go
+ESTIMATES = {
+    "float32 weights and two moments": ("ddp", 1, {"weights": 4010, "optimizer": 6400}),
+    "gradients come as activations go": ("ddp", 1, {"peak": 4010 + 6400 + 6000}),
+    "buckets are a second copy": ("ddp", 8, {"buffers": 3200, "gradients": 3200}),
+    "ZeRO-2 alone has masters, too": ("zero2", 1, {"weights": 2010, "optimizer": 12 * 800}),
+    "ZeRO-2 shards the rest": ("zero2", 8, {"optimizer": 12 * 100, "gradients": 2 * 100}),
+    "FSDP2 shards weights, too": ("fsdp2", 8, {"weights": 4 * 125 + 10, "optimizer": 8 * 100}),
+}
+
+
+@pytest.mark.parametrize("name", ESTIMATES)
+def test_each_engine_holds_its_share(name):
+    engine, processes, expected = ESTIMATES[name]
+    found = estimate(engine, processes)
+    assert {field: getattr(found, field) for field in expected} == expected
+
+
+def test_the_peak_of_ddp_does_not_depend_on_the_number_of_processes():
+    assert estimate("ddp", 128).peak == estimate("ddp", 8).peak
 
 
 def test_gradients_count_in_full_when_they_are_accumulated():
     assert estimate("ddp", 1, is_accumulating=True).peak == 4010 + 6400 + 3200 + 5000
-
-
-def test_ddp_buckets_are_a_second_copy_of_the_gradients():
-    assert estimate("ddp", 8).buffers == 3200
-    assert estimate("ddp", 128).peak == estimate("ddp", 8).peak
-
-
-def test_zero2_shards_masters_moments_and_gradients():
-    one, eight = estimate("zero2", 1), estimate("zero2", 8)
-    assert one.weights == eight.weights == 2010
-    assert one.optimizer == 12 * 800
-    assert eight.optimizer == 12 * 100
-    assert eight.gradients == 2 * 100
-
-
-def test_fsdp2_shards_weights_too():
-    eight = estimate("fsdp2", 8)
-    assert eight.weights == 4 * 125 + 10
-    assert eight.optimizer == 8 * 100
 
 
 @pytest.mark.parametrize("engine", ENGINES)

@@ -1,13 +1,12 @@
 """Validation between training steps: samples, held-out loss, and no trace in the training."""
 
-import json
-
 import numpy as np
 import pytest
 from PIL import Image
 from safetensors.torch import load_file
 
 from diffnext.engine.validation import make_grid
+from tests.engine.conftest import write_dataset
 
 STEPS = ["training.max_train_steps=4", "ema.params.update_every=2"]
 VALIDATION = [
@@ -16,10 +15,6 @@ VALIDATION = [
     "validation.num_inference_steps=2",
     "validation.num_diffusion_steps=2",
 ]
-
-
-def metrics(run):
-    return [json.loads(line) for line in (run.output / "metrics.jsonl").open()]
 
 
 def test_grids_of_raw_and_averaged_weights_are_written(tiny_run):
@@ -68,7 +63,7 @@ def test_held_out_share_is_not_trained_on_and_has_the_same_noise_each_time(tiny_
         "optimizer.params.lr=0",
         f"train_dataloader.params.num_workers={workers}",
     )
-    losses = [row["validation/loss"] for row in metrics(tiny_run) if "validation/loss" in row]
+    losses = tiny_run.metrics("validation/loss")
     assert len(losses) == 2
     assert losses[0] == losses[1]
     assert "up to 9 of 9 examples" in tiny_run.log()
@@ -78,6 +73,35 @@ def test_held_out_share_is_not_trained_on_and_has_the_same_noise_each_time(tiny_
 def test_failing_samples_are_a_warning(tiny_run):
     tiny_run.train(*STEPS, *VALIDATION, "validation.max_latent_length=5")
     assert "no samples at step 2" in tiny_run.log()
+    assert tiny_run.checkpoint(4).is_dir()
+
+
+@pytest.mark.parametrize(
+    ("blocked", "warning"),
+    [
+        ("metrics.jsonl", "step 2 is not in"),
+        ("curves.png", "curves.png is not drawn"),
+        ("validation/step-4", "no samples at step 4"),
+    ],
+)
+def test_report_that_cannot_be_written_is_a_warning(tiny_run, blocked, warning):
+    tiny_run.train(*VALIDATION, "training.max_train_steps=2")
+    place = tiny_run.output / blocked
+    if place.parent.name == "validation":
+        place.touch()  # where a folder should be made
+    else:
+        place.unlink()
+        (place / "in the way").mkdir(parents=True)
+    tiny_run.train(*STEPS, *VALIDATION)
+    assert warning in tiny_run.log()
+    assert tiny_run.checkpoint(4).is_dir()
+
+
+def test_held_out_examples_that_cannot_be_read_are_a_warning(tiny_run, tmp_path):
+    folder = tmp_path / "held-out"
+    write_dataset(folder, entries=20, cut_short=1)  # which is not among those looked at before
+    tiny_run.train(*STEPS, "validation.every=2", f"validation.holdout={folder}")
+    assert "no held-out loss" in tiny_run.log()
     assert tiny_run.checkpoint(4).is_dir()
 
 

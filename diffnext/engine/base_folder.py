@@ -1,0 +1,341 @@
+"""The base folder of a run and the model in it, found and checked without loading anything.
+
+Read are configurations and headers of weights; no code of a folder runs.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import TypeAdapter, ValidationError
+from safetensors import safe_open
+from torch import nn
+
+from diffnext.config.schema import PathsConfig, TrainConfig, TransformerConfig
+from diffnext.config.targets import ConfigError, import_target
+from diffnext.engine.memory import make_meta_model
+from diffnext.models.transformers.transformer_nova import (
+    IMAGE_DECODERS,
+    IMAGE_ENCODERS,
+    VIDEO_ENCODERS,
+    NOVATransformer3DModel,
+)
+from diffnext.pipelines.release_folder import (
+    BASE_FOLDER_FILE,
+    INDEX_FILE,
+    LORA_FILE,
+    find_component,
+    find_folder,
+    read_base_reference,
+    read_index,
+    resolve_index,
+)
+from diffnext.utils.component_files import component_files
+from diffnext.utils.json_files import FileError, read_json
+from diffnext.utils.messages import explain, one_line
+from diffnext.utils.weights_files import weights_files
+
+BASE = "pipeline.paths.pretrained_path"
+COMPONENTS = "pipeline.paths.module_dict"
+OVERLAY = "pipeline.paths.module_config.transformer"
+
+NEEDED = ("transformer", "vae", "scheduler")  # no training pipeline does without
+WITH_WEIGHTS = ("transformer", "vae", "text_encoder")
+SIZES = ("image_dim", "image_size", "image_stride", "image_base_size", "video_base_size", "arch")
+TEXT_SIZES = ("text_token_dim", "text_token_len")
+# The weights of the base folder fit no other values of these.
+FIXED_BY_WEIGHTS = ("arch", "image_dim", "text_token_dim")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseFolder:
+    """A base folder, as a configuration completes it.
+
+    Attributes:
+        folder: Local folder.
+        paths: See :class:`RunInputs`.
+        index: Content of ``model_index.json``, empty if it cannot be read.
+        components: Where each component comes from, or should.
+        faulty: Those that cannot be loaded.
+    """
+
+    folder: Path
+    paths: dict[str, Any]
+    index: dict[str, Any]
+    components: dict[str, Path]
+    faulty: frozenset[str]
+
+    def find(self, component: str) -> Path | None:
+        """The folder of a component that can be loaded; else None."""
+        return None if component in self.faulty else self.components.get(component)
+
+    def read_config(self, component: str) -> dict[str, Any]:
+        """The config.json of a component with its overlay; empty if it cannot be loaded."""
+        folder = self.find(component)
+        if folder is None:
+            return {}
+        saved = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+        return {**saved, **(self.paths["module_config"] or {}).get(component, {})}
+
+
+def open_base(config: TrainConfig, download: bool, problems: list[str]) -> BaseFolder | None:
+    """Find the base folder and its components.
+
+    Args:
+        config: Training configuration.
+        download: Whether to get it from the Hub if it is not on this machine.
+        problems: Gets a line for each thing that is wrong.
+
+    Returns:
+        None if it is not on this machine; that is a problem unless the run would download it.
+    """
+    if not hasattr(import_target(config.pipeline.target), "configure_model"):
+        problems.append(f"pipeline.target={config.pipeline.target} is not a training pipeline")
+    name = config.pipeline.paths.pretrained_path
+    try:
+        folder = find_folder(name, local_files_only=not download)
+    except (OSError, ValueError) as error:
+        is_on_hub = error.__cause__ is not None and not Path(name).parent.is_dir()
+        if download or not is_on_hub:
+            problems.append(f"{BASE}={name}: {error}")
+        return None
+    paths = _local_paths(config.pipeline.paths, folder)
+    given = dict(paths["module_dict"] or {})
+    index_file = Path(given.pop("model_index", None) or folder / INDEX_FILE)
+    index: dict[str, Any] = {}
+    lines: dict[str, str] = {}  # by what is wrong, which may be met more than once
+    with _noting(lines, f"{BASE}={name}"):
+        read_base_reference(folder)
+        index = read_index(index_file)
+    listed = [key for key, entry in index.items() if isinstance(entry, list) and entry[0]]
+    components = {}
+    faulty = set()
+    for component in dict.fromkeys([*NEEDED, *given, *listed]):
+        key = f"{COMPONENTS}.{component}" if component in given else f"{BASE}={name}"
+        faulty.add(component)
+        with _noting(lines, key):
+            place = _find_place(folder, component, given)
+            if place is not None:
+                components[component] = place
+                component_files(place)
+            faulty.remove(component)
+            if place is not None and component in WITH_WEIGHTS and not weights_files(place):
+                raise FileError(f"there are no weights in {place}")
+    with _noting(lines, f"{BASE}={name}"):
+        if (folder / BASE_FOLDER_FILE).is_file() and (folder / LORA_FILE).is_file():
+            raise FileError("it holds adapters only: merge them first (scripts/merge_lora.py)")
+        if index_file == folder / INDEX_FILE:
+            index = resolve_index(folder, config.trust_remote_code)
+    problems += lines.values()
+    return BaseFolder(
+        folder=folder,
+        paths=paths,
+        index=index,
+        components=components,
+        faulty=frozenset(faulty),
+    )
+
+
+def _find_place(folder: Path, component: str, given: Mapping[str, str | None]) -> Path | None:
+    """Where a component is, or should be; None if it is left out.
+
+    Raises:
+        FileError: If it may not be left out.
+    """
+    path = given.get(component, str(folder / component))
+    if not path and component in NEEDED:
+        raise FileError(f"{component} is left out, but training needs it")
+    if not path:
+        return None
+    inside = find_component(folder, Path(path).name) if Path(path).parent == folder else None
+    return inside or Path(path)
+
+
+@contextmanager
+def _noting(lines: dict[str, str], key: str) -> Iterator[None]:
+    """Go on after a fault of a folder, with a line about it."""
+    try:
+        yield
+    except (OSError, FileError) as error:
+        lines.setdefault(str(error), f"{key}: {error}")
+
+
+def _local_paths(paths: PathsConfig, folder: Path) -> dict[str, Any]:
+    """Arguments of ``get_pipeline_path``; what lies below the configured base is in ``folder``."""
+
+    def move(path: str) -> str:
+        if Path(path).is_relative_to(paths.pretrained_path):
+            return str(folder / Path(path).relative_to(paths.pretrained_path))
+        return str(Path(path).expanduser().absolute())
+
+    arguments = paths.arguments()
+    given = arguments["module_dict"]
+    if given is not None:
+        given = {name: move(path) if path else path for name, path in given.items()}
+    return {**arguments, "pretrained_path": str(folder), "module_dict": given}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformerFacts:
+    """The model to train.
+
+    Attributes:
+        arguments: Of the transformer.
+        sizes: Those of them that the data must fit; without what is wrong in itself.
+        model: On the meta device; None if it cannot be made.
+    """
+
+    arguments: dict[str, Any]
+    sizes: dict[str, Any]
+    model: NOVATransformer3DModel | None = None
+
+    @property
+    def latent_size(self) -> tuple[int, int] | None:
+        """Rows and columns of a latent frame."""
+        if "image_size" not in self.sizes or "image_stride" not in self.sizes:
+            return None
+        size, stride = self.sizes["image_size"], self.sizes["image_stride"]
+        height, width = [size] * 2 if isinstance(size, int) else size
+        return height // stride, width // stride
+
+    def fits(self, moments: tuple[int, ...]) -> bool:
+        """Whether latents have the size the model is built for."""
+        has_channels = moments[:1] == (2 * self.sizes.get("image_dim", 0),)
+        return len(moments) in (3, 4) and has_channels and moments[-2:] == self.latent_size
+
+
+def inspect_transformer(
+    config: TrainConfig, base: BaseFolder | None, problems: list[str]
+) -> TransformerFacts:
+    """Find the arguments of the transformer, and compare them with the weights.
+
+    Args:
+        config: Training configuration.
+        base: Base folder, if it is on this machine.
+        problems: Gets a line for each thing that is wrong.
+    """
+    overlay = config.pipeline.paths.overlay("transformer")
+    folder = None if base is None else base.find("transformer")
+    saved: dict[str, Any] = {}
+    if folder is not None and (folder / "config.json").is_file():
+        saved = read_json(folder / "config.json")
+    arguments = {**saved, **overlay}
+    arguments = {name: value for name, value in arguments.items() if not name.startswith("_")}
+    wrong = _wrong_architecture(arguments.get("arch"))
+    if folder is None:  # which may hold what is missing
+        problems += wrong.values()
+        return TransformerFacts(arguments=arguments, sizes=overlay)
+    file = folder / "config.json"
+    wrong |= _wrong_sizes(file, saved, overlay)
+    changed = {
+        name: saved[name]
+        for name in FIXED_BY_WEIGHTS
+        if name not in wrong and name in saved and arguments[name] != saved[name]
+    }
+    problems += wrong.values()
+    problems += [
+        f"{OVERLAY}.{name} is {arguments[name]}, but the weights in {folder} were made with {value}"
+        for name, value in changed.items()
+    ]
+    # Data are to fit the weights, and are not compared with what is wrong.
+    sizes = {"text_token_dim": None, **arguments, **changed}
+    sizes = {name: value for name, value in sizes.items() if name not in wrong}
+    model = None
+    if not wrong and not changed:
+        try:
+            model = make_meta_model(arguments)
+            problems += _misfits(folder, model)
+            problems += _wrong_adapters(config, model)
+        except (TypeError, ValueError, ArithmeticError, RuntimeError, MemoryError) as error:
+            problems.append(f"{OVERLAY}: no model can be made of {file} with it: {error}")
+    return TransformerFacts(arguments=arguments, sizes=sizes, model=model)
+
+
+def _wrong_sizes(
+    file: Path, saved: Mapping[str, Any], overlay: Mapping[str, Any]
+) -> dict[str, str]:
+    """The sizes of a config.json that are wrong or missing; those of the overlay are right."""
+    given = {n: saved[n] for n in (*SIZES, *TEXT_SIZES) if n in saved and n not in overlay}
+    wrong: dict[str, list[Any]] = {}
+    try:
+        TypeAdapter(TransformerConfig).validate_json(json.dumps(given))
+    except ValidationError as error:
+        for part in error.errors():
+            name = str(part["loc"][0])
+            wrong.setdefault(name, []).append(part)
+    lines = {
+        name: f"{file}: {name} {explain(parts)}, got {one_line(given[name])}"
+        for name, parts in wrong.items()
+    }
+    values = {**given, **overlay}
+    for name in (*SIZES, *(["text_token_len"] if values.get("text_token_dim") else [])):
+        if values.get(name) is None:
+            lines[name] = f"{OVERLAY}.{name} must be given, as {file} does not have it"
+    return lines
+
+
+def _wrong_architecture(arch: Any) -> dict[str, str]:
+    """Names of parts that there are not."""
+    registries = (VIDEO_ENCODERS, IMAGE_ENCODERS, IMAGE_DECODERS)
+    if not isinstance(arch, list) or len(arch) != len(registries):
+        return {}
+    lines = []
+    for name, registry in zip(arch, registries, strict=True):
+        if registry.has(name):
+            continue
+        close = difflib.get_close_matches(str(name), list(registry.registry), n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(registry.registry)}"
+        lines.append(f"{name!r} is not among the {registry.name}; {hint}")
+    return {"arch": f"{OVERLAY}.arch: {'; '.join(lines)}"} if lines else {}
+
+
+def read_shapes(folder: Path, name: str = "") -> dict[str, tuple[int, ...]]:
+    """Names and shapes of weights, from the headers of safetensors files.
+
+    Args:
+        folder: Of the component.
+        name: Beginning of the names of the files.
+    """
+    shapes = {}
+    for file in sorted(folder.glob(f"{name}*.safetensors")):
+        with safe_open(file, framework="pt") as weights:
+            for key in weights.keys():  # noqa: SIM118
+                shapes[key] = tuple(weights.get_slice(key).get_shape())
+    return shapes
+
+
+def _misfits(folder: Path, model: nn.Module) -> Iterator[str]:
+    """Compare the names and shapes of weights with those of the model."""
+    found = read_shapes(folder, "diffusion_pytorch_model")  # as diffusers names the files
+    wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    differing = [name for name in wanted | found if wanted.get(name) != found.get(name)]
+    if found and differing:
+        first = differing[0]
+        yield (
+            f"{OVERLAY}: {len(differing)} weights in {folder} do not fit the model: {first} is "
+            f"{found.get(first, 'missing')}, not {wanted.get(first, 'known')}"
+        )
+
+
+def _wrong_adapters(config: TrainConfig, model: NOVATransformer3DModel) -> Iterator[str]:
+    """Add the adapters to a model without data."""
+    if config.model.lora is None:
+        return
+    if find_spec("peft") is None:
+        yield "model.lora needs the package peft: pip install peft"
+        return
+    from diffnext.engine.lora import add_lora
+
+    try:
+        with torch.device("meta"):
+            add_lora(model, config.model.lora)
+    except ConfigError as error:
+        yield from error.problems

@@ -1,0 +1,213 @@
+"""Where a run continues: the main process finds and verifies the checkpoint, all use that one."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from diffnext.config.schema import TrainConfig
+from diffnext.config.targets import ConfigError
+from diffnext.engine import snapshot
+from diffnext.engine.run_inputs import RunInputs
+from diffnext.engine.snapshot import DamagedCheckpoint, RunFolder, TrainerState
+from diffnext.pipelines.release_folder import LORA_FILE
+from diffnext.utils.json_files import read_json
+
+LATEST = "latest"
+KEY = "experiment.resume_from_checkpoint"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResumePoint:
+    """What a run continues from.
+
+    Attributes:
+        step: Completed steps.
+        checkpoint: The checkpoint folder, as an absolute path.
+        weights: File with the weights of the trained component.
+        state: What the checkpoint says of the run; None if it has weights only.
+        ema_weights: File with the averaged weights; None if there is none.
+        notes: What is worth a warning: other checkpoints that cannot be used, and why.
+    """
+
+    step: int
+    checkpoint: Path
+    weights: Path
+    state: TrainerState | None = None
+    ema_weights: Path | None = None
+    notes: tuple[str, ...] = ()
+
+
+def find_resume_point(
+    run: RunFolder, resume: str | None, run_id: str | None = None
+) -> ResumePoint | None:
+    """Find the checkpoint to continue from, every file of it as it was written.
+
+    Args:
+        run: Output folder of the run.
+        resume: "latest" (the newest sound checkpoint of the run), a path, or "" for none. A path is
+            a checkpoint folder or a bare folder of weights; its name, or the one above it, ends in
+            the step number.
+        run_id: Of the run that the output folder belongs to; None if it does not say.
+
+    Returns:
+        The point, or None to start afresh.
+
+    Raises:
+        ConfigError: If a path does not exist, is damaged or has no step number, or if there are
+            checkpoints of which none can be continued.
+    """
+    if resume == LATEST:
+        return _find_latest(run, run_id)
+    return _find_path(run, resume) if resume else None
+
+
+def _find_path(run: RunFolder, resume: str) -> ResumePoint:
+    path = Path(os.path.abspath(Path(resume).expanduser()))  # also removes a trailing slash
+    if not path.is_dir():
+        raise ConfigError(f"{KEY}={resume}: there is no folder {path}")
+    try:
+        if (path / run.model_name).is_dir() or (path / LORA_FILE).exists():
+            return _inspect(run, path, _step_of(path))
+        step = _step_of(path if re.search(r"-\d+$", path.name) else path.parent)
+        return ResumePoint(step=step, checkpoint=path, weights=_find_readable(run, path, path))
+    except DamagedCheckpoint as error:
+        raise ConfigError(f"{KEY}={resume}: {error}") from error
+
+
+def _find_latest(run: RunFolder, run_id: str | None) -> ResumePoint | None:
+    notes: list[str] = []
+    for step in reversed(run.steps()):
+        path = run.checkpoint(step).absolute()
+        try:
+            point = _inspect(run, path, step)
+        except DamagedCheckpoint as error:
+            notes.append(f"{path.name} is damaged and is not used: {error}")
+            continue
+        written_by = None if point.state is None else point.state.run
+        if run_id is None or written_by in (None, run_id):
+            return replace(point, notes=(*notes, *point.notes))
+        notes.append(f"{path} is from another run and is not used")
+    if notes:
+        raise ConfigError(
+            f"no checkpoint in {run.output_dir} can be continued: {'; '.join(notes)}. Choose "
+            "another folder, or move them away to start afresh"
+        )
+    return None
+
+
+def _inspect(run: RunFolder, checkpoint: Path, step: int) -> ResumePoint:
+    """Verify a checkpoint.
+
+    Raises:
+        DamagedCheckpoint: If a file is not as it was written.
+    """
+    state = snapshot.read_state(checkpoint)
+    # The averages lie beside the checkpoint's own parent, whatever else the path contains.
+    average = checkpoint.parent.parent / snapshot.EMA_CHECKPOINTS / checkpoint.name
+    has_average = average.is_dir()
+    notes: tuple[str, ...] = ()
+    if state is not None:
+        snapshot.verify(checkpoint, state, average)
+    if state is not None and state.has_hashes:
+        if state.step != step:
+            raise DamagedCheckpoint(f"{checkpoint} was written at step {state.step}")
+        has_average = bool(state.average)  # another run may have left one there
+    else:
+        notes = (f"{checkpoint} has no hashes: damage inside a file would not be noticed",)
+    return ResumePoint(
+        step=step,
+        checkpoint=checkpoint,
+        weights=_find_readable(run, checkpoint, checkpoint / run.model_name),
+        state=state,
+        ema_weights=run.find_trained(average) if has_average else None,
+        notes=notes,
+    )
+
+
+def _find_readable(run: RunFolder, checkpoint: Path, folder: Path) -> Path:
+    """The trained weights of a checkpoint.
+
+    Raises:
+        DamagedCheckpoint: If there are none, or they cannot be read.
+    """
+    file = run.find_trained(checkpoint) or snapshot.find_weights(folder)
+    if file is None:
+        names = " or ".join(snapshot.WEIGHTS_FILES.values())
+        raise DamagedCheckpoint(f"there is no {names} in {folder}")
+    snapshot.check_inside(checkpoint, file)
+    snapshot.read_tensors(file)
+    return file
+
+
+def _step_of(path: Path) -> int:
+    match = re.search(r"-(\d+)$", path.name)
+    if match is None:
+        raise ConfigError(
+            f"{KEY}: the name of a checkpoint folder must end in its step, such as "
+            f"checkpoint-5000, got {path}"
+        )
+    return int(match[1])
+
+
+def find_mismatches(
+    config: TrainConfig, inputs: RunInputs, resume: ResumePoint
+) -> Iterator[tuple[str, bool]]:
+    """Compare a run with the checkpoint that it continues from.
+
+    Yields:
+        What differs, in words that name both, and whether the run can continue nevertheless.
+    """
+    saved = resume.state
+    is_lora = resume.weights.name == LORA_FILE
+    if is_lora != (config.model.lora is not None):
+        has = "has adapters" if is_lora else "has a whole model"
+        wants = "trains adapters" if config.model.lora else "is not set: it trains the whole model"
+        yield f"model.lora {wants}, but {resume.weights} {has}", False
+    config_file = resume.weights.parent / "config.json"
+    if config_file.is_file() and not is_lora:
+        written = read_json(config_file)
+        for name, value in inputs.transformer.items():
+            if name in written and not _is_same(written[name], value):
+                text = f"the model's {name} is {value}, but {config_file} has {written[name]}"
+                yield text, False
+    if saved is None:
+        return
+    target = config.optimizer.target
+    if saved.optimizer not in (None, target):
+        yield (
+            f"optimizer.target is {target}, but {resume.checkpoint.name} was written with "
+            f"{saved.optimizer}: its state fits no other. To change, start from its weights in a "
+            "new folder",
+            False,
+        )
+    if saved.pipeline not in (None, config.pipeline.target):
+        yield (
+            f"pipeline.target is {config.pipeline.target}, but {resume.checkpoint.name} was "
+            f"written with {saved.pipeline}",
+            False,
+        )
+    schedule = describe_schedule(config)
+    if saved.schedule not in (None, schedule):
+        yield f"lr_scheduler was {saved.schedule}, from here on it is {schedule}", True
+    fingerprint = inputs.dataset.fingerprint
+    if saved.dataset not in (None, fingerprint):
+        yield f"the dataset was {saved.dataset}, from here on it is {fingerprint}", True
+
+
+def describe_schedule(config: TrainConfig) -> dict[str, object]:
+    """The learning rate over time, as it is written to checkpoints."""
+    return {"target": config.lr_scheduler.target, **config.lr_scheduler.params}
+
+
+def _is_same(one: object, other: object) -> bool:
+    """Whether two config values mean the same; a side stands for a square."""
+    if isinstance(one, int) and isinstance(other, list | tuple):
+        one = [one] * len(other)
+    if isinstance(other, int) and isinstance(one, list | tuple):
+        other = [other] * len(one)
+    return json.dumps(one) == json.dumps(other)

@@ -1,0 +1,266 @@
+"""What a run reads, its base folder and its dataset: opened once, by one process, and checked.
+
+:func:`open_inputs` finds everything that keeps a run from starting before it raises.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from diffnext.config.schema import TrainConfig
+from diffnext.config.targets import ConfigError, config_to_object, import_target
+from diffnext.data.example_order import ExampleOrder
+from diffnext.data.flex_loaders import FeatureDataLoader
+from diffnext.engine.base_folder import (
+    BaseFolder,
+    TransformerFacts,
+    inspect_transformer,
+    open_base,
+)
+from diffnext.engine.dataset_facts import (
+    DatasetFacts,
+    Records,
+    open_records,
+    wrong_prompt,
+    wrong_records,
+)
+from diffnext.engine.memory import device_bytes
+from diffnext.utils.accelerate_utils import precision_to_dtype
+
+logger = logging.getLogger(__name__)
+
+LOADER = "train_dataloader.params"
+DATASET = f"{LOADER}.dataset"
+HOLDOUT = "validation.holdout"
+GIB = 2**30
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunInputs:
+    """What a run reads, found and checked by one process and sent to the others.
+
+    Attributes:
+        base_folder: Local folder of ``pipeline.paths.pretrained_path``.
+        paths: Arguments of :func:`diffnext.pipelines.builder.get_pipeline_path`, all local.
+        components: Where each component comes from; those left out are not in it.
+        transformer: Arguments of the transformer: its config.json with the overlay.
+        dataset: The training data.
+        holdout: The held-out data if it is a folder of its own.
+        num_train: Examples to train on: the dataset without its held-out end.
+        num_held_out: Examples at the end of the dataset that are kept for validation.
+    """
+
+    base_folder: Path
+    paths: dict[str, Any]
+    components: Mapping[str, Path]
+    transformer: dict[str, Any]
+    dataset: DatasetFacts
+    holdout: DatasetFacts | None
+    num_train: int
+    num_held_out: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Findings:
+    """What could be found out about the inputs of a run.
+
+    Attributes:
+        base: None if there is no such folder on this machine.
+        transformer: The model, as far as the configuration tells of it if there is no base.
+        dataset: The training data, as far as it can be read.
+        holdout: The held-out data if it is a folder of its own.
+        num_held_out: See :class:`RunInputs`.
+        problems: Everything that keeps the run from starting, a line each.
+    """
+
+    base: BaseFolder | None
+    transformer: TransformerFacts
+    dataset: DatasetFacts
+    holdout: DatasetFacts | None
+    num_held_out: int
+    problems: tuple[str, ...]
+
+    def inputs(self) -> RunInputs | None:
+        """The inputs of the run; None if there are problems or the base folder is not here."""
+        if self.problems or self.base is None:
+            return None
+        return RunInputs(
+            base_folder=self.base.folder,
+            paths=self.base.paths,
+            components=self.base.components,
+            transformer=self.transformer.arguments,
+            dataset=self.dataset,
+            holdout=self.holdout,
+            num_train=self.dataset.num_examples - self.num_held_out,
+            num_held_out=self.num_held_out,
+        )
+
+
+def open_inputs(config: TrainConfig, num_processes: int = 1) -> RunInputs:
+    """Open and check what a run reads; a base folder on the Hub is downloaded.
+
+    Args:
+        config: Training configuration.
+        num_processes: That share the dataset.
+
+    Raises:
+        ConfigError: With a line for each problem.
+    """
+    findings = inspect_inputs(config, num_processes, download=True)
+    inputs = findings.inputs()
+    if inputs is None:
+        raise ConfigError(*findings.problems)
+    return inputs
+
+
+def inspect_inputs(config: TrainConfig, num_processes: int = 1, download: bool = False) -> Findings:
+    """Find out what a run reads, as far as possible, and all that keeps it from starting.
+
+    Args:
+        config: Training configuration.
+        num_processes: That share the dataset.
+        download: Whether to get a base folder from the Hub if it is not on this machine.
+    """
+    problems = [
+        *_wrong_rates(config),
+        *_wrong_output_dir(config.experiment.output_dir),
+    ]
+    base = open_base(config, download, problems)
+    model = inspect_transformer(config, base, problems)
+    loader = config.train_dataloader
+    is_ours = import_target(loader.target) is FeatureDataLoader
+    data = open_records(DATASET, loader.params.dataset, is_ours, problems)
+    holdout = config.validation.holdout
+    kept = open_records(HOLDOUT, holdout, True, problems) if isinstance(holdout, str) else None
+    num_held_out = round(holdout * data.facts.num_examples) if isinstance(holdout, float) else 0
+    count = data.facts.num_examples
+    if isinstance(holdout, float) and count and not num_held_out:
+        problems.append(f"{HOLDOUT}={holdout} keeps none of the {count} examples")
+    if is_ours and count:
+        problems += _wrong_shares(config, num_processes, count - num_held_out)
+    problems += _oversized(config, data.facts, model)
+    problems += _wrong_validation(config, data, model, base)
+    for records in (data, kept):
+        if records is not None:
+            lines = wrong_records(config, records, model, base)
+            problems += [f"{records.key}: {line}" for line in lines]
+    return Findings(
+        base=base,
+        transformer=model,
+        dataset=data.facts,
+        holdout=None if kept is None else kept.facts,
+        num_held_out=num_held_out,
+        problems=tuple(dict.fromkeys(problems)),
+    )
+
+
+def _wrong_rates(config: TrainConfig) -> Iterator[str]:
+    """Build optimizer and schedule, and ask the latter for its first and last rates."""
+    optimizer, schedule = config.optimizer, config.lr_scheduler
+    is_wrong = False
+    # Others than PyTorch's may compile for minutes.
+    if getattr(import_target(optimizer.target), "__module__", "").startswith("torch.optim"):
+        try:
+            config_to_object(optimizer, params=[nn.Parameter(torch.zeros(1))])
+        except (TypeError, ValueError, RuntimeError) as error:
+            is_wrong = True
+            yield f"optimizer.params of {optimizer.target}: {error}"
+    name = f"lr_scheduler.params of {schedule.target}"
+    try:
+        rate_at = config_to_object(schedule).lr_at
+        rates = [rate_at(step) for step in (0, config.training.max_train_steps - 1)]
+        wrong = [rate for rate in rates if not (math.isfinite(rate) and rate >= 0)]
+    except (TypeError, ValueError, ArithmeticError, AttributeError) as error:
+        yield f"{name}: {error}"
+        return
+    is_same = is_wrong and schedule.params.get("lr_max") == optimizer.params.get("lr")
+    if wrong and not is_same:
+        yield f"{name} lead to a learning rate of {wrong[0]}, which must be finite and at least 0"
+
+
+def _wrong_output_dir(output_dir: str) -> Iterator[str]:
+    """Make the output folder, or what is missing of it, beside its place, and delete it again."""
+    path = Path(output_dir).absolute()
+    existing = next(parent for parent in (path, *path.parents) if os.path.lexists(parent))
+    if not existing.is_dir():
+        yield f"experiment.output_dir={output_dir}: {existing} is not a folder"
+        return
+    try:
+        with tempfile.TemporaryDirectory(prefix=".diffnext-", dir=existing) as probe:
+            (Path(probe) / path.relative_to(existing)).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = error.strerror or error
+        yield f"experiment.output_dir={output_dir} cannot be made or written to: {reason}"
+
+
+def _wrong_shares(config: TrainConfig, num_processes: int, num_train: int) -> Iterator[str]:
+    """Check that every process has something to read."""
+    params = config.train_dataloader.params
+    shards = num_processes if params.shard_id is None else params.num_shards or 1
+    try:
+        order = ExampleOrder(
+            num_examples=num_train,
+            shard_id=shards - 1 if params.shard_id is None else params.shard_id,
+            num_shards=shards,
+            seed=params.seed + shards - 1,
+        )
+    except ValueError as error:
+        yield f"{LOADER}: {error}"
+        return
+    smallest = num_train - order.shard_size * (shards - 1)
+    unusual = []
+    if params.batch_size > smallest:
+        unusual.append(f"a process has only {smallest} examples, which repeat inside a batch")
+    if params.batch_size != config.training.batch_size:
+        unusual.append(f"training.batch_size is {config.training.batch_size}, as reports assume")
+    for reason in unusual:
+        logger.warning("%s.batch_size is %d, but %s", LOADER, params.batch_size, reason)
+
+
+def _oversized(config: TrainConfig, data: DatasetFacts, model: TransformerFacts) -> Iterator[str]:
+    """Compare the least that a step can need with the memory there is."""
+    if model.model is None or not data.shape:
+        return
+    batch = config.train_dataloader.params.batch_size
+    repeat = config.model.loss_repeat
+    hidden_share = (config.model.mask_ratios or model.model.mask_embed.mask_ratios)[0]
+    positions = math.prod(data.shape[1:])
+    tokens = int(hidden_share * positions) // model.model.image_encoder.patch_embed.patch_size**2
+    width = model.model.image_decoder.head.in_features
+    itemsize = precision_to_dtype(config.training.mixed_precision).itemsize
+    needed = batch * repeat * tokens * width * itemsize
+    there_is = device_bytes(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    if needed > there_is:
+        yield (
+            f"{LOADER}.batch_size={batch} and model.loss_repeat={repeat} cannot be had: the tokens "
+            f"of the loss alone are {needed / GIB:.1f} GiB, of {there_is / GIB:.1f} that there are"
+        )
+
+
+def _wrong_validation(
+    config: TrainConfig, data: Records, model: TransformerFacts, base: BaseFolder | None
+) -> Iterator[str]:
+    """Check that there is something to validate, and that the prompts suit the model."""
+    options = config.validation
+    drawn = [prompt for sample in data.samples for prompt in sample.prompts]
+    is_cached = bool(drawn) and all(isinstance(prompt, np.ndarray) for prompt in drawn)
+    if options.every is not None and options.prompts is None and options.holdout is None:
+        if is_cached:
+            yield (
+                f"validation.every={options.every} has nothing to draw: the dataset has cached "
+                "text states in place of captions; set validation.prompts or validation.holdout"
+            )
+    lines = (wrong_prompt("validation.prompts", p, model, base) for p in options.prompts or ())
+    yield from itertools.islice(filter(None, lines), 1)
