@@ -20,11 +20,11 @@ from pathlib import Path
 from accelerate.state import AcceleratorState
 
 from check_resume import CONFIG, ROOT, write_records
+from diffnext.config.load import get_config, parse
+from diffnext.config.schema import TrainConfig
 from diffnext.engine.engine_utils import count_params
 from diffnext.engine.train_engine import Trainer
 from diffnext.utils.accelerate_utils import build_accelerator, set_logger
-from diffnext.utils.config_schema import TrainConfig
-from diffnext.utils.omegaconf_utils import fill_defaults, get_config
 
 WARM_UP = 3
 
@@ -99,7 +99,7 @@ def measure(inputs: Sequence[str], asynchronous: bool, args: argparse.Namespace)
     """Train and save in turns."""
     AcceleratorState._reset_state(reset_partial_state=True)
     options = [*inputs, f"checkpoint.async_save={str(asynchronous).lower()}"]
-    config = fill_defaults(get_config([*options, "training.max_train_steps=1000000"]), TrainConfig)
+    config = parse(get_config([*options, "training.max_train_steps=1000000"]), TrainConfig)
     accelerator = build_accelerator(config)
     logger = set_logger(level="WARNING", accelerator=accelerator)
     trainer = Trainer(config, accelerator, logger)

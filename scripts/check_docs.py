@@ -44,7 +44,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from diffnext.utils.config_schema import TrainConfig, iterate_schema
+from diffnext.config.schema import TrainConfig, iterate_schema
 
 ROOT = Path(__file__).resolve().parent.parent
 # What blocks find in their folder; not what someone's own runs have left in the checkout.
@@ -342,7 +342,7 @@ def _check_section(section: dict[str, Any], prefix: str, schema: dict[str, Any])
         path = prefix + name
         if path not in schema:
             raise DocsError(f"unknown key {path!r}")
-        if isinstance(value, dict) and not schema[path].open:
+        if isinstance(value, dict) and not schema[path].is_open:
             _check_section(value, f"{path}.", schema)
 
 

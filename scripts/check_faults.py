@@ -23,10 +23,12 @@ import numpy as np
 import psutil
 
 from check_resume import family, last_step, make_inputs, run_to_end, started
+from diffnext.config.targets import ConfigError
 from diffnext.data.records import RecordDataset, RecordWriter
-from diffnext.engine.checkpoint import RunFolder
+from diffnext.engine.resume import LATEST, find_resume_point
+from diffnext.engine.snapshot import RunFolder
 
-MESSAGE = re.compile(r"(^error: |^stopped at|ignoring the incomplete).*")
+MESSAGE = re.compile(r"(^error: |^stopped at|checkpoint-\d+ is damaged).*")
 KEEP_ALL = ["checkpoint.keep_last=null"]
 LONG = ["training.max_train_steps=1000000", "experiment.save_every=4", "checkpoint.keep_last=2"]
 
@@ -134,11 +136,19 @@ def bring_about(fault: Fault, inputs: Sequence[str], output: Path) -> str:
     lines = log_file.read_text().splitlines()
     messages = [match[0] for line in lines if (match := MESSAGE.search(line))]
     message = "; ".join(dict.fromkeys(messages)) or "NO MESSAGE"
-    checkpoints = RunFolder(output).complete_checkpoints()
-    newest = checkpoints[-1].name if checkpoints else "none"
     when = f"{seconds:.1f}" if fault.act is not None else f"{seconds:.1f} from the start"
     rest = f" ({len(left)} processes left)" if left else ""
+    newest = newest_checkpoint(output)
     return f"| {fault.name} | {fault.launcher} | {message} | {code} | {when}{rest} | {newest} |"
+
+
+def newest_checkpoint(output: Path) -> str:
+    """Name of the checkpoint that a new start would continue from."""
+    try:
+        point = find_resume_point(RunFolder(output), LATEST)
+    except ConfigError:  # all are damaged
+        point = None
+    return "none" if point is None else point.checkpoint.name
 
 
 def ranks_of(process: subprocess.Popen) -> list[psutil.Process]:
@@ -173,7 +183,8 @@ def terminate(process: subprocess.Popen) -> None:
 def leave_truncated_checkpoint(options: Sequence[str], output: Path) -> None:
     """Train for 12 steps and cut the largest file of the newest checkpoint in half."""
     run_to_end("plain", [*options, "training.max_train_steps=12"], output)
-    newest = RunFolder(output).complete_checkpoints()[-1]
+    run = RunFolder(output)
+    newest = run.checkpoint(run.steps()[-1])
     largest = max((p for p in newest.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
     os.truncate(largest, largest.stat().st_size // 2)
 

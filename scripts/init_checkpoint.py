@@ -29,7 +29,8 @@ from transformers import PhiConfig, PreTrainedTokenizerFast
 from diffnext.models.text_encoders.phi import PhiEncoderModel
 from diffnext.models.transformers.transformer_nova import NOVATransformer3DModel
 from diffnext.models.vision_transformer import Block
-from diffnext.pipelines.release_folder import INDEX_FILE, write_shim
+from diffnext.pipelines.release_folder import BASE_FOLDER_FILE, INDEX_FILE, write_shim
+from diffnext.utils.component_files import component_files, reading
 from diffnext.utils.json_files import read_json, write_json
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
@@ -162,22 +163,30 @@ def write_vae(
     source = args.vae or (TINY_VAES[class_name] if args.tiny else None)
     if source is None:
         raise ValueError(f"{target} needs --vae, the folder of an {class_name}")
+    component_files(source)
     vae_config = read_json(source / "config.json")
     if vae_config.get("_class_name", class_name) != class_name:
         raise ValueError(f"{target} needs an {class_name}, {source} is {vae_config['_class_name']}")
-    stride = 2 ** (len(vae_config["block_out_channels"]) - 1)
     wanted = {"latent_channels": model_config["image_dim"], "stride": model_config["image_stride"]}
-    found = {"latent_channels": vae_config["latent_channels"], "stride": stride}
+    with reading(source, class_name):
+        stride = 2 ** (len(vae_config["block_out_channels"]) - 1)
+        found = {"latent_channels": vae_config["latent_channels"], "stride": stride}
     if wanted != found:
         raise ValueError(f"the config needs an autoencoder with {wanted}, {source} has {found}")
-    shutil.copytree(source, folder)
+    copy_component(source, folder)
     return [write_shim(folder, "vae", class_name), class_name]
+
+
+def copy_component(source: Path, folder: Path) -> None:
+    """Copy a component, but for Python files."""
+    component_files(source)  # raises unless they are its own
+    shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.py", BASE_FOLDER_FILE))
 
 
 def write_tokenizer(folder: Path, args: argparse.Namespace) -> list[str]:
     """Copy or learn the tokenizer; returns its index entry."""
     if args.tokenizer:
-        shutil.copytree(args.tokenizer, folder)
+        copy_component(args.tokenizer, folder)
         name = read_json(folder / "tokenizer_config.json").get("tokenizer_class")
         return ["transformers", name or "PreTrainedTokenizerFast"]
     if not args.tiny:
@@ -207,12 +216,13 @@ def write_text_encoder(
     """Copy or initialise the text encoder; returns its index entry."""
     width = model_config["text_token_dim"]
     if args.text_encoder:
-        found = read_json(args.text_encoder / "config.json")["hidden_size"]
+        component_files(args.text_encoder)
+        found = read_json(args.text_encoder / "config.json").get("hidden_size")
         if found != width:
             raise ValueError(
                 f"text_token_dim is {width}, but the states of {args.text_encoder} are {found} wide"
             )
-        shutil.copytree(args.text_encoder, folder)
+        copy_component(args.text_encoder, folder)
     elif args.tiny:
         tiny_text_encoder(width).save_pretrained(folder)
     else:

@@ -47,7 +47,10 @@ def merge(checkpoint: Path, output: Path, dtype: torch.dtype) -> None:
         output: Folder to write.
         dtype: Of the weights that are written; the sum is done in float32.
     """
-    pipeline_class = PIPELINES[read_class_name(checkpoint)]
+    name = read_class_name(checkpoint)
+    if name not in PIPELINES:
+        raise ValueError(f"{checkpoint} must hold a {' or a '.join(PIPELINES)}, got {name}")
+    pipeline_class = PIPELINES[name]
     pipe = pipeline_class.from_pretrained(checkpoint, dtype=torch.float32)
     pipe.fuse_lora()
     pipe.unload_lora_weights()

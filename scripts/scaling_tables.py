@@ -9,23 +9,29 @@ Everything is computed, nothing is run and no GPU is needed.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
 from torch.utils.flop_counter import (
     FlopCounterMode,
     sdpa_backward_flop_count,
     sdpa_flop_count,
 )
 
-from diffnext.engine.dry_run import ENGINE_NAMES, USABLE_SHARE, format_memory, memory_table
+from diffnext.config.load import parse, read_config
+from diffnext.config.schema import TrainConfig
+from diffnext.engine.dry_run import (
+    ENGINE_NAMES,
+    USABLE_SHARE,
+    ModelPlan,
+    format_memory,
+    memory_table,
+)
 from diffnext.engine.memory import ENGINES, FLOAT32, Engine, ParameterCounts, simulate_step
-from diffnext.engine.run_facts import ModelFacts, batch_shape, inspect_model
-from diffnext.utils.accelerate_utils import normalize_precision, precision_to_dtype
-from diffnext.utils.omegaconf_utils import fill_defaults
+from diffnext.engine.run_inputs import inspect_inputs
+from diffnext.utils.accelerate_utils import precision_to_dtype
 
 GIB = 2**30
 GB = 1e9
@@ -68,50 +74,51 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     usable = int(args.gpu * USABLE_SHARE * GIB)
     for path in args.configs:
-        config = fill_defaults(OmegaConf.load(path))
-        facts = inspect_model(config)
-        counts = ParameterCounts.of(facts.make())
-        batch = config.training.batch_size
-        print(f"### {path.stem}: {counts.total / 1e6:.0f} M parameters, batch {batch}\n")
-        config.model.gradient_checkpointing = args.level
-        print(f"Forward and backward of a batch: {count_flops(config) / 1e12:.0f} TFLOP.\n")
-        print(format_memory(estimate(config, facts, PROCESSES), usable))
+        plan = set_level(make_plan(path), args.level)
+        counts = ParameterCounts.of(plan.make())
+        batch = plan.batch_shape()
+        print(f"### {path.stem}: {counts.total / 1e6:.0f} M parameters, batch {batch.size}\n")
+        print(f"Forward and backward of a batch: {count_flops(plan) / 1e12:.0f} TFLOP.\n")
+        print(format_memory(memory_table(plan, batch, "cuda", PROCESSES), usable))
         print(f"\nPeak at each checkpointing level on {PROCESSES[1]} GPUs:\n")
-        print_levels(config)
+        print_levels(plan)
         print("\nSent by each GPU in one optimizer step, GB:\n")
-        print_traffic(config, counts)
+        print_traffic(plan, counts)
         print()
 
 
-def count_flops(config: DictConfig) -> int:
+def make_plan(path: Path) -> ModelPlan:
+    """The model of a training config; what the config names need not exist."""
+    merged, _ = read_config([f"config={path}", "experiment.output_dir=."])
+    config = parse(merged, TrainConfig)
+    return ModelPlan.of(config, inspect_inputs(config))
+
+
+def set_level(plan: ModelPlan, level: int) -> ModelPlan:
+    """The same model with another level of gradient checkpointing."""
+    model = replace(plan.config.model, gradient_checkpointing=level)
+    return replace(plan, config=replace(plan.config, model=model))
+
+
+def count_flops(plan: ModelPlan) -> int:
     """Floating-point operations of matrix products and attention, for one batch on one GPU."""
-    facts = inspect_model(config)
-    batch = batch_shape(config.training.batch_size, facts.config)
     with FlopCounterMode(display=False, depth=0, custom_mapping=ATTENTION) as counter:
-        simulate_step(facts.make(), batch)
+        simulate_step(plan.make(), plan.batch_shape())
     return counter.get_total_flops()
 
 
-def estimate(config: DictConfig, facts: ModelFacts, processes: Sequence[int]) -> dict[Any, Any]:
-    """Memory of all engines."""
-    batch = batch_shape(config.training.batch_size, facts.config)
-    return memory_table(config, facts, batch, "cuda", processes)
-
-
-def print_levels(config: DictConfig) -> None:
+def print_levels(plan: ModelPlan) -> None:
     """Peak memory over levels and engines."""
     print_row(["level", *(f"{ENGINE_NAMES[engine]}, GiB" for engine in ENGINES)], is_header=True)
     for level in LEVELS:
-        config.model.gradient_checkpointing = level
         number = PROCESSES[1]
-        estimates = estimate(config, inspect_model(config), [number])
+        estimates = memory_table(set_level(plan, level), plan.batch_shape(), "cuda", [number])
         print_row([level, *(f"{estimates[engine, number].peak / GIB:.1f}" for engine in ENGINES)])
 
 
-def print_traffic(config: DictConfig, counts: ParameterCounts) -> None:
+def print_traffic(plan: ModelPlan, counts: ParameterCounts) -> None:
     """Bytes on the wire over engines and numbers of GPUs."""
-    precision = normalize_precision(config.training.get("mixed_precision"))
-    itemsize = precision_to_dtype(precision).itemsize
+    itemsize = precision_to_dtype(plan.config.training.mixed_precision).itemsize
     numbers = [number for number in PROCESSES if number > 1]
     print_row(["engine", *(f"{number} GPUs" for number in numbers)], is_header=True)
     for engine in ENGINES:

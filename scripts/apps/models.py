@@ -12,7 +12,7 @@ import yaml
 from huggingface_hub import ModelCard
 
 from diffnext.pipelines import NOVAPipeline
-from diffnext.pipelines.release_folder import read_base_reference
+from diffnext.utils.component_files import own_path, read_base_reference
 
 __all__ = ["Defaults", "Ranges", "load_pipeline", "model_name", "read_defaults"]
 
@@ -124,7 +124,7 @@ def read_defaults(folder: Path, fallback: Defaults, ranges: Ranges) -> Defaults:
 def find_card(folder: Path) -> Path | None:
     """README.md of a model's folder, or of the folder that a checkpoint belongs to."""
     base, _ = read_base_reference(folder)
-    candidates = [parent / "README.md" for parent in (folder, base) if parent is not None]
+    candidates = [own_path(parent, "README.md") for parent in (folder, base) if parent is not None]
     return next((path for path in candidates if path.is_file()), None)
 
 

@@ -27,6 +27,8 @@ from diffnext.image_processor import to_rgb
 from diffnext.models.autoencoders.tiling import TilingMixin
 from diffnext.pipelines import NOVAPipeline
 from diffnext.utils import export_to_video
+from diffnext.utils.messages import naming
+from diffnext.utils.pictures import load_picture
 
 __all__ = ["DEFAULTS", "RANGES", "VideoApp", "crop_image", "make_presets"]
 
@@ -88,7 +90,7 @@ class VideoApp:
                     )
                     image = gr.Image(
                         label="Image Prompt (Optional)",
-                        type="pil",
+                        type="filepath",  # to be opened here, as gradio takes any format
                         image_mode=None,  # crop_image converts, and lays transparency on white
                         sources=["upload", "clipboard"],
                         elem_id="image-prompt",
@@ -129,7 +131,7 @@ class VideoApp:
         self,
         prompt: str,
         negative_prompt: str,
-        image_prompt: Image.Image | None,
+        image_prompt: str | None,
         motion_flow: float,
         preset: str,
         seed: int,
@@ -145,7 +147,7 @@ class VideoApp:
         Args:
             prompt: What to draw.
             negative_prompt: What to avoid.
-            image_prompt: Its first frame, of any size, or None.
+            image_prompt: File of its first frame, of any size, or None.
             motion_flow: Motion strength.
             preset: One of ``presets``.
             seed: Of the video.
@@ -164,6 +166,7 @@ class VideoApp:
         """
         seed = choose_seed(seed, randomize_seed)
         with report_errors():
+            picture = image_prompt and read_upload(image_prompt)
             request = DrawRequest(
                 prompt=prompt,
                 negative_prompt=negative_prompt,
@@ -172,7 +175,7 @@ class VideoApp:
                 num_diffusion_steps=int(num_diffusion_steps),
                 max_latent_length=self.presets[preset],
                 motion_flow=motion_flow,
-                image=image_prompt and crop_image(image_prompt, *self.studio.pixel_size),
+                image=picture and crop_image(picture, *self.studio.pixel_size),
             )
             try:
                 samples = self.studio.draw(
@@ -208,6 +211,12 @@ def make_presets(pipe: NOVAPipeline, height: int, width: int) -> dict[str, int]:
         if length <= longest and pipe.vae.legal_latent_length(length) == length
     ]
     return {f"{pipe.vae.sample_length(length)}x{width}x{height}": length for length in lengths}
+
+
+def read_upload(path: str) -> Image.Image:
+    """A picture that a visitor sent; errors do not name its place on this machine."""
+    with open(path, "rb") as file, naming("the image prompt"):
+        return load_picture(file)
 
 
 def crop_image(image: Image.Image, target_h: int, target_w: int) -> np.ndarray:
