@@ -26,10 +26,11 @@ from check_resume import family, last_step, make_inputs, run_to_end, started
 from diffnext.config.targets import ConfigError
 from diffnext.data.records import RecordDataset, RecordWriter
 from diffnext.engine.resume import LATEST, find_resume_point
-from diffnext.engine.snapshot import RunFolder
+from diffnext.engine.snapshot import ENGINE, RunFolder
 
-MESSAGE = re.compile(r"(^error: |^stopped at|checkpoint-\d+ is damaged).*")
+MESSAGE = re.compile(r"(^error: |^stopped at|checkpoint-\d+ is damaged|saved with \d+ proc).*")
 KEEP_ALL = ["checkpoint.keep_last=null"]
+VALIDATING = ["validation={every: 4, num_inference_steps: 4}"]
 LONG = ["training.max_train_steps=1000000", "experiment.save_every=4", "checkpoint.keep_last=2"]
 
 
@@ -43,6 +44,7 @@ class Fault:
         act: Does it to a run that has reached ``at_step``; None if it lies in the options.
         options: Further arguments of train.py.
         at_step: Step that must have been reported.
+        at_file: Pattern of a file or folder that must be in the output folder, in its place.
         before: Prepares the output folder, given the options of the run.
     """
 
@@ -51,6 +53,7 @@ class Fault:
     act: Callable[[subprocess.Popen], None] | None = None
     options: Sequence[str] = ()
     at_step: int = 10
+    at_file: str | None = None
     before: Callable[[Sequence[str], Path], None] | None = None
 
 
@@ -102,6 +105,26 @@ def make_faults(folder: Path, tmpfs: Path | None) -> list[Fault]:
             at_step=-1,
             before=leave_truncated_checkpoint,
         ),
+        Fault(
+            "one byte flipped in the newest checkpoint",
+            "plain",
+            options=["training.max_train_steps=16"],
+            at_step=-1,
+            before=leave_flipped_checkpoint,
+        ),
+        Fault("output in /proc", "plain", options=["experiment.output_dir=/proc/run"], at_step=-1),
+        Fault(
+            "1 process, then 2, then 1",
+            "plain",
+            options=["training.max_train_steps=20"],
+            at_step=-1,
+            before=train_with_one_and_two,
+        ),
+        Fault("SIGTERM before the first step", "plain", terminate, at_file="config.yaml"),
+        Fault(
+            "SIGTERM in validation", "plain", terminate, VALIDATING, at_file="validation/*/raw.png"
+        ),
+        Fault("SIGTERM in saving", "plain", terminate, at_file="checkpoints/.checkpoint-*.tmp"),
         Fault("SIGTERM", "plain", terminate),
         Fault("SIGTERM", "plain_x2", terminate),
         Fault("SIGTERM", "zero2_x2", terminate),
@@ -114,6 +137,13 @@ def make_faults(folder: Path, tmpfs: Path | None) -> list[Fault]:
     return faults
 
 
+def has_come(fault: Fault, output: Path) -> bool:
+    """Whether a run is where a fault is to happen."""
+    if fault.at_file is not None:
+        return any(output.glob(fault.at_file))
+    return last_step(output) >= fault.at_step
+
+
 def bring_about(fault: Fault, inputs: Sequence[str], output: Path) -> str:
     """Start a run, do the fault to it and wait for its end; returns a row of the table."""
     options = [*inputs, *LONG, "training.batch_size=2", *fault.options]
@@ -123,8 +153,8 @@ def bring_about(fault: Fault, inputs: Sequence[str], output: Path) -> str:
     log_file.unlink(missing_ok=True)
     begin = time.monotonic()
     with started(fault.launcher, options, output) as process:
-        while last_step(output) < fault.at_step and process.poll() is None:
-            time.sleep(0.05)
+        while not has_come(fault, output) and process.poll() is None:
+            time.sleep(0.02)
         begin = time.monotonic()
         members = family(process)
         if fault.act is not None:
@@ -178,6 +208,22 @@ def terminate(process: subprocess.Popen) -> None:
     """Send SIGTERM to every process, launcher included, as a job scheduler does."""
     for member in family(process):
         member.terminate()
+
+
+def leave_flipped_checkpoint(options: Sequence[str], output: Path) -> None:
+    """Train for 12 steps and flip one bit of the newest checkpoint's optimizer state."""
+    run_to_end("plain", [*options, "training.max_train_steps=12"], output)
+    run = RunFolder(output)
+    path = run.checkpoint(run.steps()[-1]) / ENGINE
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def train_with_one_and_two(options: Sequence[str], output: Path) -> None:
+    """Train for 12 steps with one process and for 4 more with two."""
+    run_to_end("plain", [*options, "training.max_train_steps=12"], output)
+    run_to_end("plain_x2", [*options, "training.max_train_steps=16"], output)
 
 
 def leave_truncated_checkpoint(options: Sequence[str], output: Path) -> None:

@@ -41,6 +41,7 @@ def main(argv: Sequence[str] | None = None, program: str = PROGRAM) -> int:
     from diffnext.engine.control import (
         EXIT_STOPPED,
         EXIT_UNUSABLE,
+        ProcessLost,
         TrainingError,
         TrainingStopped,
     )
@@ -54,6 +55,8 @@ def main(argv: Sequence[str] | None = None, program: str = PROGRAM) -> int:
     except TrainingStopped as stopped:
         print_once([f"{stopped}; the same command continues"])
         sys.exit(EXIT_STOPPED)
+    except ProcessLost as error:
+        sys.exit(f"error: {error}")  # on every process: the main one may be the lost one
     except TrainingError as error:
         print_once([f"error: {error}"])
         sys.exit(1)
@@ -66,7 +69,7 @@ def print_once(lines: Sequence[str]) -> None:
         print("\n".join(lines), file=sys.stderr, flush=True)
     else:
         # A launcher ends all processes with the first that ends: let that be the main one.
-        time.sleep(5)
+        time.sleep(60)
 
 
 def print_help(program: str) -> None:

@@ -30,7 +30,6 @@ class CheckpointWriter:
         accelerator: Knows the processes. Building is collective.
         options: How to write, and which checkpoints to keep.
         run_id: Of this run; checkpoints of others are left alone.
-        timeout: Seconds to wait for other processes.
         logger: Where to report.
     """
 
@@ -40,7 +39,6 @@ class CheckpointWriter:
         accelerator: Accelerator,
         options: CheckpointConfig,
         run_id: str,
-        timeout: float | None,
         logger: logging.Logger | logging.LoggerAdapter,
     ) -> None:
         self.recipe = recipe
@@ -50,7 +48,7 @@ class CheckpointWriter:
         self.is_main = accelerator.is_main_process
         self.steps = list(_find_own(self.run, run_id)) if self.is_main else []
         # The thread has a group of its own: the training's collectives go on beside it.
-        self._agreement = Agreement(accelerator, timeout)
+        self._agreement = Agreement(accelerator)
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
 

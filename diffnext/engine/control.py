@@ -23,12 +23,17 @@ T = TypeVar("T")
 EXIT_UNUSABLE = 2  # exit code of a run that was not begun: its configuration cannot be used
 # Exit code of a run that was asked to stop: EX_TEMPFAIL of sysexits.h, "try again later".
 EXIT_STOPPED = 75
+NO_LIMIT = timedelta(days=365)
 IMPATIENCE = 3.0  # seconds after which a repeated Ctrl-C is meant as such
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class TrainingError(RuntimeError):
     """A run that cannot go on; every process raises it with the same message."""
+
+
+class ProcessLost(TrainingError):
+    """A run that cannot go on because another process of it is gone; those left raise it."""
 
 
 class TrainingStopped(Exception):
@@ -39,20 +44,19 @@ class Agreement:
     """Lets all processes know what one of them has to say.
 
     The messages travel through main memory over a group of their own, so that they neither wait for
-    an accelerator nor mix with the collectives of the training.
+    an accelerator nor mix with the collectives of the training. They wait without a limit: one
+    process may be saving or drawing, and one that is gone is noticed at once.
 
     Args:
         accelerator: Knows the processes. Building is collective.
-        timeout: Seconds to wait for the others; None for PyTorch's default.
     """
 
-    def __init__(self, accelerator: Accelerator, timeout: float | None = None) -> None:
+    def __init__(self, accelerator: Accelerator) -> None:
         self.rank = accelerator.process_index
         self.size = accelerator.num_processes
         self.group = None
         if self.size > 1:
-            limit = None if timeout is None else timedelta(seconds=timeout)
-            self.group = distributed.new_group(backend="gloo", timeout=limit)
+            self.group = distributed.new_group(backend="gloo", timeout=NO_LIMIT)
 
     def collect(self, message: str | None) -> list[str]:
         """Gather the messages of all processes; collective, and cheap when there is none.

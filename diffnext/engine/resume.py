@@ -8,6 +8,10 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
+
+import accelerate
+import torch
 
 from diffnext.config.schema import TrainConfig
 from diffnext.config.targets import ConfigError
@@ -16,6 +20,7 @@ from diffnext.engine.run_inputs import RunInputs
 from diffnext.engine.snapshot import DamagedCheckpoint, RunFolder, TrainerState
 from diffnext.pipelines.release_folder import LORA_FILE
 from diffnext.utils.json_files import read_json
+from diffnext.version import __version__
 
 LATEST = "latest"
 KEY = "experiment.resume_from_checkpoint"
@@ -191,7 +196,7 @@ def find_mismatches(
             f"written with {saved.pipeline}",
             False,
         )
-    schedule = describe_schedule(config)
+    schedule = _describe_schedule(config)
     if saved.schedule not in (None, schedule):
         yield f"lr_scheduler was {saved.schedule}, from here on it is {schedule}", True
     fingerprint = inputs.dataset.fingerprint
@@ -199,8 +204,36 @@ def find_mismatches(
         yield f"the dataset was {saved.dataset}, from here on it is {fingerprint}", True
 
 
-def describe_schedule(config: TrainConfig) -> dict[str, object]:
-    """The learning rate over time, as it is written to checkpoints."""
+def describe_run(
+    config: TrainConfig,
+    inputs: RunInputs,
+    *,
+    step: int,
+    num_processes: int,
+    run_id: str,
+    wandb_run_id: str | None,
+) -> TrainerState:
+    """What is written to a checkpoint of a run, for :func:`find_mismatches` and for people."""
+    return TrainerState(
+        format=snapshot.STATE_FORMAT,
+        step=step,
+        num_processes=num_processes,
+        run=run_id,
+        precision=config.training.mixed_precision,
+        optimizer=config.optimizer.target,
+        pipeline=config.pipeline.target,
+        schedule=_describe_schedule(config),
+        dataset=inputs.dataset.fingerprint,
+        wandb_run_id=wandb_run_id,
+        versions={
+            "diffnext": __version__,
+            "torch": torch.__version__,
+            "accelerate": accelerate.__version__,
+        },
+    )
+
+
+def _describe_schedule(config: TrainConfig) -> dict[str, Any]:
     return {"target": config.lr_scheduler.target, **config.lr_scheduler.params}
 
 

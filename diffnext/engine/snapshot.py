@@ -86,7 +86,6 @@ class TrainerState:
         step: Completed steps.
         num_processes: Of the run.
         run: Identifies the run that wrote it.
-        engine: What distributed the run: "distributed" (or none) or "deepspeed".
         precision: Of the run: no, fp16 or bf16.
         optimizer: Its class.
         pipeline: Its class.
@@ -102,7 +101,6 @@ class TrainerState:
     step: int
     num_processes: int
     run: str | None = None
-    engine: str | None = None
     precision: str | None = None
     optimizer: str | None = None
     pipeline: str | None = None

@@ -2,39 +2,31 @@
 
 from __future__ import annotations
 
-import functools
-import json
 import logging
 import math
 import signal
 from collections.abc import Mapping
-from dataclasses import asdict
-from pathlib import Path
 from typing import Any, cast
 
-import accelerate
 import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from diffnext.config.load import parse
 from diffnext.config.schema import TrainConfig
 from diffnext.config.targets import (
-    ConfigError,
-    config_to_class,
     config_to_object,
-    target_parameters,
 )
-from diffnext.data.records import open_subset
 from diffnext.engine import snapshot as snapshots
 from diffnext.engine.checkpoint_writer import CheckpointWriter
 from diffnext.engine.control import (
     Agreement,
     HeldSignal,
+    ProcessLost,
     StopRequests,
     TrainingError,
     TrainingStopped,
@@ -46,20 +38,26 @@ from diffnext.engine.engine_state import (
     restore_random_state,
 )
 from diffnext.engine.engine_utils import get_param_groups, manual_seed
-from diffnext.engine.model_ema import ModelEMA
-from diffnext.engine.nonfinite import find_nonfinite, find_nonfinite_gradient
 from diffnext.engine.reporting import Reporter, StepResult
-from diffnext.engine.resume import ResumePoint, describe_schedule
+from diffnext.engine.resume import ResumePoint, describe_run
 from diffnext.engine.run_inputs import RunInputs, open_inputs
-from diffnext.engine.snapshot import DamagedCheckpoint, Recipe, RunFolder, Snapshot, TrainerState
+from diffnext.engine.run_parts import (
+    build_ema,
+    build_loader,
+    build_training_pipeline,
+    make_recipe,
+    trained_weights,
+)
+from diffnext.engine.snapshot import Snapshot
+from diffnext.engine.step_values import (
+    detach_metrics,
+    find_nonfinite,
+    find_nonfinite_gradient,
+    total_loss,
+)
 from diffnext.engine.validation import Validator
 from diffnext.models.transformers.transformer_nova import NOVATransformer3DModel
-from diffnext.pipelines.builder import build_pipeline, get_pipeline_path
-from diffnext.pipelines.release_folder import INDEX_FILE
-from diffnext.utils.accelerate_utils import get_ddp_shards, precision_to_dtype
-from diffnext.utils.json_files import read_json
-from diffnext.utils.profiler import Timer, get_progress, parse_duration
-from diffnext.version import __version__
+from diffnext.utils.profiler import Timer, get_progress
 
 
 class Trainer:
@@ -95,6 +93,8 @@ class Trainer:
         user_config: DictConfig | None = None,
         stop: StopRequests | None = None,
     ) -> None:
+        if user_config is None and isinstance(config, DictConfig):
+            user_config = config
         self.config = parse(config, TrainConfig)
         self.accelerator = accelerator
         self.logger = logger
@@ -102,23 +102,22 @@ class Trainer:
         self.run_id = run_id
         self.wandb_run_id = wandb_run_id
         self.stop = StopRequests() if stop is None else stop
-        self.dtype = precision_to_dtype(self.config.training.mixed_precision)
-        self.run = RunFolder(Path(self.config.experiment.output_dir), self.config.model.name)
         self.global_step = 0 if resume is None else resume.step
         self._saved_step = self.global_step  # nothing is new yet
 
         # First, as it fails fastest. Its processes only start with the first batch.
         self.loader = build_loader(self.config, self.inputs, accelerator)
         self._reader_deaths = HeldSignal(signal.SIGCHLD)
-        self.pipeline = self._build_pipeline(resume)
-        self.ema = self._build_ema(resume)
+        self.pipeline = build_training_pipeline(self.config, self.inputs, accelerator, resume)
+        self.ema = None
+        if accelerator.is_main_process:
+            self.ema = build_ema(self.config, self.pipeline.model, resume)
         model = self.pipeline.prepare_model(self.config)
         if self.config.training.compile:
             model.compile_parts()
         self.optimizer = config_to_object(self.config.optimizer, params=get_param_groups(model))
         self.lr_scheduler = config_to_object(self.config.lr_scheduler)
-        timeout = parse_duration(self.config.training.process_group_timeout)
-        self.agreement = Agreement(accelerator, timeout)
+        self.agreement = Agreement(accelerator)
         self.validator = Validator(self.config, self.inputs, accelerator, self.pipeline, logger)
         self.model, self.optimizer = accelerator.prepare(model, self.optimizer)
         if self.uses_deepspeed:
@@ -128,11 +127,10 @@ class Trainer:
             accelerator, self.model, self.optimizer, trained_only=self.config.model.lora is not None
         )
         self.writer = CheckpointWriter(
-            self._make_recipe(OmegaConf.create() if user_config is None else user_config),
+            make_recipe(self.config, self.inputs, self.bare_model, user_config),
             accelerator,
             self.config.checkpoint,
             run_id,
-            timeout,
             logger,
         )
         self.timer = Timer()
@@ -156,57 +154,6 @@ class Trainer:
         """The model without the wrappers of distributed training."""
         return cast(NOVATransformer3DModel, self.accelerator.unwrap_model(self.model))
 
-    # Inputs
-
-    def _build_pipeline(self, resume: ResumePoint | None) -> Any:
-        """Load the base folder, with the trained component from the checkpoint if there is one."""
-        dtypes = {"default": self.dtype}
-        if not self.uses_deepspeed:
-            dtypes[snapshots.COMPONENT] = torch.float32
-        pipeline = build_pipeline(
-            get_pipeline_path(**self.inputs.paths),
-            config_to_class(self.config.pipeline),
-            dtype=dtypes,
-            trust_remote_code=self.config.trust_remote_code,
-        )
-        if self.config.model.lora is not None:
-            from diffnext.engine.lora import add_lora
-
-            add_lora(pipeline.model, self.config.model.lora)
-        if resume is not None:
-            self._load_trained(pipeline.model, resume.weights)
-        return pipeline.to(self.accelerator.device)
-
-    def _load_trained(self, model: NOVATransformer3DModel, file: Path) -> None:
-        """Load what a run has trained: the model's weights, or its adapters.
-
-        Raises:
-            ConfigError: If they are of another model.
-        """
-        try:
-            tensors = snapshots.read_tensors(file)
-            if self.config.model.lora is None:
-                model.load_state_dict(tensors)
-            else:
-                from diffnext.engine.lora import load_adapter
-
-                load_adapter(model, file, tensors)
-        except (DamagedCheckpoint, RuntimeError) as error:
-            raise ConfigError(f"the weights {file} do not fit the model: {error}") from error
-
-    def _build_ema(self, resume: ResumePoint | None) -> ModelEMA | None:
-        """The average lives on the main process only, and starts before anything is frozen."""
-        if self.config.ema is None or not self.accelerator.is_main_process:
-            return None
-        ema = ModelEMA(self.pipeline.model, **asdict(self.config.ema.params))
-        if resume is not None and resume.ema_weights is not None:
-            self._load_trained(cast(NOVATransformer3DModel, ema.model), resume.ema_weights)
-        elif resume is not None:
-            self.logger.warning(
-                "%s has no averaged weights: EMA starts from its weights", resume.checkpoint
-            )
-        return ema
-
     # Stepping
 
     def train_loop(self) -> None:
@@ -227,7 +174,7 @@ class Trainer:
         except RuntimeError as error:
             if not is_lost_connection(error):
                 raise
-            raise TrainingError(
+            raise ProcessLost(
                 f"step {self.global_step} was cut short: another process of the run is gone. Its "
                 "own message, or that of the launcher, says why"
             ) from error
@@ -273,11 +220,12 @@ class Trainer:
         with self.accelerator.autocast():
             inputs = self.pipeline.preprocess(batch)
         with self.accelerator.accumulate(self.model):
-            outputs = self.model(inputs)
+            with self.accelerator.autocast():  # which accelerate adds to all engines but FSDP2
+                outputs = self.model(inputs)
             # Under DeepSpeed this also steps the optimizer after the last micro-batch.
             weights = self.config.model.loss_weights.by_output()
-            self.accelerator.backward(_total_loss(outputs, weights))
-        return _detach_metrics(outputs, self.accelerator.device)
+            self.accelerator.backward(total_loss(outputs, weights))
+        return detach_metrics(outputs, self.accelerator.device)
 
     def _step_optimizer(self, metrics: Mapping[str, Tensor]) -> tuple[Tensor, bool]:
         """Clip the gradients and step, unless something is not finite.
@@ -417,11 +365,18 @@ class Trainer:
         )
         average = None
         if self.ema is not None:
-            weights = self._trained_weights(self.ema.model.state_dict())
+            weights = trained_weights(self.config, self.ema.model.state_dict())
             average = {n: v.detach().to("cpu", copy=is_async) for n, v in weights.items()}
         self.writer.write(
             Snapshot(
-                trainer_state=self._describe_run(),
+                trainer_state=describe_run(
+                    self.config,
+                    self.inputs,
+                    step=self.global_step,
+                    num_processes=self.accelerator.num_processes,
+                    run_id=self.run_id,
+                    wandb_run_id=self.wandb_run_id,
+                ),
                 rank=self.accelerator.process_index,
                 rank_state={
                     "data": self.loader.state_dict(),
@@ -434,63 +389,6 @@ class Trainer:
             )
         )
         self._saved_step = self.global_step
-
-    def _make_recipe(self, user_config: DictConfig) -> Recipe:
-        """What all checkpoints of the run have in common."""
-        paths, base = self.inputs.paths, self.inputs.base_folder
-        index = (paths["module_dict"] or {}).get("model_index") or base / INDEX_FILE
-        return Recipe(
-            run=self.run,
-            base_folder=base,
-            components={
-                name: folder
-                for name, folder in self.inputs.components.items()
-                if name != snapshots.COMPONENT and folder != base / name
-            },
-            index=read_json(index),
-            config_yaml=OmegaConf.to_yaml(user_config),
-            write_trained=self._write_trained,
-            dtype=self.dtype,
-        )
-
-    def _trained_weights(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Of a model's weights, those that a checkpoint holds."""
-        if self.config.model.lora is None:
-            return dict(weights)
-        from diffnext.engine.lora import adapter_weights
-
-        return adapter_weights(weights)
-
-    def _write_trained(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
-        """Write the model, or its adapters, to a folder."""
-        if self.config.model.lora is not None:
-            from diffnext.engine.lora import write_adapter
-
-            write_adapter(folder, self.bare_model, weights)
-            return
-        config = json.loads(self.bare_model.to_json_string())
-        file_format = self.config.checkpoint.format
-        snapshots.write_component(folder / self.run.model_name, config, weights, file_format)
-
-    def _describe_run(self) -> TrainerState:
-        return TrainerState(
-            format=snapshots.STATE_FORMAT,
-            step=self.global_step,
-            num_processes=self.accelerator.num_processes,
-            run=self.run_id,
-            engine="deepspeed" if self.uses_deepspeed else "distributed",
-            precision=self.config.training.mixed_precision,
-            optimizer=self.config.optimizer.target,
-            pipeline=self.config.pipeline.target,
-            schedule=describe_schedule(self.config),
-            dataset=self.inputs.dataset.fingerprint,
-            wandb_run_id=self.wandb_run_id,
-            versions={
-                "diffnext": __version__,
-                "torch": torch.__version__,
-                "accelerate": accelerate.__version__,
-            },
-        )
 
     def _restore(self, resume: ResumePoint) -> None:
         """Restore engine, random states, data position and open reports as far as they fit.
@@ -553,41 +451,3 @@ class Trainer:
             self.writer.wait()
         finally:
             self.loader.close()
-
-
-def build_loader(config: TrainConfig, inputs: RunInputs, accelerator: Accelerator) -> Any:
-    """Open the training examples of this process: the dataset without what validation holds out."""
-    target = config.train_dataloader.target
-    params = {**asdict(config.train_dataloader.params), "max_examples": inputs.num_train or None}
-    if params["shard_id"] is None:
-        params |= get_ddp_shards(accelerator)
-    if inputs.num_held_out:
-        params["dataset_getter"] = functools.partial(open_subset, start=0, stop=inputs.num_train)
-    taken = target_parameters(target) or params
-    given = {name: value for name, value in params.items() if value is not None and name in taken}
-    return config_to_object({"target": target, "params": given})
-
-
-def _total_loss(outputs: Mapping[str, Any], weights: Mapping[str, float]) -> Tensor:
-    """Sum the losses among a model's outputs; those without a weight count once.
-
-    Raises:
-        ValueError: If none of them can be trained on.
-    """
-    losses = [
-        value * weights.get(name, 1.0)
-        for name, value in outputs.items()
-        if "loss" in name and isinstance(value, Tensor) and value.requires_grad
-    ]
-    if not losses:
-        raise ValueError(f"the model returned no trainable loss, only {sorted(outputs)}")
-    return sum(losses[1:], losses[0])
-
-
-def _detach_metrics(outputs: Mapping[str, Any], device: torch.device) -> dict[str, Tensor]:
-    """Pick losses and metrics; they stay on the device until they are reported."""
-    return {
-        name: torch.as_tensor(value, device=device).detach().float().mean()
-        for name, value in outputs.items()
-        if "loss" in name or "metric" in name
-    }

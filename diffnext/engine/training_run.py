@@ -86,7 +86,7 @@ def train(argv: Sequence[str]) -> None:
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(StopRequests(parse_duration(config.training.time_limit)))
         accelerator = build_accelerator(config, log_with="wandb")
-        agreement = Agreement(accelerator, parse_duration(config.training.process_group_timeout))
+        agreement = Agreement(accelerator)
         start = agreement.decide(lambda: _decide(config, accelerator, stack))
         config = parse_for_rank(user_config, accelerator.process_index)
         _train(config, user_config, accelerator, start, stop)
@@ -110,7 +110,7 @@ def load(argv: Sequence[str]) -> DictConfig:
         stand_ins={"experiment.output_dir": ".", "training.max_train_steps": 1},
     )
     problems = list(draft.problems)
-    if sound is not None:
+    if sound is not None and os.environ.get("RANK", "0") == "0":  # which prints them
         try:
             open_inputs(sound, int(os.environ.get("WORLD_SIZE", 1)))
         except ConfigError as error:

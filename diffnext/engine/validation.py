@@ -36,7 +36,6 @@ FOLDER = "validation"
 MAX_BATCHES = 64  # of a process in one held-out loss
 DATASET_PROMPTS = 4  # drawn when none are configured
 GAP = 2  # pixels between the pictures of a grid
-PATIENCE = 365 * 86400.0  # seconds that the others wait for the samples of the main process
 
 
 class Validator:
@@ -67,7 +66,7 @@ class Validator:
         self.accelerator = accelerator
         self.pipeline = pipeline
         self.logger = logger
-        self.agreement = Agreement(accelerator, PATIENCE)
+        self.agreement = Agreement(accelerator)
         self._is_sharded = accelerator.is_fsdp2
         self._whole: nn.Module | None = None
         if self._is_sharded and accelerator.is_main_process:

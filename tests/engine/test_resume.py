@@ -165,7 +165,7 @@ def without_hashes(run):
         path = run.checkpoint(step) / "state" / "trainer_state.json"
         state = json.loads(path.read_text())
         state["files"] = {name: mark["size"] for name, mark in state["files"].items()}
-        kept = ("step", "num_processes", "engine", "precision", "files")
+        kept = ("step", "num_processes", "precision", "files")
         path.write_text(json.dumps({"format": 2, **{name: state[name] for name in kept}}))
 
 

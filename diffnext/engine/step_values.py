@@ -1,0 +1,51 @@
+"""What a model returns in a step: its loss, its metrics, and what of them is NaN or infinite."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def total_loss(outputs: Mapping[str, Any], weights: Mapping[str, float]) -> Tensor:
+    """Sum the losses among a model's outputs; those without a weight count once.
+
+    Raises:
+        ValueError: If none of them can be trained on.
+    """
+    losses = [
+        value * weights.get(name, 1.0)
+        for name, value in outputs.items()
+        if "loss" in name and isinstance(value, Tensor) and value.requires_grad
+    ]
+    if not losses:
+        raise ValueError(f"the model returned no trainable loss, only {sorted(outputs)}")
+    return sum(losses[1:], losses[0])
+
+
+def detach_metrics(outputs: Mapping[str, Any], device: torch.device) -> dict[str, Tensor]:
+    """Pick losses and metrics; they stay on the device until they are reported."""
+    return {
+        name: torch.as_tensor(value, device=device).detach().float().mean()
+        for name, value in outputs.items()
+        if "loss" in name or "metric" in name
+    }
+
+
+def find_nonfinite(metrics: Mapping[str, Tensor]) -> str | None:
+    """The first metric that is NaN or infinite, with its value; None if all are finite."""
+    for name, value in metrics.items():
+        if not math.isfinite(value.item()):
+            return f"{name} is {value.item()}"
+    return None
+
+
+def find_nonfinite_gradient(model: nn.Module) -> str:
+    """The name of the first parameter whose gradient is NaN or infinite."""
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None and not parameter.grad.isfinite().all():
+            return name
+    return "a parameter"  # DeepSpeed has dropped the gradients by now
