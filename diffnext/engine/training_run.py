@@ -37,6 +37,7 @@ from diffnext.utils.accelerate_utils import (
     build_accelerator,
     build_trackers,
     set_logger,
+    warn_on_error,
 )
 from diffnext.utils.json_files import read_json, write_json
 from diffnext.utils.profiler import parse_duration
@@ -183,7 +184,8 @@ def _train(
         wandb_run_id = build_trackers(config, accelerator, wandb_run_id, first_step=start.step)
         logger.info("Config:\n%s", OmegaConf.to_yaml(user_config))
         if accelerator.is_main_process:
-            save_config(user_config, Path(config.experiment.output_dir) / "config.yaml")
+            with warn_on_error(logger, "config.yaml is not written"):
+                save_config(user_config, Path(config.experiment.output_dir) / "config.yaml")
         status.write("running")
         _step_to_the_end(config, user_config, accelerator, logger, start, stop, wandb_run_id)
     except BaseException as error:

@@ -442,14 +442,20 @@ def set_logger(
         target.removeHandler(handler)
         handler.close()
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout)]
+    problem = None
     if output_dir is not None and is_main:
-        handlers.append(logging.FileHandler(_log_file(output_dir), encoding="utf-8"))
+        try:
+            handlers.append(logging.FileHandler(_log_file(output_dir), encoding="utf-8"))
+        except OSError as error:
+            problem = error
     formatter = logging.Formatter(
         "%(asctime)s %(levelname)s %(filename)s:%(lineno)d] %(message)s", datefmt="%m/%d %H:%M:%S"
     )
     for handler in handlers:
         handler.setFormatter(formatter)
         target.addHandler(handler)
+    if problem is not None:
+        target.warning("there is no log file: %s", problem)
     return target if accelerator is None else RankLogger(target, {})
 
 

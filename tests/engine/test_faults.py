@@ -276,7 +276,9 @@ def test_fresh_run_in_a_used_folder_keeps_both_runs(tiny_run):
     assert f"Resume from {tiny_run.checkpoint(4)} at step 4" in tiny_run.log()
 
 
-@pytest.mark.parametrize("what", ["checkpoint", "report", "curves", "pictures", "leftover"])
+@pytest.mark.parametrize(
+    "what", ["checkpoint", "report", "curves", "pictures", "leftover", "settings", "log", "status"]
+)
 def test_what_cannot_be_deleted_or_reported_does_not_end_the_run(tiny_run, monkeypatch, what):
     options = ["training.max_train_steps=4", "experiment.save_every=1", "checkpoint.keep_last=1"]
     options += ["validation={every: 1, prompts: [a red star], num_inference_steps: 2}"]
@@ -290,10 +292,11 @@ def test_what_cannot_be_deleted_or_reported_does_not_end_the_run(tiny_run, monke
         rmtree = shutil.rmtree
         monkeypatch.setattr(snapshot.shutil, "rmtree", busy)
     names = {"report": "metrics.jsonl", "curves": "curves.png", "pictures": "validation"}
+    names |= {"settings": "config.yaml", "log": "logs", "status": "status.json"}
     if what in names:  # a folder where the file shall be, or the reverse
         tiny_run.output.mkdir()
         path = tiny_run.output / names[what]
-        path.touch() if what == "pictures" else (path / "full").mkdir(parents=True)
+        path.touch() if what in ("pictures", "log") else (path / "full").mkdir(parents=True)
     if what == "leftover":
         (tiny_run.output / "checkpoints").mkdir(parents=True)
         (tiny_run.output / "checkpoints" / ".checkpoint-98.tmp").touch()
