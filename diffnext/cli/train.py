@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None, program: str = PROGRAM) -> int:
     try:
         train(argv)
     except ConfigError as error:
-        print_once([f"error: {problem}" for problem in error.problems])
+        print_once([f"error: {problem}" for problem in error.problems], patience=60)
         sys.exit(EXIT_UNUSABLE)
     except TrainingStopped as stopped:
         print_once([f"{stopped}; the same command continues"])
@@ -63,13 +63,18 @@ def main(argv: Sequence[str] | None = None, program: str = PROGRAM) -> int:
     return 0
 
 
-def print_once(lines: Sequence[str]) -> None:
-    """Print what every process of a run has to say on the main process only."""
+def print_once(lines: Sequence[str], patience: float = 1) -> None:
+    """Print what every process of a run has to say on the main process only.
+
+    Args:
+        lines: What to print.
+        patience: Seconds that the others wait. A launcher ends all processes with the first that
+            ends: let that be the main one.
+    """
     if os.environ.get("RANK", "0") == "0":
         print("\n".join(lines), file=sys.stderr, flush=True)
     else:
-        # A launcher ends all processes with the first that ends: let that be the main one.
-        time.sleep(60)
+        time.sleep(patience)
 
 
 def print_help(program: str) -> None:
