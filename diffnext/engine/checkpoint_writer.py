@@ -18,7 +18,7 @@ from diffnext.engine import snapshot as snapshots
 from diffnext.engine.control import Agreement, TrainingError
 from diffnext.engine.snapshot import DamagedCheckpoint, Recipe, RunFolder, Snapshot
 
-FULL_DISK = 2**20  # bytes; what could not be written was larger
+FULL_DISK = 2**24  # bytes; what could not be written was larger
 RETRIES = (0.5, 2.0)  # seconds before another attempt to write
 
 
@@ -189,6 +189,6 @@ def _retry(action: Callable[[], None]) -> None:
         try:
             action()
             return
-        except OSError:
+        except Exception:  # every library has its own for a disk
             time.sleep(pause)
     action()

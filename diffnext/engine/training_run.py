@@ -78,8 +78,7 @@ def train(argv: Sequence[str]) -> None:
         TrainingStopped: If asked to stop early.
         TrainingError: If the run cannot go on.
     """
-    user_config = load(argv)
-    config = parse_for_rank(user_config, rank=0)
+    user_config, config = load(argv)
     if config.training.dry_run:
         accelerator = build_accelerator(config)
         report = print if accelerator.is_main_process else _report_nothing
@@ -89,12 +88,13 @@ def train(argv: Sequence[str]) -> None:
         accelerator = build_accelerator(config, log_with="wandb")
         agreement = Agreement(accelerator)
         start = agreement.decide(lambda: _decide(config, accelerator, stack))
-        config = parse_for_rank(user_config, accelerator.process_index)
+        if accelerator.process_index:
+            config = parse_for_rank(user_config, accelerator.process_index)
         _train(config, user_config, accelerator, start, stop)
 
 
-def load(argv: Sequence[str]) -> DictConfig:
-    """Merge file and command line, and find everything that is wrong.
+def load(argv: Sequence[str]) -> tuple[DictConfig, TrainConfig]:
+    """Merge file and command line, parse the result, and find everything that is wrong.
 
     If the sections are sound that say what a run reads, that is looked at, too, so that all errors
     come at once.
@@ -105,7 +105,7 @@ def load(argv: Sequence[str]) -> DictConfig:
     user_config, origins = read_config(argv)
     draft = Draft(user_config, TrainConfig, origins)
     if not draft.problems:
-        return user_config
+        return user_config, draft.build()
     sound = draft.sound_part(
         needed=("model", "pipeline", "train_dataloader", "validation"),
         stand_ins={"experiment.output_dir": ".", "training.max_train_steps": 1},
