@@ -66,10 +66,10 @@ def check_pictures(run, step):
 
 @pytest.mark.parametrize("precision", TOLERANCE)
 @pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("kind, stops", [([], (2, 4)), (LORA, (4,))], ids=["whole", "lora"])
-def test_everything_on_changes_no_loss(tiny_run, straight, engine, precision, kind, stops):
+@pytest.mark.parametrize("kind", [[], LORA], ids=["whole", "lora"])
+def test_everything_on_changes_no_loss(tiny_run, straight, engine, precision, kind):
     expected = straight(engine, *kind)
-    for stop in stops:
+    for stop in (2, 4):
         steps = f"training.max_train_steps={stop}"
         start(tiny_run, engine, f"training.mixed_precision={precision}", steps, *EVERYTHING, *kind)
     losses = tiny_run.metrics("loss")
