@@ -1,5 +1,7 @@
 """The training pipeline: batches in, losses out."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -56,8 +58,14 @@ def test_frozen_parts(train_pipe):
     assert frozen == {n for n, _ in model.named_parameters() if n.startswith(prefixes)}
 
 
-def test_options_reach_the_model(train_pipe):
-    model = configure(train_pipe, loss_repeat=7, gradient_checkpointing=2)
+@pytest.mark.parametrize(
+    "make_section",
+    [dict, OmegaConf.create, lambda options: SimpleNamespace(**options)],
+    ids=["mapping", "OmegaConf", "attributes"],
+)
+def test_options_reach_the_model(train_pipe, make_section):
+    options = {"loss_repeat": 7, "gradient_checkpointing": 2}
+    model = train_pipe.configure_model(SimpleNamespace(model=make_section(options)))
     assert model.loss_repeat == 7
     assert all(block.mlp_checkpointing for block in model.image_encoder.blocks)
     assert not any(block.mlp_checkpointing for block in model.image_decoder.blocks)

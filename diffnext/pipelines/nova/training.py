@@ -6,6 +6,7 @@ Shapes: B samples, C latent channels, T latent frames, h w latent size, L prompt
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -68,11 +69,12 @@ class TrainingPipelineMixin(ABC):
             The model in training mode, its frozen parts frozen.
         """
         model = self.model
-        model.set_gradient_checkpointing(getattr(config.model, "gradient_checkpointing", 0))
-        self.loss_repeat = getattr(config.model, "loss_repeat", 4)
-        mask_ratios = getattr(config.model, "mask_ratios", None)
-        if mask_ratios:
-            model.mask_embed.mask_ratios = list(mask_ratios)
+        # A section of the typed tree, or a mapping such as OmegaConf's.
+        section = config.model if isinstance(config.model, Mapping) else vars(config.model)
+        model.set_gradient_checkpointing(section.get("gradient_checkpointing", 0))
+        self.loss_repeat = section.get("loss_repeat", 4)
+        if section.get("mask_ratios"):
+            model.mask_embed.mask_ratios = list(section["mask_ratios"])
         modules = dict(model.named_modules())
         for name in self.frozen_modules:
             if name in modules:
