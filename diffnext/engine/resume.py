@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ from diffnext.engine import snapshot
 from diffnext.engine.run_inputs import RunInputs
 from diffnext.engine.snapshot import DamagedCheckpoint, RunFolder, TrainerState
 from diffnext.pipelines.release_folder import LORA_FILE
-from diffnext.utils.json_files import read_json
+from diffnext.utils.json_files import read_json, same_value
 from diffnext.version import __version__
 
 LATEST = "latest"
@@ -47,9 +46,7 @@ class ResumePoint:
     notes: tuple[str, ...] = ()
 
 
-def find_resume_point(
-    run: RunFolder, resume: str | None, run_id: str | None = None
-) -> ResumePoint | None:
+def find_resume_point(run: RunFolder, resume: str | None) -> ResumePoint | None:
     """Find the checkpoint to continue from, every file of it as it was written.
 
     Args:
@@ -57,7 +54,6 @@ def find_resume_point(
         resume: "latest" (the newest sound checkpoint of the run), a path, or "" for none. A path is
             a checkpoint folder or a bare folder of weights; its name, or the one above it, ends in
             the step number.
-        run_id: Of the run that the output folder belongs to; None if it does not say.
 
     Returns:
         The point, or None to start afresh.
@@ -67,7 +63,7 @@ def find_resume_point(
             checkpoints of which none can be continued.
     """
     if resume == LATEST:
-        return _find_latest(run, run_id)
+        return _find_latest(run)
     return _find_path(run, resume) if resume else None
 
 
@@ -84,7 +80,8 @@ def _find_path(run: RunFolder, resume: str) -> ResumePoint:
         raise ConfigError(f"{KEY}={resume}: {error}") from error
 
 
-def _find_latest(run: RunFolder, run_id: str | None) -> ResumePoint | None:
+def _find_latest(run: RunFolder) -> ResumePoint | None:
+    run_id = run.read_id()
     notes: list[str] = []
     for step in reversed(run.steps()):
         path = run.checkpoint(step).absolute()
@@ -177,7 +174,7 @@ def find_mismatches(
     if config_file.is_file() and not is_lora:
         written = read_json(config_file)
         for name, value in inputs.transformer.items():
-            if name in written and not _is_same(written[name], value):
+            if name in written and not same_value(written[name], value):
                 text = f"the model's {name} is {value}, but {config_file} has {written[name]}"
                 yield text, False
     if saved is None:
@@ -235,12 +232,3 @@ def describe_run(
 
 def _describe_schedule(config: TrainConfig) -> dict[str, Any]:
     return {"target": config.lr_scheduler.target, **config.lr_scheduler.params}
-
-
-def _is_same(one: object, other: object) -> bool:
-    """Whether two config values mean the same; a side stands for a square."""
-    if isinstance(one, int) and isinstance(other, list | tuple):
-        one = [one] * len(other)
-    if isinstance(other, int) and isinstance(one, list | tuple):
-        other = [other] * len(one)
-    return json.dumps(one) == json.dumps(other)

@@ -50,6 +50,7 @@ from diffnext.pipelines.release_folder import (
 from diffnext.utils.json_files import read_json, write_json
 
 STATE_FORMAT = 3  # of trainer_state.json and what lies beside it
+STATUS_FILE = "status.json"  # of the output folder
 CHECKPOINTS = "checkpoints"
 EMA_CHECKPOINTS = "ema_checkpoints"
 STATE = "state"
@@ -128,6 +129,14 @@ class RunFolder:
 
     output_dir: Path
     model_name: str = COMPONENT
+
+    def read_id(self) -> str | None:
+        """The run that the output folder belongs to; None if it does not say."""
+        try:
+            run_id = read_json(self.output_dir / STATUS_FILE).get("run")
+        except (OSError, ValueError):
+            return None
+        return run_id if isinstance(run_id, str) else None
 
     def checkpoint(self, step: int) -> Path:
         """Folder of the checkpoint of a step."""

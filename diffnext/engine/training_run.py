@@ -30,7 +30,7 @@ from diffnext.engine.output_lock import locked
 from diffnext.engine.reporting import METRICS_FILE
 from diffnext.engine.resume import LATEST, ResumePoint, find_mismatches, find_resume_point
 from diffnext.engine.run_inputs import RunInputs, open_inputs
-from diffnext.engine.snapshot import RunFolder
+from diffnext.engine.snapshot import STATUS_FILE, RunFolder
 from diffnext.engine.train_engine import Trainer
 from diffnext.utils.accelerate_utils import (
     RankLogger,
@@ -39,10 +39,8 @@ from diffnext.utils.accelerate_utils import (
     set_logger,
     warn_on_error,
 )
-from diffnext.utils.json_files import read_json, write_json
+from diffnext.utils.json_files import write_json
 from diffnext.utils.profiler import parse_duration
-
-STATUS_FILE = "status.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,9 +127,8 @@ def _decide(config: TrainConfig, accelerator: Accelerator, stack: contextlib.Exi
     output_dir = Path(config.experiment.output_dir)
     inputs = open_inputs(config, accelerator.num_processes)
     stack.enter_context(locked(output_dir))
-    known_id = _read_run_id(output_dir)
     run = RunFolder(output_dir, config.model.name)
-    resume = find_resume_point(run, config.experiment.resume_from_checkpoint, known_id)
+    resume = find_resume_point(run, config.experiment.resume_from_checkpoint)
     notes: list[str] = []
     if resume is not None:
         notes += resume.notes
@@ -147,20 +144,11 @@ def _decide(config: TrainConfig, accelerator: Accelerator, stack: contextlib.Exi
         )
     run_id = None
     if resume is not None and config.experiment.resume_from_checkpoint == LATEST:
-        run_id = known_id or (resume.state and resume.state.run)
+        run_id = run.read_id() or (resume.state and resume.state.run)
     else:  # a run of its own, even if it goes back to an earlier checkpoint
         run.set_aside(output_dir / METRICS_FILE)
     run_id = run_id or secrets.token_hex(8)
     return Start(inputs=inputs, resume=resume, run_id=run_id, notes=tuple(notes))
-
-
-def _read_run_id(output_dir: Path) -> str | None:
-    """The run that an output folder belongs to; None if it does not say."""
-    try:
-        run_id = read_json(output_dir / STATUS_FILE).get("run")
-    except (OSError, ValueError):
-        return None
-    return run_id if isinstance(run_id, str) else None
 
 
 def _train(

@@ -26,7 +26,7 @@ from diffnext.pipelines.release_folder import (
 from diffnext.schedulers.scheduling_cfm import FlowMatchEulerDiscreteScheduler
 from diffnext.schedulers.scheduling_ddpm import DDPMScheduler
 from diffnext.utils.component_files import component_files, own_path, reading
-from diffnext.utils.json_files import read_json, write_json
+from diffnext.utils.json_files import read_json, same_value, write_json
 
 __all__ = ["build_diffusion_scheduler", "build_pipeline", "get_pipeline_path"]
 
@@ -148,7 +148,7 @@ def _report_differences(
 ) -> None:
     """Warn of values of a component's config that the training config replaces by others."""
     for key, value in overlay.items():
-        if key in config and not _is_same(config[key], value):
+        if key in config and not same_value(config[key], value):
             logger.warning(
                 "%s: %s is %s in %s and %s in the training config, which wins; weights of "
                 "another shape will be refused",
@@ -158,13 +158,6 @@ def _report_differences(
                 path,
                 json.dumps(value),
             )
-
-
-def _is_same(old: Any, new: Any) -> bool:
-    """Whether two config values mean the same; a side stands for a square."""
-    if isinstance(old, int) and isinstance(new, list):
-        return new == [old] * len(new)
-    return old == new
 
 
 def build_pipeline(

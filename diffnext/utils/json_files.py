@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-__all__ = ["FileError", "read_json", "write_json"]
+__all__ = ["FileError", "read_json", "same_value", "write_json"]
 
 
 class FileError(ValueError):
@@ -42,3 +42,13 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+def same_value(one: object, other: object) -> bool:
+    """Whether two values of a config mean the same; one side of a square stands for both."""
+    if isinstance(one, int) and isinstance(other, list | tuple):
+        one = [one] * len(other)
+    if isinstance(other, int) and isinstance(one, list | tuple):
+        other = [other] * len(one)
+    one, other = (list(v) if isinstance(v, tuple) else v for v in (one, other))
+    return one == other
