@@ -156,4 +156,4 @@ def wrong_parameters(target: Any, params: Mapping[str, Any]) -> Iterator[tuple[s
             if parts:
                 yield name, explain(parts, depth=0)
         except PydanticUserError:
-            pass  # an annotation that is no type
+            pass  # an annotation that is not a type

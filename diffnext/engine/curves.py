@@ -24,7 +24,7 @@ SMOOTHING = 0.05  # share of the points that one point of the smooth curve avera
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
-    """Read the lines of a metrics file; one that is no report, as after a crash, is left out."""
+    """Read the lines of a metrics file; one that is not a report, as after a crash, is left out."""
     rows = []
     for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
         with contextlib.suppress(ValueError):

@@ -205,7 +205,7 @@ def make_meta_model(
     """The model of a config.json, without memory for its weights, ready for training.
 
     Args:
-        config: Content of a config.json; what is no argument of the model is ignored.
+        config: Content of a config.json; what is not an argument of the model is ignored.
         frozen_modules: Names of the parts that are not trained.
         gradient_checkpointing: Level, 0 to 3.
         loss_repeat: Noise levels of each token.

@@ -299,7 +299,7 @@ def write_component(
         file_format: "safetensors" or "bin".
     """
     folder.mkdir(parents=True, exist_ok=True)
-    # Where the weights once came from is no property of these weights.
+    # Where the weights once came from is not a property of these weights.
     public = {name: value for name, value in config.items() if name != "_name_or_path"}
     write_json(folder / "config.json", public)
     path = folder / WEIGHTS_FILES[file_format]
