@@ -21,6 +21,8 @@ from diffusers.utils.torch_utils import get_module_execution_device
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from diffnext.utils.pictures import to_rgb
+
 __all__ = ["OUTPUT_TYPES", "RESIZE_MODES", "VaeImageProcessor", "full_precision"]
 
 logger = logging.getLogger(__name__)
@@ -247,24 +249,6 @@ def to_tensor(name: str, given: Any) -> Tensor:
         kind = f"{tuple(given.shape)} ({type(given).__name__})"
         raise ValueError(f"{FORMS[name]}, with 1, 3 or 4 channels, got the shape {kind}")
     return x
-
-
-def to_rgb(picture: Image.Image, name: str = "image") -> Image.Image:
-    """A PIL image without transparency, palettes or other colour models.
-
-    Raises:
-        ValueError: If values of a mode with more than 8 bits are outside of its range.
-    """
-    if picture.mode == "F" or picture.mode.startswith("I"):
-        white = 255 if picture.mode == "F" else 65535
-        values = torch.from_numpy(np.array(picture, np.float32))
-        check_values(name, values, 0, white, f"in mode {picture.mode}")
-        picture = Image.fromarray((values * (255 / white)).round().byte().numpy())
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        background = Image.new("RGBA", picture.size, "white")
-        picture = Image.alpha_composite(background, picture)
-    return picture.convert("RGB")
 
 
 def to_unit_range(name: str, x: Tensor, pixel_range: PixelRange) -> Tensor:

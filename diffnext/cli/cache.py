@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # both import torch, which --help does not need
-    from diffnext.data.caching.building import CacheReport, Processes
+    from diffnext.data.caching.building import CacheReport
     from diffnext.data.caching.settings import CacheSettings
 
 DESCRIPTION = """\
@@ -30,13 +30,18 @@ cannot be used is left out and listed, with the reason, in OUTPUT/skipped.jsonl.
 """
 EPILOG = """\
 several sizes, each example to the one of the nearest shape; a dataset each in OUTPUT/768x1344 ...:
+  build_cache.py images photos --output data --vae nova/vae --buckets 1024
   build_cache.py images photos --output data --vae nova/vae --size 1024 768x1344 1344x768
 
 from a table, relative to the table's folder:
   build_cache.py images list.csv --output data --vae nova/vae --size 1024 --caption-column prompt
 
-on all GPUs of the machine:
+on all GPUs of the machine, or on several machines that see the same folders (the same command on
+each; they share the work, and take over what a machine leaves that goes down):
   accelerate launch scripts/build_cache.py images photos --output data --vae nova/vae --size 1024
+
+after pictures or captions were changed, added or removed:
+  build_cache.py images photos --output data --vae nova/vae --size 1024 --update
 
 exit codes: 0 built, 1 an error (the last line says which), 2 a wrong command line, 130 interrupted
 """
@@ -99,12 +104,18 @@ def _add_main_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--vae", type=Path, required=True, help="folder of the autoencoder, or one with vae/ in it"
     )
-    parser.add_argument(
+    sizes = parser.add_mutually_exclusive_group(required=True)
+    sizes.add_argument(
         "--size",
         nargs="+",
-        required=True,
         metavar="SIZE",
         help="SIDE or HEIGHTxWIDTH in pixels; of several the nearest aspect is taken",
+    )
+    sizes.add_argument(
+        "--buckets",
+        type=int,
+        metavar="SIDE",
+        help="sizes of about SIDE x SIDE pixels and aspects from 1:2 to 2:1 in place of --size",
     )
 
 
@@ -177,7 +188,7 @@ def _add_video_options(parser: argparse.ArgumentParser) -> None:
         default="auto",
         metavar="X",
         help="motion strength of clips without one in the table or side file; auto measures how "
-        "many hundredths of the short side the average pixel moves from frame to frame (auto)",
+        "many pixels, at 480 pixels height, what moves does move from frame to frame (auto)",
     )
     group.add_argument(
         "--decoder", choices=("pyav", "decord"), default="pyav", help="what reads videos (pyav)"
@@ -242,7 +253,7 @@ def _add_work_options(parser: argparse.ArgumentParser, kind: str) -> None:
         help="files that a kill costs at most (64 pictures, 8 videos)",
     )
     group.add_argument(
-        "--shard-size", type=int, default=8192, metavar="N", help="files to a shard (8192)"
+        "--shard-size", type=int, default=8192, metavar="N", help="examples to a shard (8192)"
     )
     group.add_argument(
         "--on-error",
@@ -250,19 +261,31 @@ def _add_work_options(parser: argparse.ArgumentParser, kind: str) -> None:
         default="skip",
         help="list what cannot be used and go on, or stop at the first (skip)",
     )
+    group.add_argument(
+        "--time-limit",
+        type=float,
+        default=120.0,
+        metavar="SECONDS",
+        help="leave out files that take longer to decode (120)",
+    )
+    group.add_argument(
+        "--update",
+        action="store_true",
+        help="read what changed in the source since the last build, and keep the rest",
+    )
     group.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
 def _run(args: argparse.Namespace) -> int:
-    processes, device = _join_processes(args.device)
     from diffnext.data.caching.building import build_cache
 
-    settings = make_settings(args, device)
-    is_silent = args.quiet or processes.index > 0
+    settings = make_settings(args, args.device or _choose_device())
+    is_main = os.environ.get("RANK", "0") == "0"
+    is_silent = args.quiet or not is_main
     with _Progress(is_silent, args.kind) as progress, warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="PIL")  # skipped.jsonl tells what is wrong
-        report = build_cache(settings, processes, progress)
-    if processes.index == 0:
+        report = build_cache(settings, progress)
+    if is_main:
         _print_report(report, settings)
     return 0
 
@@ -273,7 +296,7 @@ def make_settings(args: argparse.Namespace, device: str) -> CacheSettings:
     Raises:
         CacheError: If they are impossible.
     """
-    from diffnext.data.caching.settings import CacheSettings, Columns, FrameSampling, parse_size
+    from diffnext.data.caching.settings import CacheSettings, Columns, FrameSampling
 
     values: dict[str, Any] = {}
     if args.kind == "videos":
@@ -290,16 +313,25 @@ def make_settings(args: argparse.Namespace, device: str) -> CacheSettings:
     same = (
         "kind source output vae format split root resize max_upscale max_pixels flip labels "
         "empty_captions max_caption text_encoder text_length batch_size workers chunk_size "
-        "shard_size on_error"
+        "shard_size on_error time_limit update"
     ).split()
     return CacheSettings(
         **{name: getattr(args, name) for name in same},
         **values,
-        sizes=tuple(parse_size(size) for size in args.size),
+        sizes=_choose_sizes(args),
         columns=Columns(**{name: getattr(args, f"{name}_column") for name in columns}),
         dtype=args.dtype or ("float32" if device == "cpu" else "float16"),
         device=device,
     )
+
+
+def _choose_sizes(args: argparse.Namespace) -> tuple[tuple[int, int], ...]:
+    from diffnext.data.caching.geometry import bucket_sizes
+    from diffnext.data.caching.settings import parse_size
+
+    if args.size is None:
+        return bucket_sizes(args.buckets)
+    return tuple(parse_size(size) for size in args.size)
 
 
 def _parse_flow(text: str) -> float | None:
@@ -313,25 +345,14 @@ def _parse_flow(text: str) -> float | None:
         raise CacheError(f"--flow must be a number or auto, got {text!r}") from None
 
 
-def _join_processes(device: str | None) -> tuple[Processes, str]:
-    """This process's place among those of ``accelerate launch``, and its device."""
+def _choose_device() -> str:
+    """A GPU if there is one; each process of a launcher its own."""
     import torch
 
-    from diffnext.data.caching.building import Processes
-
-    has_gpu = torch.accelerator.is_available()
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        return Processes(), device or (
-            str(torch.accelerator.current_accelerator()) if has_gpu else "cpu"
-        )
-    from datetime import timedelta
-
-    from accelerate import PartialState
-
-    # Processes may have very different shares of long videos, and wait for each other at the end.
-    state = PartialState(cpu=not has_gpu or device == "cpu", timeout=timedelta(days=30))
-    processes = Processes(state.process_index, state.num_processes, state.wait_for_everyone)
-    return processes, str(state.device)
+    if not torch.accelerator.is_available():
+        return "cpu"
+    kind = torch.accelerator.current_accelerator()
+    return f"{kind}:{int(os.environ.get('LOCAL_RANK', 0)) % torch.accelerator.device_count()}"
 
 
 class _Progress:
@@ -365,11 +386,24 @@ class _Progress:
 
 
 def _print_report(report: CacheReport, settings: CacheSettings) -> None:
+    from diffnext.data.caching.inspection import draw_histogram, read_flows
+    from diffnext.data.caching.media import describe_unread
+    from diffnext.data.caching.motion import FLOW_UNIT
+
+    if report.changes:
+        print(f"updated: {report.changes}")
     for folder, count in report.datasets.items():
         print(f"{folder}: {count} examples")
     if report.skipped:
         where = settings.output / "skipped.jsonl"
         print(f"{report.skipped} of {report.items} {settings.kind} left out: see {where}")
+    for note, count in sorted(report.notes.items()):
+        print(f"{count} {settings.kind} {note}")
+    for line in describe_unread(report.unread, settings.kind):
+        print(line)
+    flows = [flow for folder in report.datasets for flow in read_flows(folder)]
+    if flows:
+        print(f"flow, in {FLOW_UNIT}:", *draw_histogram(flows), sep="\n")
 
 
 if __name__ == "__main__":

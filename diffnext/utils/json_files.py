@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-__all__ = ["FileError", "read_json", "same_value", "write_json"]
+__all__ = ["FileError", "naming_place", "read_json", "same_value", "write_json", "write_lines"]
 
 
 class FileError(ValueError):
@@ -29,6 +31,17 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     return content
 
 
+@contextlib.contextmanager
+def naming_place(path: Path) -> Iterator[None]:
+    """Have errors of writing name the file or folder; that of a full disk does not by itself."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
+
+
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write a JSON object, indented, so that the file is whole or not there.
 
@@ -36,9 +49,19 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     """
     temporary = path.with_name(f"{path.name}.tmp")
     temporary.unlink(missing_ok=True)
-    with open(temporary, "x", encoding="utf-8") as file:
+    with naming_place(temporary), open(temporary, "x", encoding="utf-8") as file:
         json.dump(content, file, indent=2, ensure_ascii=False)
         file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def write_lines(path: Path, lines: Iterable[Any]) -> None:
+    """Write a file of JSON lines, so that it is whole or not there."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    with naming_place(temporary), open(temporary, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)

@@ -6,17 +6,19 @@ import functools
 import os
 import textwrap
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import BinaryIO
 
+import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from diffnext.utils.json_files import FileError
 
-__all__ = ["FORMATS", "load_picture", "open_picture"]
+__all__ = ["FORMATS", "known_formats", "load_picture", "open_picture", "to_rgb"]
 
-# Not all that PIL reads: PostScript, for one, would start another program.
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
+# Not all that PIL reads: PostScript, for one, would start another program. The last two need a
+# plug-in: pillow-heif and pillow-jxl-plugin.
+FORMATS = ("JPEG MPO PNG WEBP BMP GIF TIFF PPM JPEG2000 AVIF HEIF JXL").split()
 
 
 def open_picture(file: str | os.PathLike[str] | BinaryIO) -> Image.Image:
@@ -34,7 +36,7 @@ def open_picture(file: str | os.PathLike[str] | BinaryIO) -> Image.Image:
         OSError: If there is no such file.
     """
     with _decoding(file):
-        return Image.open(file, formats=_known_formats())
+        return Image.open(file, formats=known_formats())
 
 
 def load_picture(file: str | os.PathLike[str] | BinaryIO) -> Image.Image:
@@ -46,6 +48,26 @@ def load_picture(file: str | os.PathLike[str] | BinaryIO) -> Image.Image:
     """
     with _decoding(file), open_picture(file) as picture:
         return picture.copy()
+
+
+def to_rgb(picture: Image.Image, name: str = "image") -> Image.Image:
+    """A PIL image without transparency, palettes or other colour models.
+
+    Raises:
+        ValueError: If values of a mode with more than 8 bits are outside of its range.
+    """
+    if picture.mode == "F" or picture.mode.startswith("I"):
+        white = 255 if picture.mode == "F" else 65535
+        values = np.array(picture, np.float32)
+        if not ((values >= 0) & (values <= white)).all():
+            got = f"values from {values.min():g} to {values.max():g}"
+            raise ValueError(f"{name} must be 0 to {white} in mode {picture.mode}, got {got}")
+        picture = Image.fromarray((values * (255 / white)).round().astype(np.uint8))
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        background = Image.new("RGBA", picture.size, "white")
+        picture = Image.alpha_composite(background, picture)
+    return picture.convert("RGB")
 
 
 @contextmanager
@@ -67,7 +89,13 @@ def _decoding(file: str | os.PathLike[str] | BinaryIO) -> Iterator[None]:
 
 
 @functools.cache
-def _known_formats() -> list[str]:
-    """The formats that this build of PIL can read."""
+def known_formats() -> list[str]:
+    """The formats that PIL can read here, with the plug-ins that are installed."""
     Image.init()
+    with suppress(ImportError):
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
+    with suppress(ImportError):
+        import pillow_jxl  # noqa: F401 - registers itself
     return [name for name in FORMATS if name in Image.OPEN]

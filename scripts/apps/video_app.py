@@ -23,12 +23,11 @@ from apps.widgets import (
     report_errors,
     visitor_of,
 )
-from diffnext.image_processor import to_rgb
 from diffnext.models.autoencoders.tiling import TilingMixin
 from diffnext.pipelines import NOVAPipeline
 from diffnext.utils import export_to_video
 from diffnext.utils.messages import naming
-from diffnext.utils.pictures import load_picture
+from diffnext.utils.pictures import load_picture, to_rgb
 
 __all__ = ["DEFAULTS", "RANGES", "VideoApp", "crop_image", "make_presets"]
 

@@ -5,58 +5,259 @@ Members are read where they lie. Nothing is unpacked, so no name can lead out of
 
 from __future__ import annotations
 
+import io
 import os
 import tarfile
+from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import PurePosixPath
+from typing import BinaryIO
 
 from diffnext.data.caching.errors import CacheError
 from diffnext.data.caching.items import Item
 from diffnext.data.caching.media import (
-    MEDIA_SUFFIXES,
     SIDE_SUFFIXES,
     ArchiveMedia,
     Media,
+    is_system_file,
+    media_suffixes,
+    reason_of,
     suffix_of,
 )
+from diffnext.data.plain_files import open_plain
+from diffnext.data.record_format import RecordError
+
+HEADER_LIMIT = 2**15  # bytes of a header with its extensions
+MARK = b"ustar"  # in every header, behind MARK_OFFSET bytes
+MARK_OFFSET = 257
+BLOCK = 2**20  # bytes searched at once
+PACKED = {
+    b"\x1f\x8b": "gunzip",
+    b"BZh": "bunzip2",
+    b"\xfd7zXZ": "unxz",
+    b"\x28\xb5\x2f\xfd": "unzstd",
+    b"PK\3\4": "unzip",
+}
 
 
-def archive_items(paths: list[str], kind: str) -> Iterator[Item]:
-    """Items of several archives, in the order of their names and members.
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A member of an archive, or a part that holds none.
+
+    Attributes:
+        name: Of the member, or which part it is.
+        content: Where its bytes are.
+        problem: Why it cannot be used.
+    """
+
+    name: str
+    content: ArchiveMedia | None = None
+    problem: str | None = None
+
+
+@dataclass
+class _Contents:
+    """What was found in an archive.
+
+    Attributes:
+        media: Pictures or videos, and damaged parts, in their order.
+        sides: Side files by stem and suffix.
+    """
+
+    media: list[Member] = field(default_factory=list)
+    sides: dict[str, dict[str, Media]] = field(default_factory=dict)
+
+
+def archive_items(path: str, label: str, kind: str, unread: Counter[str]) -> Iterator[Item]:
+    """Items of an archive, in the order of its members.
+
+    Args:
+        path: Of the archive.
+        label: That the names of its items begin with.
+        kind: "images" or "videos".
+        unread: Counts the members that are not media, by suffix.
 
     Raises:
-        CacheError: If one of them is not an uncompressed tar file.
+        CacheError: If it is not an uncompressed tar file.
     """
-    common = os.path.commonpath([os.path.dirname(path) for path in paths]) if paths else ""
-    for path in paths:
-        yield from _one_archive(path, os.path.relpath(path, common or "."), kind)
-
-
-def _one_archive(path: str, label: str, kind: str) -> Iterator[Item]:
-    """Items of one archive; a member that is not a plain file inside it has a problem."""
-    media: list[tarfile.TarInfo] = []
-    sides: dict[str, dict[str, Media]] = {}
-    cut_off = None
-    try:
-        with tarfile.open(path, "r:") as archive:
-            try:
-                for member in archive:
-                    _sort_in(path, member, kind, media, sides)
-            except tarfile.TarError as error:
-                cut_off = str(error)
-    except (OSError, tarfile.TarError) as error:
-        raise CacheError(f"{path} is not a readable uncompressed tar file: {error}") from error
-    for member in media:
-        name = f"{label}/{member.name}"
-        problem = find_problem(member)
-        if problem is None:
-            own = sides.get(_stem(member.name)) or sides.get(_key(member.name)) or {}
-            content = ArchiveMedia(path, member.offset_data, member.size)
-            yield Item(name, content, own)
+    found = _Contents()
+    for member in read_members(path):
+        _sort_in(member, kind, found, unread)
+    for member in found.media:
+        sides = found.sides.get(_stem(member.name)) or found.sides.get(_key(member.name)) or {}
+        if member.problem is None:
+            yield Item(f"{label}/{member.name}", member.content, sides)
         else:
-            yield Item(name, problem=problem)
-    if cut_off is not None:
-        yield Item(f"{label} (end)", problem=f"the archive is damaged: {cut_off}")
+            yield Item(f"{label}/{member.name}", problem=member.problem)
+
+
+def _sort_in(member: Member, kind: str, found: _Contents, unread: Counter[str]) -> None:
+    suffix = suffix_of(member.name)
+    if is_system_file(os.path.basename(member.name)):
+        return
+    if suffix in media_suffixes(kind) or member.content is None:
+        found.media.append(member)
+    elif suffix not in SIDE_SUFFIXES:
+        unread[suffix] += 1
+    elif member.problem is None:
+        found.sides.setdefault(_stem(member.name), {}).setdefault(suffix, member.content)
+
+
+def read_members(path: str) -> Iterator[Member]:
+    """Members of an archive, and the parts of it that hold none, though there is something.
+
+    Behind a damaged part, and behind the end of an archive that others were appended to, it goes
+    on at the next header.
+
+    Raises:
+        CacheError: If it is not an uncompressed tar file.
+    """
+    try:
+        with open_plain(path, follow_links=True) as file:
+            yield from _ArchiveReader(path, file).read()
+    except RecordError as error:
+        raise CacheError(str(error)) from error
+    except OSError as error:
+        raise CacheError(f"{path} cannot be read: {reason_of(error)}") from error
+
+
+class _ArchiveReader:
+    """Reads an archive member by member.
+
+    Args:
+        path: Of the archive.
+        file: The open archive.
+    """
+
+    def __init__(self, path: str, file: BinaryIO) -> None:
+        self._path = path
+        self._descriptor = file.fileno()
+        self._end = os.fstat(self._descriptor).st_size
+        self._headers = _HeaderFile(self._descriptor, closefd=False)
+        # An empty archive for a beginning: TarFile would read a first header of its own accord.
+        self._archive = tarfile.TarFile(fileobj=io.BytesIO(bytes(2 * tarfile.BLOCKSIZE)))
+        self._archive.fileobj = self._headers
+        self._archive.pax_headers = _Ignored()
+
+    def read(self) -> Iterator[Member]:
+        """Members and damaged parts.
+
+        Raises:
+            CacheError: If there is no member at all, but something else.
+            OSError: If it cannot be read any further.
+        """
+        position = 0
+        is_tar = False
+        while position < self._end:
+            header = self._header_at(position)
+            if header is not None:
+                is_tar = True
+                member, position = self._take(header)
+                if member is not None:
+                    yield member
+                continue
+            if position == 0:
+                self._refuse_packed()
+            start, position = position, self._find_header(position + 1, self._end)
+            if not self._is_blank(start, position):
+                if position == self._end and not is_tar:
+                    raise CacheError(f"{self._path} is not a readable uncompressed tar file")
+                problem = f"the archive is damaged: {position - start} bytes hold no member"
+                yield Member(f"(byte {start})", problem=problem)
+
+    def _header_at(self, position: int) -> tarfile.TarInfo | None:
+        """The member whose header begins at a position, or None."""
+        self._headers.start_at(position)
+        try:
+            return tarfile.TarInfo.fromtarfile(self._archive)
+        except OSError:
+            raise
+        except Exception:  # of damaged headers tarfile raises whatever it stumbles over
+            return None
+
+    def _take(self, header: tarfile.TarInfo) -> tuple[Member | None, int]:
+        """A member, unless it is a folder, and where the next header is."""
+        start, stop = header.offset_data, self._archive.offset
+        size = min(header.size, stop - start)  # of a folder or device none, of a sparse file less
+        is_whole = 0 <= size <= self._end - start
+        if not is_whole or not self._is_header_or_end(stop):
+            found = self._find_header(start, stop + tarfile.BLOCKSIZE if is_whole else self._end)
+            if not is_whole or found < stop:
+                held = found - start
+                problem = f"the archive is damaged or cut off: {held} of {header.size} bytes"
+                return Member(header.name, problem=problem), found
+        if header.isdir():
+            return None, stop
+        content = ArchiveMedia(self._path, start, header.size)
+        return Member(header.name, content, find_problem(header)), stop
+
+    def _is_header_or_end(self, position: int) -> bool:
+        """Whether there may be a header, or zeros, or nothing more."""
+        block = self._read(position, tarfile.BLOCKSIZE)
+        return block[MARK_OFFSET:].startswith(MARK) or not block.strip(b"\0")
+
+    def _find_header(self, start: int, stop: int) -> int:
+        """Where the next header begins; ``stop`` if there is none before."""
+        position = start + MARK_OFFSET
+        while block := self._read(position, min(BLOCK, stop - position)):
+            found = block.find(MARK)
+            while found >= 0:
+                header = position + found - MARK_OFFSET
+                if self._header_at(header) is not None:
+                    return header
+                found = block.find(MARK, found + 1)
+            position += max(len(block) - len(MARK) + 1, 1)
+        return stop
+
+    def _is_blank(self, start: int, stop: int) -> bool:
+        """Whether there is nothing but zeros, as at the end of an archive."""
+        places = range(start, stop, BLOCK)
+        return not any(self._read(at, min(BLOCK, stop - at)).strip(b"\0") for at in places)
+
+    def _read(self, start: int, size: int) -> bytes:
+        return os.pread(self._descriptor, max(size, 0), start)
+
+    def _refuse_packed(self) -> None:
+        head = self._read(0, max(map(len, PACKED)))
+        for magic, tool in PACKED.items():
+            if head.startswith(magic):
+                raise CacheError(
+                    f"{self._path} is not a readable uncompressed tar file: `{tool}` it first"
+                )
+
+
+class _Ignored(dict[str, str]):
+    """What a header says of all members: it could rename every one, or give it a size."""
+
+    def __setitem__(self, key: str, value: str) -> None:
+        pass
+
+
+class _HeaderFile(io.FileIO):
+    """An archive as tarfile sees it, a header at a time.
+
+    A header may claim any length, and tarfile would read as much, or for ever at the end of the
+    file; here it gets no more than a header has.
+    """
+
+    _left = 0
+
+    def start_at(self, position: int) -> None:
+        """Go to a header."""
+        self.seek(position)
+        self._left = HEADER_LIMIT
+
+    def read(self, size: int | None = -1) -> bytes:
+        """Read a part of the header.
+
+        Raises:
+            tarfile.ReadError: If it is too long.
+        """
+        if size is None or not 0 <= size <= self._left:
+            raise tarfile.ReadError(f"a header of {size} bytes")
+        self._left -= size
+        return super().read(size) or b""
 
 
 def find_problem(member: tarfile.TarInfo) -> str | None:
@@ -69,23 +270,6 @@ def find_problem(member: tarfile.TarInfo) -> str | None:
     if not member.isreg() or member.issparse():
         return "is not a regular file"
     return None
-
-
-def _sort_in(
-    path: str,
-    member: tarfile.TarInfo,
-    kind: str,
-    media: list[tarfile.TarInfo],
-    sides: dict[str, dict[str, Media]],
-) -> None:
-    suffix = suffix_of(member.name)
-    if member.isdir():
-        return
-    if suffix in MEDIA_SUFFIXES[kind]:
-        media.append(member)
-    elif suffix in SIDE_SUFFIXES and find_problem(member) is None:
-        content = ArchiveMedia(path, member.offset_data, member.size)
-        sides.setdefault(_stem(member.name), {}).setdefault(suffix, content)
 
 
 def _stem(name: str) -> str:

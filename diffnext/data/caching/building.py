@@ -6,30 +6,31 @@
     )
     report = build_cache(settings)
 
-The same call continues a build that was killed. What it writes depends on the settings and the
-source alone, neither on kills nor on the number of processes.
+The same call continues a build that was killed, notices what changed in the source since, and works
+together with others of its kind on the same folder, on this machine or another. What they write
+depends on the settings and the source alone, neither on kills nor on the number of processes.
 """
 
 from __future__ import annotations
 
-import itertools
 import logging
-from collections import deque
+import time
+from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from diffnext.data.caching.encoding import LatentEncoder, TextStates, vae_folder
-from diffnext.data.caching.errors import CacheError
-from diffnext.data.caching.examples import (
-    Example,
-    Skipped,
+from diffnext.data.caching.claims import POLL, Claims
+from diffnext.data.caching.encoding import (
+    LatentEncoder,
+    TextStates,
     make_records,
-    read_item,
     record_features,
+    vae_folder,
 )
+from diffnext.data.caching.errors import CacheError, Skipped
+from diffnext.data.caching.examples import Example, Reading
 from diffnext.data.caching.items import Item
 from diffnext.data.caching.manifest import (
     MOMENTS_DTYPE,
@@ -41,37 +42,29 @@ from diffnext.data.caching.manifest import (
     read_manifest,
     write_manifest,
 )
-from diffnext.data.caching.settings import CacheSettings, Size, format_size
-from diffnext.data.caching.sources import hash_items, list_items
-from diffnext.data.caching.work_folder import (
-    ChunkWriter,
-    ShardFacts,
-    WorkFolder,
-    check_plan,
-    write_skipped,
+from diffnext.data.caching.motion import FLOW_UNIT
+from diffnext.data.caching.provenance import (
+    SOURCES_NAME,
+    Changes,
+    ItemFacts,
+    PreviousRecords,
+    find_changes,
+    read_facts,
 )
-from diffnext.data.records import normalize_features, write_metadata
+from diffnext.data.caching.readers import ItemReaders
+from diffnext.data.caching.settings import CacheSettings, Size, format_size, parse_size
+from diffnext.data.caching.sources import list_items
+from diffnext.data.caching.work_folder import SKIPPED_NAME, ChunkWriter, WorkFolder
+from diffnext.data.records import RecordDataset, normalize_features, write_metadata
 from diffnext.models.autoencoders.loading import read_autoencoder_config
 from diffnext.utils.weights_files import hash_weights
 
 logger = logging.getLogger(__name__)
 
-SKIPPED_NAME = "skipped.jsonl"
+MAX_DIFFERENCES = 3  # named in a message
+OLD_PLAN_KEYS = ("num_items", "items_hash")  # of manifests of earlier versions
 
-
-@dataclass(frozen=True)
-class Processes:
-    """The processes that share a build.
-
-    Attributes:
-        index: Of this process; 0 is the main one.
-        count: Of all.
-        wait: Returns when all have called it.
-    """
-
-    index: int = 0
-    count: int = 1
-    wait: Callable[[], None] = lambda: None
+Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -82,11 +75,17 @@ class CacheReport:
         datasets: Number of examples by folder.
         items: Items of the source.
         skipped: Number of items and examples that are not in it.
+        unread: Files of the source that are not known media, by suffix.
+        notes: What was assumed about items, with the number of items.
+        changes: What an update found.
     """
 
     datasets: dict[Path, int]
     items: int
     skipped: int
+    unread: dict[str, int] = field(default_factory=dict)
+    notes: dict[str, int] = field(default_factory=dict)
+    changes: Changes = Changes()
 
     @property
     def examples(self) -> int:
@@ -94,20 +93,17 @@ class CacheReport:
         return sum(self.datasets.values())
 
 
-def build_cache(
-    settings: CacheSettings,
-    processes: Processes | None = None,
-    on_progress: Callable[[int, int], None] | None = None,
-) -> CacheReport:
-    """Build a cache, or continue one.
+def build_cache(settings: CacheSettings, on_progress: Progress | None = None) -> CacheReport:
+    """Build a cache, continue one, or update one.
 
     With one size the output folder is the dataset, with several it holds a dataset for each. Beside
-    the records it gets ``manifest.json`` and ``skipped.jsonl``.
+    the records it gets ``manifest.json``, ``sources.jsonl`` and ``skipped.jsonl``. Several
+    processes may call this at once with the same settings; each returns when the dataset is
+    complete.
 
     Args:
         settings: What to build.
-        processes: That share the work, each calling this; default: this one alone.
-        on_progress: Called with the items of this process's share that are done, and all of them.
+        on_progress: Called with the items that are done, by all processes, and all of them.
 
     Returns:
         What the dataset holds.
@@ -116,35 +112,30 @@ def build_cache(
         CacheError: If the build cannot go on; see the message.
         OSError: If writing fails; the same call continues.
     """
-    processes = processes or Processes()
-    items = list_items(settings)
-    plan = make_plan(settings, items)
-    work = WorkFolder(settings.output, len(items), settings.chunk_size, settings.chunks_per_shard)
-    finished = _read_finished(settings, plan)
-    if finished is not None:
-        work.remove()
-        return finished
-    if processes.index == 0:
-        work.prepare(plan)
-    processes.wait()
-    work.check(plan)
-    _build_chunks(settings, items, work, processes, on_progress or _ignore)
-    processes.wait()
-    if processes.index == 0:
-        _finish(settings, work, plan)
-    processes.wait()
-    finished = _read_finished(settings, plan)
-    if finished is None:
+    listing = list_items(settings)
+    items = listing.items
+    plan = make_plan(settings)
+    work = WorkFolder(settings, len(items))
+    with work.claims() as claims:
+        with claims.alone("plan"):
+            changes = _prepare(settings, items, plan, work)
+        if changes is not None:
+            _build_chunks(settings, items, work, claims, on_progress or _ignore)
+            with claims.alone("plan"):
+                if work.is_begun:
+                    _finish(settings, work, plan)
+    report = _read_report(settings)
+    if report is None:
         raise CacheError(
             f"none of the {len(items)} items can be used: see {settings.output / SKIPPED_NAME}"
         )
-    return finished
+    work.remove()
+    return replace(report, unread=listing.unread, changes=changes or Changes())
 
 
-def make_plan(settings: CacheSettings, items: list[Item]) -> dict[str, Any]:
-    """All that the content of the dataset depends on."""
+def make_plan(settings: CacheSettings) -> dict[str, Any]:
+    """All settings that the content of the dataset depends on."""
     plan = settings.describe()
-    plan |= {"num_items": len(items), "items_hash": hash_items(items)}
     plan["vae_hash"] = hash_weights(vae_folder(settings))
     if settings.text_encoder is not None:
         folder = settings.text_encoder / "text_encoder"
@@ -154,191 +145,313 @@ def make_plan(settings: CacheSettings, items: list[Item]) -> dict[str, Any]:
     return plan
 
 
+def _prepare(
+    settings: CacheSettings, items: list[Item], plan: dict[str, Any], work: WorkFolder
+) -> Changes | None:
+    """Begin a build, or find out how to go on; returns None if it is finished and nothing changed.
+
+    Raises:
+        CacheError: If it was begun with other settings, or the source changed and no update is
+            wanted.
+    """
+    manifest = read_manifest(settings.output)
+    changes = Changes()
+    if manifest is not None:
+        _check_plan(manifest.plan or {}, plan, settings.output)
+        if not work.is_being_set_aside:
+            changes = _find_changes_of_finished(settings, manifest, items)
+            if not changes:
+                return None
+            _check_update(settings, changes)
+    elif work.is_begun:
+        begun = work.plan()
+        if work.built_chunks():
+            _check_plan(begun, plan, settings.output)
+        changes = find_changes(work.names(), work.built_facts(), items)
+        if begun == plan and not changes:
+            return Changes()
+        if work.built_chunks():
+            _check_update(settings, changes)
+    work.set_aside()
+    work.begin(plan, [item.name for item in items])
+    return changes
+
+
+def _find_changes_of_finished(
+    settings: CacheSettings, manifest: Manifest, items: list[Item]
+) -> Changes:
+    path = settings.output / SOURCES_NAME
+    if not path.is_file():  # of an earlier version, which knew the number of items only
+        names = [item.name for item in items]
+        return Changes() if manifest.counts.items == len(items) else Changes(changed=names)
+    facts = list(read_facts(path))
+    return find_changes([item.source for item in facts], facts, items)
+
+
+def _check_update(settings: CacheSettings, changes: Changes) -> None:
+    if not settings.update:
+        raise CacheError(
+            f"{settings.source} is not what it was when {settings.output} was built: {changes}; "
+            "--update reads these items anew and keeps the others"
+        )
+
+
+def _check_plan(begun: dict[str, Any], wanted: dict[str, Any], output: Path) -> None:
+    """Check that a build goes on with the settings it was begun with.
+
+    Raises:
+        CacheError: Naming what differs.
+    """
+    known = {name: value for name, value in begun.items() if name not in OLD_PLAN_KEYS}
+    names = [name for name in {**known, **wanted} if known.get(name) != wanted.get(name)]
+    if names:
+        changes = [f"{n} {known.get(n)!r:.80} -> {wanted.get(n)!r:.80}" for n in names]
+        raise CacheError(
+            f"{output} was begun with other settings: {'; '.join(changes[:MAX_DIFFERENCES])}; "
+            "go on with the same, or name a new folder"
+        )
+
+
 def _build_chunks(
     settings: CacheSettings,
     items: list[Item],
     work: WorkFolder,
-    processes: Processes,
-    on_progress: Callable[[int, int], None],
+    claims: Claims,
+    on_progress: Progress,
 ) -> None:
-    """Build the chunks of this process's share that are missing."""
-    share = range(processes.index, work.num_chunks, processes.count)
-    missing = [chunk for chunk in share if not work.is_built(chunk)]
-    total = sum(len(work.items_of(chunk)) for chunk in share)
-    done = total - sum(len(work.items_of(chunk)) for chunk in missing)
-    if not missing:
-        on_progress(done, total)
+    """Build chunks until there are all, whichever process has built them."""
+    if not _missing_chunks(work):
+        on_progress(len(items), len(items))
         return
-    builder = _ChunkBuilder(settings, work)
-    on_progress(done, total)  # the time that is left begins to count when all is loaded
-    order = [(chunk, items[index]) for chunk in missing for index in work.items_of(chunk)]
-    outcomes = _read_ahead(order, settings)
-    for chunk, group in itertools.groupby(outcomes, key=lambda outcome: outcome[0]):
-        builder.start(chunk)
-        for _, outcome in group:
-            builder.add(outcome)
-            done += 1
-            on_progress(done, total)
-        builder.finish()
+    previous = PreviousRecords(work.previous_parts())
+    with ItemReaders(settings) as readers:
+        builder = _ChunkBuilder(settings, work, previous)
+        on_progress(_count_done(work), len(items))  # from here on, it is known how long it takes
+        while missing := _missing_chunks(work):
+            done = _count_done(work)
+            is_idle = True
+            tasks = _choose_tasks(missing, items, work, claims, previous)
+            for assignment, reading in readers.read(tasks):
+                is_idle = False
+                builder.add(assignment, reading)
+                done += 1
+                if assignment.is_last:
+                    builder.finish()
+                    claims.give_back(_claim(assignment.chunk))
+                    done = _count_done(work)
+                on_progress(done, len(items))
+            if is_idle:  # others build the rest, and may die
+                time.sleep(POLL)
+                on_progress(_count_done(work), len(items))
+
+
+def _missing_chunks(work: WorkFolder) -> list[int]:
+    """Chunks that are not built; none when another process has finished the dataset."""
+    missing = sorted(set(range(work.num_chunks)) - work.built_chunks())
+    return missing if work.is_begun else []
+
+
+def _count_done(work: WorkFolder) -> int:
+    return sum(len(work.items_of(chunk)) for chunk in work.built_chunks())
+
+
+@dataclass(frozen=True)
+class _Assignment:
+    """An item to build.
+
+    Attributes:
+        chunk: Number of its chunk.
+        item: Of the source.
+        is_last: Whether it is the last of its chunk.
+        known: What is known of it, if its records can be copied.
+    """
+
+    chunk: int
+    item: Item
+    is_last: bool
+    known: ItemFacts | None
+
+
+def _claim(chunk: int) -> str:
+    return f"chunk-{chunk:08d}"
+
+
+def _choose_tasks(
+    missing: list[int],
+    items: list[Item],
+    work: WorkFolder,
+    claims: Claims,
+    previous: PreviousRecords,
+) -> Iterator[tuple[_Assignment, Item | None]]:
+    """The items of missing chunks that nobody else builds, each with what is to be read for it."""
+    for chunk in missing:
+        if not claims.take(_claim(chunk)):
+            continue
+        if work.chunk_folder(chunk).is_dir():  # another process was faster
+            claims.give_back(_claim(chunk))
+            continue
+        places = work.items_of(chunk)
+        for place in places:
+            known = previous.find(items[place])
+            assignment = _Assignment(chunk, items[place], place == places[-1], known)
+            yield assignment, items[place] if known is None else None
+
+
+@dataclass
+class _Tally:
+    """What is found out about an item."""
+
+    facts: ItemFacts
+    examples: Counter[str] = field(default_factory=Counter)
+    skipped: list[Skipped] = field(default_factory=list)
+
+    def conclude(self) -> ItemFacts:
+        """All that is known now."""
+        return replace(self.facts, examples=dict(self.examples), skipped=self.skipped)
 
 
 class _ChunkBuilder:
-    """Encodes the examples of a chunk, in batches of one size.
+    """Encodes the examples of chunks, in batches of one size, and copies what is known.
 
     Args:
         settings: Of the build.
         work: State of the build.
+        previous: What can be copied.
     """
 
-    def __init__(self, settings: CacheSettings, work: WorkFolder) -> None:
+    def __init__(
+        self, settings: CacheSettings, work: WorkFolder, previous: PreviousRecords
+    ) -> None:
         self._settings = settings
         self._work = work
+        self._previous = previous
         self._encoder = LatentEncoder(settings)
         text_encoder = settings.text_encoder
         self._text_states = TextStates(text_encoder, settings) if text_encoder else None
         self._features = record_features(settings)
-        self._waiting: dict[Size, list[Example]] = {}
+        self._writer: ChunkWriter | None = None
+        self._tallies: list[_Tally] = []
+        self._waiting: dict[Size, list[tuple[_Tally, Example | dict[str, Any]]]] = {}
 
-    def start(self, chunk: int) -> None:
-        """Begin a chunk."""
-        self._writer = ChunkWriter(self._work, chunk, self._features)
-
-    def add(self, outcome: list[Example] | Skipped) -> None:
+    def add(self, task: _Assignment, reading: Reading | None) -> None:
         """Take what became of an item.
 
         Raises:
             CacheError: If it is a bad one, and the build is to stop then.
         """
-        if isinstance(outcome, Skipped):
-            self._skip(outcome)
-            return
-        for example in outcome:
-            waiting = self._waiting.setdefault(example.size, [])
-            waiting.append(example)
-            if len(waiting) == self._settings.batch_size:
-                self._encode(example.size)
+        if self._writer is None:
+            self._writer = ChunkWriter(self._work, task.chunk, self._features)
+        name = task.item.name
+        if task.known is not None:
+            tally = self._start_tally(task.known)
+            tally.skipped += task.known.skipped
+            for size, record in self._previous.read(task.known):
+                self._wait(tally, parse_size(size), record)
+        elif reading is not None:
+            notes = list(reading.notes)
+            tally = self._start_tally(ItemFacts(name, reading.stamp, reading.hash, notes=notes))
+            if reading.problem is not None:
+                self._skip(tally, Skipped(name, reading.problem))
+            for example in reading.examples:
+                self._wait(tally, example.size, example)
 
     def finish(self) -> None:
         """Encode what is left, and complete the chunk."""
         for size in list(self._waiting):
-            self._encode(size)
-        self._writer.commit()
+            self._flush(size)
+        if self._writer is not None:
+            self._writer.commit(tally.conclude() for tally in self._tallies)
+        self._writer = None
+        self._tallies = []
 
-    def _encode(self, size: Size) -> None:
-        examples = self._waiting.pop(size)
-        for record in make_records(examples, self._settings, self._encoder, self._text_states):
+    def _start_tally(self, facts: ItemFacts) -> _Tally:
+        self._tallies.append(_Tally(facts))
+        return self._tallies[-1]
+
+    def _wait(self, tally: _Tally, size: Size, example: Example | dict[str, Any]) -> None:
+        """Keep an example, or a record that is copied, until its batch is full."""
+        waiting = self._waiting.setdefault(size, [])
+        waiting.append((tally, example))
+        if sum(isinstance(other, Example) for _, other in waiting) == self._settings.batch_size:
+            self._flush(size)
+
+    def _flush(self, size: Size) -> None:
+        waiting = self._waiting.pop(size)
+        fresh = [example for _, example in waiting if isinstance(example, Example)]
+        made = iter(
+            make_records(fresh, self._settings, self._encoder, self._text_states) if fresh else ()
+        )
+        for tally, example in waiting:
+            record = next(made) if isinstance(example, Example) else example
             if isinstance(record, Skipped):
-                self._skip(record)
-            else:
+                self._skip(tally, record)
+            elif self._writer is not None:
                 self._writer.write(size, record)
+                tally.examples[format_size(size)] += 1
 
-    def _skip(self, skipped: Skipped) -> None:
+    def _skip(self, tally: _Tally, skipped: Skipped) -> None:
         if self._settings.on_error == "stop":
             raise CacheError(f"{skipped.source}: {skipped.reason}")
         logger.debug("skipped %s: %s", skipped.source, skipped.reason)
-        self._writer.skip(skipped)
-
-
-def _read_ahead(
-    order: list[tuple[int, Item]], settings: CacheSettings
-) -> Iterator[tuple[int, list[Example] | Skipped]]:
-    """Decode items in threads, a little further than they are taken, in order."""
-    depth = settings.workers + settings.batch_size
-    waiting: deque[tuple[int, Future]] = deque()
-    with ThreadPoolExecutor(settings.workers) as pool:
-        try:
-            for chunk, item in order:
-                waiting.append((chunk, pool.submit(read_item, item, settings)))
-                if len(waiting) > depth:
-                    number, future = waiting.popleft()
-                    yield number, future.result()
-            while waiting:
-                number, future = waiting.popleft()
-                yield number, future.result()
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+        tally.skipped.append(skipped)
 
 
 def _finish(settings: CacheSettings, work: WorkFolder, plan: dict[str, Any]) -> None:
-    """Make shards of the chunks, then what makes a dataset of them; the manifest comes last."""
-    datasets = _dataset_folders(settings)
-    for shard in range(work.num_shards):
-        if not work.has_shard(shard):
-            work.write_shard(shard, datasets)
-    facts = [work.shard_facts(shard) for shard in range(work.num_shards)]
-    skipped = [line for shard in facts for line in shard.skipped]
-    write_skipped(settings.output / SKIPPED_NAME, skipped)
+    """Join the chunks to shards, and add what makes datasets of them; the manifest comes last."""
+    skipped = work.write_lists()
+    totals = work.join()
     features = normalize_features(record_features(settings))
-    examples: dict[str, int] = {}
-    for size in settings.sizes:
-        name = format_size(size)
-        count = sum(shard.counts.get(name, 0) for shard in facts)
-        if count == 0:
-            continue
-        examples[name] = count
-        write_metadata(datasets[name], count, features)
-        write_manifest(datasets[name], _make_manifest(settings, plan, size, count, facts))
-    if not examples:
-        return
-    if len(settings.sizes) > 1:
-        counts = Counts(items=work.num_items, skipped=len(skipped))
+    examples = {name: count for name, count in totals.items() if count}
+    counts = Counts(items=work.num_items, skipped=skipped)
+    for name, count in examples.items():
+        write_metadata(work.datasets[name], count, features)
+        own = replace(counts, examples=count)
+        manifest = _make_manifest(settings, plan, parse_size(name), work.datasets[name], own)
+        write_manifest(work.datasets[name], manifest)
+    if examples and len(settings.sizes) > 1:
         write_manifest(settings.output, Manifest(datasets=examples, plan=plan, counts=counts))
     work.remove()
 
 
-def _dataset_folders(settings: CacheSettings) -> dict[str, Path]:
-    """Folder of the dataset of each size."""
-    names = [format_size(size) for size in settings.sizes]
-    if len(names) == 1:
-        return {names[0]: settings.output}
-    return {name: settings.output / name for name in names}
-
-
 def _make_manifest(
-    settings: CacheSettings,
-    plan: dict[str, Any],
-    size: Size,
-    examples: int,
-    facts: list[ShardFacts],
+    settings: CacheSettings, plan: dict[str, Any], size: Size, dataset: Path, counts: Counts
 ) -> Manifest:
     folder = vae_folder(settings)
     text = None
     if settings.text_encoder is not None:
         text = TextFacts(hash=plan["text_encoder_hash"], max_tokens=settings.text_length)
-    shapes = (shard.shapes.get(format_size(size)) for shard in facts)
+    with RecordDataset(dataset) as records:
+        shape = tuple(records.view(0)["shape"])
+    is_video = settings.kind == "videos"
     return Manifest(
         kind=settings.kind,
         vae_hash=plan["vae_hash"],
         vae=VaeFacts(folder=str(folder.absolute()), config=read_autoencoder_config(folder)),
         dtype=MOMENTS_DTYPE,
-        shape=next(tuple(shape) for shape in shapes if shape),
+        shape=shape,
         size=size,
-        num_frames=settings.frames.num_frames if settings.kind == "videos" else None,
+        num_frames=settings.frames.num_frames if is_video else None,
+        flow_unit=FLOW_UNIT if is_video else None,
         text_encoder=text,
-        counts=Counts(
-            examples=examples,
-            items=plan["num_items"],
-            skipped=sum(len(shard.skipped) for shard in facts),
-        ),
+        counts=counts,
         plan=plan,
         versions=package_versions(),
     )
 
 
-def _read_finished(settings: CacheSettings, plan: dict[str, Any]) -> CacheReport | None:
-    """What a complete dataset holds; None if it is not complete.
-
-    Raises:
-        CacheError: If it was built by another plan.
-    """
+def _read_report(settings: CacheSettings) -> CacheReport | None:
+    """What a complete dataset holds; None if it is not complete."""
     manifest = read_manifest(settings.output)
     if manifest is None:
         return None
-    check_plan(manifest.plan or {}, plan, settings.output)
     counts = manifest.counts
     examples = manifest.datasets or {".": counts.examples or 0}
-    found = {settings.output / name: count for name, count in examples.items()}
-    return CacheReport(found, counts.items or 0, counts.skipped or 0)
+    datasets = {settings.output / name: count for name, count in examples.items()}
+    notes: Counter[str] = Counter()
+    path = settings.output / SOURCES_NAME
+    if path.is_file():
+        notes.update(note for facts in read_facts(path) for note in facts.notes)
+    return CacheReport(datasets, counts.items or 0, counts.skipped or 0, notes=dict(notes))
 
 
 def _ignore(done: int, total: int) -> None:

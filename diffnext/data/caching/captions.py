@@ -11,6 +11,7 @@ from typing import Any
 
 from diffnext.data.caching.errors import BadExample
 from diffnext.data.caching.items import Item
+from diffnext.data.caching.media import encoding_of
 from diffnext.data.caching.settings import CacheSettings
 from diffnext.data.flex_transforms import first_sentence
 
@@ -50,16 +51,18 @@ class Annotation:
 def read_annotation(item: Item, settings: CacheSettings) -> Annotation:
     """Captions, class and flow of an item.
 
-    Columns count before ``.json``, that before ``.txt`` and ``.cls``.
+    Columns count before ``.json``, that before ``.txt`` and ``.cls``. An only text is the caption.
 
     Raises:
         BadExample: If something needed is missing or of another type.
     """
     values = dict(_side_values(item, settings))
     values.update((name, value) for name, value in item.values.items() if not is_missing(value))
+    if is_missing(values.get("caption")) and "text" in values:
+        values["caption"] = values.pop("text")
     annotation = Annotation(
-        caption=_clean_text("caption", values.get("caption"), settings.max_caption),
-        text=_clean_text("text", values.get("text"), settings.max_caption),
+        caption=clean_text("caption", values.get("caption"), settings.max_caption),
+        text=clean_text("text", values.get("text"), settings.max_caption),
         label=_whole_number(values.get("label")) if settings.labels else None,
         flow=_number(values.get("flow")),
     )
@@ -89,7 +92,8 @@ def _side_values(item: Item, settings: CacheSettings) -> Mapping[str, Any]:
 
 def _read_text(item: Item, suffix: str, limit: int) -> str:
     try:
-        return item.sides[suffix].read(limit).decode("utf-8-sig")
+        content = item.sides[suffix].read(limit)
+        return content.decode(encoding_of(content))
     except UnicodeDecodeError as error:
         raise BadExample(f"its {suffix} file is not UTF-8") from error
     except BadExample as error:
@@ -111,7 +115,12 @@ def _read_json(item: Item, limit: int, settings: CacheSettings) -> dict[str, Any
     return found
 
 
-def _clean_text(name: str, value: Any, limit: int) -> str:
+def clean_text(name: str, value: Any, limit: int) -> str:
+    """A caption without blanks around it.
+
+    Raises:
+        BadExample: If it is no text, too long, or not UTF-8.
+    """
     if value is None:
         return ""
     if isinstance(value, bytes):

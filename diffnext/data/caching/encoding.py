@@ -1,4 +1,6 @@
-"""Latents and text states of examples.
+"""From examples to records: latents, and captions or text states.
+
+What an example gives does not depend on what is encoded with it: batches have one shape.
 
 Shapes: B examples, C latent channels, T latent frames, h w latent size, F frames, H W pixels,
 n tokens, D width.
@@ -13,13 +15,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from diffnext.data.caching.errors import CacheError
+from diffnext.data.caching.errors import CacheError, Skipped
+from diffnext.data.caching.examples import Example
 from diffnext.data.caching.settings import CacheSettings, format_size
 from diffnext.models.autoencoders.loading import find_autoencoder, load_autoencoder
-from diffnext.models.text_encoders.encoding import encode_texts
+from diffnext.models.text_encoders.encoding import tokenize
 from diffnext.utils.component_files import component_files
 
 TEXT_COMPONENTS = ("text_encoder", "tokenizer")
+TOKEN_STEP = 32  # texts are encoded in lengths that are multiples of this
 
 
 class LatentEncoder:
@@ -40,22 +44,25 @@ class LatentEncoder:
             raise CacheError(f"vae: {error}") from error
         self._check_frames(settings)
         self._check_sizes(settings)
+        self._batch_size = settings.batch_size
 
     @torch.inference_mode()
     def encode(self, pixels: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Moments of pictures or clips of one size, as they are stored.
 
         Args:
-            pixels: B pictures (H, W, 3), or clips (F, H, W, 3), uint8.
+            pixels: B pictures (H, W, 3), or clips (F, H, W, 3), uint8; at most a batch.
 
         Returns:
             B arrays (2C, h, w), or (2C, T, h, w), float16; not finite where float16, or the dtype
             that was computed in, does not reach.
         """
-        x = torch.from_numpy(np.stack(pixels)).to(self.vae.device).to(self.vae.dtype)
+        missing = self._batch_size - len(pixels)
+        whole = [*pixels, *[pixels[-1]] * missing]
+        x = torch.from_numpy(np.stack(whole)).to(self.vae.device).to(self.vae.dtype)
         x = x.movedim(-1, 1).sub(127.5).div(127.5)
         moments = self.vae.encode(x).latent_dist.parameters
-        return list(moments.half().cpu().numpy())
+        return list(moments[: len(pixels)].half().cpu().numpy())
 
     def _check_frames(self, settings: CacheSettings) -> None:
         if settings.kind == "images":
@@ -109,12 +116,34 @@ class TextStates:
         self.model = model.eval().requires_grad_(False).to(settings.device)
         self.length = settings.text_length
         self.width = self.model.config.hidden_size
+        self._rows = 2 * settings.batch_size
 
-    @torch.inference_mode()
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """States of texts: arrays (n, D), float16."""
-        states = encode_texts(self.tokenizer, self.model, texts, self.length, self.width)
-        return [state.half().cpu().numpy() for state in states]
+        states = [np.empty((0, self.width), np.float16) for _ in texts]
+        by_length: dict[int, list[int]] = {}
+        vocabulary = self.model.config.vocab_size
+        ids = tokenize(self.tokenizer, list(texts), self.length, vocabulary)
+        for place, row in enumerate(ids):
+            if row:
+                by_length.setdefault(-(-len(row) // TOKEN_STEP), []).append(place)
+        for steps, places in by_length.items():
+            for start in range(0, len(places), self._rows):
+                batch = places[start : start + self._rows]
+                length = min(steps * TOKEN_STEP, self.length)
+                found = self._encode([ids[place] for place in batch], length)
+                for place, state in zip(batch, found, strict=True):
+                    states[place] = state[: len(ids[place])]
+        return states
+
+    @torch.inference_mode()
+    def _encode(self, ids: Sequence[Sequence[int]], length: int) -> np.ndarray:
+        """States of the tokens of texts, (B, length, D); what stands behind a text reaches none."""
+        padded = torch.zeros(self._rows, length, dtype=torch.int64)
+        for row, tokens in enumerate(ids):
+            padded[row, : len(tokens)] = torch.tensor(list(tokens))
+        states = self.model(padded.to(self.model.device)).last_hidden_state
+        return states[: len(ids)].half().cpu().numpy()
 
 
 def vae_folder(settings: CacheSettings) -> Path:
@@ -134,3 +163,63 @@ def pack_states(states: np.ndarray | None) -> dict[str, Any]:
     if states is None:
         return {"data": b"", "shape": []}
     return {"data": states.tobytes(), "shape": list(states.shape)}
+
+
+def record_features(settings: CacheSettings) -> dict[str, Any]:
+    """The descriptor of the records of a build."""
+    text = "string" if settings.text_encoder is None else {"data": "bytes", "shape": ["int64"]}
+    captions = {"label": "int64"} if settings.labels else {"caption": text, "text": text}
+    flow = {"flow": "float64"} if settings.kind == "videos" else {}
+    return {"moments": "bytes", **captions, "shape": ["int64"], **flow, "source": "string"}
+
+
+def make_records(
+    examples: Sequence[Example],
+    settings: CacheSettings,
+    encoder: LatentEncoder,
+    text_states: TextStates | None,
+) -> list[dict[str, Any] | Skipped]:
+    """Encode a batch of examples of one size.
+
+    Args:
+        examples: Decoded examples; at most a batch.
+        settings: Of the build.
+        encoder: Autoencoder.
+        text_states: Text encoder, or None to store the captions themselves.
+
+    Returns:
+        For each example its record, or the reason why it has none.
+    """
+    latents = encoder.encode([example.pixels for example in examples])
+    captions = _make_captions(examples, settings, text_states)
+    records: list[dict[str, Any] | Skipped] = []
+    for example, moments, texts in zip(examples, latents, captions, strict=True):
+        if not np.isfinite(moments).all():
+            reason = f"its latents are not finite when they are computed in {settings.dtype}"
+            records.append(Skipped(example.source, reason))
+            continue
+        flow = {"flow": example.flow} if settings.kind == "videos" else {}
+        shape = list(moments.shape)
+        record = {"moments": moments.tobytes(), **texts, "shape": shape, **flow}
+        records.append({**record, "source": example.source})
+    return records
+
+
+def _make_captions(
+    examples: Sequence[Example], settings: CacheSettings, text_states: TextStates | None
+) -> list[dict[str, Any]]:
+    annotations = [example.annotation for example in examples]
+    if settings.labels:
+        return [{"label": annotation.label} for annotation in annotations]
+    if text_states is None:
+        return [{"caption": a.caption, "text": a.text} for a in annotations]
+    # As training would choose between texts, it chooses between states.
+    texts = [text for a in annotations for text in (a.caption, a.short_caption)]
+    states = text_states.encode(texts)
+    return [
+        {
+            "caption": pack_states(states[2 * i]),
+            "text": pack_states(states[2 * i + 1] if annotation.short_caption else None),
+        }
+        for i, annotation in enumerate(annotations)
+    ]

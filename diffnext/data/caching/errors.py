@@ -1,5 +1,7 @@
 """What can go wrong while a cache is built."""
 
+from dataclasses import dataclass
+
 
 class CacheError(ValueError):
     """The build cannot go on: wrong settings, an unreadable source, a foreign output folder."""
@@ -7,3 +9,11 @@ class CacheError(ValueError):
 
 class BadExample(Exception):
     """One example cannot be used; the message is the reason that ``skipped.jsonl`` gives."""
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """What is not in the dataset, and why; a line of ``skipped.jsonl``."""
+
+    source: str
+    reason: str

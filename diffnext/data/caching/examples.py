@@ -1,4 +1,4 @@
-"""From an item of the source to the records of its examples.
+"""From an item of the source to its examples: captions read, pixels decoded and brought to size.
 
 Shapes: F frames, H W pixels.
 """
@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 
 from diffnext.data.caching.captions import Annotation, read_annotation
-from diffnext.data.caching.encoding import LatentEncoder, TextStates, pack_states
 from diffnext.data.caching.errors import BadExample
 from diffnext.data.caching.geometry import plan_crop
 from diffnext.data.caching.items import Item
 from diffnext.data.caching.motion import estimate_flow
 from diffnext.data.caching.pictures import read_picture
+from diffnext.data.caching.provenance import hash_item, stamp_item
 from diffnext.data.caching.settings import CacheSettings, Size
 from diffnext.data.caching.video_decoding import read_clips
 
@@ -46,37 +46,57 @@ class Example:
 
 
 @dataclass(frozen=True)
-class Skipped:
-    """What is not in the dataset, and why."""
+class Reading:
+    """What became of an item.
 
-    source: str
-    reason: str
+    Attributes:
+        stamp: Of the item when it was read.
+        hash: Of its content; empty if it has no example.
+        examples: Several of a video with several clips, and mirrored copies.
+        problem: Why it has none.
+        notes: What was assumed about it.
+    """
+
+    stamp: list[Any]
+    hash: str = ""
+    examples: Sequence[Example] = ()
+    problem: str | None = None
+    notes: Sequence[str] = ()
 
 
-def read_item(item: Item, settings: CacheSettings) -> list[Example] | Skipped:
+def read_item(item: Item, settings: CacheSettings) -> Reading:
     """Decode the examples of an item.
 
     Args:
         item: Of the source.
         settings: Of the build.
-
-    Returns:
-        Its examples: several of a video with several clips, and mirrored copies; or the reason why
-        it has none.
     """
+    stamp = stamp_item(item)
     try:
-        return _read_examples(item, settings)
+        examples, notes = _read_examples(item, settings)
+        digest = hash_item(item)
+        if stamp_item(item) != stamp:
+            raise BadExample("was changed while it was read")
     except BadExample as error:
-        return Skipped(item.name, str(error))
+        return Reading(stamp, problem=str(error))
+    except OSError as error:
+        return Reading(stamp, problem=f"cannot be read: {error.strerror or error}")
+    except MemoryError:
+        return Reading(stamp, problem="needs too much memory to be decoded")
+    return Reading(stamp, digest, examples, notes=notes)
 
 
-def _read_examples(item: Item, settings: CacheSettings) -> list[Example]:
+def _read_examples(item: Item, settings: CacheSettings) -> tuple[list[Example], tuple[str, ...]]:
+    """The examples, and notes on what was assumed about their pixels."""
     if item.problem is not None or item.media is None:
         raise BadExample(item.problem or "no file")
     annotation = read_annotation(item, settings)
+    notes: tuple[str, ...] = ()
     with item.media.open() as file:
         if settings.kind == "images":
-            examples = [Example(item.name, read_picture(file, settings), annotation)]
+            picture = read_picture(file, settings)
+            notes = picture.notes
+            examples = [Example(item.name, picture.pixels, annotation)]
         else:
             plan = functools.partial(_plan_clip, settings)
             clips = read_clips(file, settings.frames, plan, settings.decoder)
@@ -85,7 +105,7 @@ def _read_examples(item: Item, settings: CacheSettings) -> list[Example]:
             ]
     if settings.flip and not annotation.names_a_side:
         examples = [copy for example in examples for copy in (example, _mirror(example))]
-    return examples
+    return examples, notes
 
 
 def _number(clips: list[np.ndarray]) -> list[tuple[int | None, np.ndarray]]:
@@ -113,63 +133,3 @@ def _make_clip(
 def _mirror(example: Example) -> Example:
     pixels = np.ascontiguousarray(example.pixels[..., ::-1, :])
     return Example(f"{example.source}#mirrored", pixels, example.annotation, example.flow)
-
-
-def record_features(settings: CacheSettings) -> dict[str, Any]:
-    """The descriptor of the records of a build."""
-    text = "string" if settings.text_encoder is None else {"data": "bytes", "shape": ["int64"]}
-    captions = {"label": "int64"} if settings.labels else {"caption": text, "text": text}
-    flow = {"flow": "float64"} if settings.kind == "videos" else {}
-    return {"moments": "bytes", **captions, "shape": ["int64"], **flow, "source": "string"}
-
-
-def make_records(
-    examples: Sequence[Example],
-    settings: CacheSettings,
-    encoder: LatentEncoder,
-    text_states: TextStates | None,
-) -> list[dict[str, Any] | Skipped]:
-    """Encode a batch of examples of one size.
-
-    Args:
-        examples: Decoded examples.
-        settings: Of the build.
-        encoder: Autoencoder.
-        text_states: Text encoder, or None to store the captions themselves.
-
-    Returns:
-        For each example its record, or the reason why it has none.
-    """
-    latents = encoder.encode([example.pixels for example in examples])
-    captions = _make_captions(examples, settings, text_states)
-    records: list[dict[str, Any] | Skipped] = []
-    for example, moments, texts in zip(examples, latents, captions, strict=True):
-        if not np.isfinite(moments).all():
-            reason = f"its latents are not finite when they are computed in {settings.dtype}"
-            records.append(Skipped(example.source, reason))
-            continue
-        flow = {"flow": example.flow} if settings.kind == "videos" else {}
-        shape = list(moments.shape)
-        record = {"moments": moments.tobytes(), **texts, "shape": shape, **flow}
-        records.append({**record, "source": example.source})
-    return records
-
-
-def _make_captions(
-    examples: Sequence[Example], settings: CacheSettings, text_states: TextStates | None
-) -> list[dict[str, Any]]:
-    annotations = [example.annotation for example in examples]
-    if settings.labels:
-        return [{"label": annotation.label} for annotation in annotations]
-    if text_states is None:
-        return [{"caption": a.caption, "text": a.text} for a in annotations]
-    # As training would choose between texts, it chooses between states.
-    texts = [text for a in annotations for text in (a.caption, a.short_caption)]
-    states = text_states.encode(texts)
-    return [
-        {
-            "caption": pack_states(states[2 * i]),
-            "text": pack_states(states[2 * i + 1] if annotation.short_caption else None),
-        }
-        for i, annotation in enumerate(annotations)
-    ]

@@ -6,8 +6,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from diffnext.data.caching.errors import BadExample
+from diffnext.data.caching.errors import BadExample, CacheError
 from diffnext.data.caching.settings import CacheSettings, Size
+
+SIDE_UNIT = 32  # pixels that a token of the video encoder covers in small models; 64 in large ones
 
 
 @dataclass(frozen=True)
@@ -27,10 +29,48 @@ class Crop:
     left: int
 
 
+def bucket_sizes(side: int) -> tuple[Size, ...]:
+    """Sizes of many aspects and nearly the same number of pixels, from 1:2 to 2:1.
+
+    Their sides are multiples of what a token of the video encoder covers: 32 pixels, from 512 on
+    64, from 1536 on 128 and so on. 1024 gives 704x1408, 768x1344, 832x1280, 896x1152, 960x1088,
+    1024x1024 and the upright ones.
+
+    Args:
+        side: Of the square size, pixels; rounded to such a multiple.
+
+    Returns:
+        (height, width) of each, the widest first.
+
+    Raises:
+        CacheError: If the side is less than 64 pixels.
+    """
+    if side < 2 * SIDE_UNIT:
+        raise CacheError(f"buckets must be at least {2 * SIDE_UNIT} pixels, got {side}")
+    step = SIDE_UNIT if side < 16 * SIDE_UNIT else 2 * SIDE_UNIT * max(1, round(side / 1024))
+    square = round(side / step)  # in steps, as all that follow
+    heights = range(round(square / math.sqrt(2)), square)
+    wide = [(height, min(round(square**2 / height), 2 * height)) for height in heights]
+    upright = [(width, height) for height, width in reversed(wide)]
+    return tuple((h * step, w * step) for h, w in [*wide, (square, square), *upright])
+
+
 def nearest_size(height: float, width: float, sizes: Sequence[Size]) -> Size:
     """The size of the nearest aspect, measured by the ratio of aspects; the first of equals."""
     aspect = math.log(width / height)
     return min(sizes, key=lambda size: abs(math.log(size[1] / size[0]) - aspect))
+
+
+def check_pixels(height: int, width: int, settings: CacheSettings) -> None:
+    """Refuse a picture without pixels, or with more than the build decodes.
+
+    Raises:
+        BadExample: If it is one.
+    """
+    if height < 1 or width < 1:
+        raise BadExample(f"is {height}x{width} pixels")
+    if height * width > settings.max_pixels:
+        raise BadExample(f"is {height}x{width} pixels, more than {settings.max_pixels}")
 
 
 def plan_crop(height: int, width: int, settings: CacheSettings, pixel_aspect: float = 1) -> Crop:
@@ -45,10 +85,7 @@ def plan_crop(height: int, width: int, settings: CacheSettings, pixel_aspect: fl
     Raises:
         BadExample: If the picture is too large or too small.
     """
-    if height < 1 or width < 1:
-        raise BadExample(f"is {height}x{width} pixels")
-    if height * width > settings.max_pixels:
-        raise BadExample(f"is {height}x{width} pixels, more than {settings.max_pixels}")
+    check_pixels(height, width, settings)
     size = nearest_size(height, width * pixel_aspect, settings.sizes)
     factors = (size[0] / height, size[1] / (width * pixel_aspect))
     if max(factors) > settings.max_upscale:

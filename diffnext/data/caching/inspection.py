@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,13 @@ from typing import Any
 import numpy as np
 
 from diffnext.data.caching.manifest import Manifest, read_manifest
+from diffnext.data.caching.provenance import SOURCES_NAME, read_facts
 from diffnext.data.flex_pipelines import all_outputs
 from diffnext.data.flex_transforms import check_features
 from diffnext.data.records import RecordDataset, RecordError, Shard
+
+FLOW_EDGES = (0, 0.5, 1, 2, 3, 5, 7, 10, 20, float("inf"))
+BAR_LENGTH = 40  # characters
 
 
 @dataclass
@@ -101,6 +105,55 @@ def _count(example: Mapping[str, Any], summary: Summary) -> None:
         summary.flows.add(example["flow"])
     if "label" in example:
         summary.labels[example["label"]] += 1
+
+
+def read_flows(folder: Path) -> list[float]:
+    """Motion strengths of a dataset; none if it has none.
+
+    Raises:
+        RecordError: If it is damaged.
+    """
+    with RecordDataset(folder) as dataset:
+        if "flow" not in dataset.features:
+            return []
+        return [dataset.view(index)["flow"] for index in range(len(dataset))]
+
+
+def draw_histogram(flows: Sequence[float]) -> list[str]:
+    """How many motion strengths are how large, a line for each range."""
+    counts, _ = np.histogram(flows, FLOW_EDGES)
+    unit = max(1.0, counts.max() / BAR_LENGTH)
+    ranges = zip(FLOW_EDGES[:-1], FLOW_EDGES[1:], counts.tolist(), strict=True)
+    return [
+        f"{low:>5g} to {high:<5g} {count:>7}  {'#' * round(count / unit)}".rstrip()
+        for low, high, count in ranges
+    ]
+
+
+def list_sources(folder: Path) -> Iterator[tuple[str, str]]:
+    """Where the records of a dataset came from.
+
+    Args:
+        folder: Of the dataset.
+
+    Yields:
+        Of each record its source, empty if it names none, and the hash of the item of the source
+        that it belongs to, empty if that is not known.
+
+    Raises:
+        RecordError: If something is damaged.
+    """
+    parent = read_manifest(folder.parent)
+    is_one_of_several = parent is not None and folder.name in (parent.datasets or {})
+    path = (folder.parent if is_one_of_several else folder) / SOURCES_NAME
+    hashes = {facts.source: facts.hash for facts in read_facts(path)} if path.is_file() else {}
+    with RecordDataset(folder) as dataset:
+        for index in range(len(dataset)):
+            source = str(dataset.view(index).get("source", ""))
+            item = source
+            while item not in hashes and "#" in item:  # the number of a clip, or a mirrored copy
+                item = item.rpartition("#")[0]
+            yield source, hashes.get(item, "")
 
 
 def find_problems(folder: Path) -> Iterator[str]:

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from diffnext.data.caching.media import SIDE_SUFFIXES, FileMedia, Media
+from diffnext.data.caching.media import SIDE_SUFFIXES, Media, SideFiles
+
+_NOTHING: Mapping[str, Any] = {}  # one for all: a source may have a million items
 
 
-@dataclass(frozen=True)
+def _nothing() -> Mapping[str, Any]:
+    return _NOTHING
+
+
+@dataclass(frozen=True, slots=True)
 class Item:
     """One picture or video of the source.
 
@@ -24,15 +30,60 @@ class Item:
 
     name: str
     media: Media | None = None
-    sides: Mapping[str, Media] = field(default_factory=dict)
-    values: Mapping[str, Any] = field(default_factory=dict)
+    sides: Mapping[str, Media] = field(default_factory=_nothing)
+    values: Mapping[str, Any] = field(default_factory=_nothing)
     problem: str | None = None
 
 
-def side_files(path: str, exists: Callable[[str], bool]) -> dict[str, Media]:
-    """Side files of a media file: the same name with another suffix."""
-    stem = os.path.splitext(path)[0]
-    return {end: FileMedia(stem + end) for end in SIDE_SUFFIXES if exists(stem + end)}
+@dataclass(frozen=True)
+class Listing:
+    """What a source holds.
+
+    Attributes:
+        items: Its pictures or videos, always in the same order.
+        unread: Number of files that are not media of a kind that is read, by suffix.
+    """
+
+    items: list[Item]
+    unread: dict[str, int] = field(default_factory=dict)
+
+
+class SideFinder:
+    """Finds side files with one listing per folder."""
+
+    def __init__(self) -> None:
+        self._folders: dict[str, dict[str, tuple[str, ...]]] = {}
+
+    def find(self, path: str) -> Mapping[str, Media]:
+        """The side files of a file, by suffix."""
+        folder, name = os.path.split(path)
+        if folder not in self._folders:
+            try:
+                names = os.listdir(folder or ".")
+            except (OSError, ValueError):  # ValueError: a NUL byte in the name
+                names = []
+            self._folders[folder] = side_suffixes(names)
+        return side_files(path, self._folders[folder].get(os.path.splitext(name)[0]))
+
+
+def side_suffixes(names: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """Suffixes of the side files of a folder, as they are written, by what is before them.
+
+    Where two differ in capital letters alone, the one in small letters comes first, and counts.
+    """
+    found: dict[str, tuple[str, ...]] = {}
+    shared: dict[tuple[str, ...], tuple[str, ...]] = {}
+    sides = [name for name in names if name.lower().endswith(SIDE_SUFFIXES)]
+    for name in sorted(sides, reverse=True):
+        stem, suffix = os.path.splitext(name)
+        suffixes = (*found.get(stem, ()), suffix)
+        found[stem] = shared.setdefault(suffixes, suffixes)
+    return found
+
+
+def side_files(path: str, suffixes: tuple[str, ...] | None) -> Mapping[str, Media]:
+    """Side files of a file with the given suffixes."""
+    return SideFiles(path, suffixes) if suffixes else _NOTHING
 
 
 def printable(name: str) -> str:

@@ -20,7 +20,16 @@ from diffnext.version import __version__
 
 MANIFEST_NAME = "manifest.json"
 MOMENTS_DTYPE = "float16"
-PACKAGES = ("torch", "diffusers", "transformers", "numpy", "pillow", "av", "decord")
+PACKAGES = (
+    "torch",
+    "diffusers",
+    "transformers",
+    "numpy",
+    "pillow",
+    "av",
+    "decord",
+    "opencv-python-headless",
+)
 
 Count = Annotated[int, Field(ge=0)]
 
@@ -79,6 +88,7 @@ class Manifest:
         shape: Of the moments.
         size: Height and width in pixels.
         num_frames: Of a clip.
+        flow_unit: Of the motion strengths; earlier versions measured hundredths of the short side.
         text_encoder: None without cached text states.
         counts: How many examples there are.
         datasets: Examples by folder, of several sizes.
@@ -97,6 +107,7 @@ class Manifest:
     shape: tuple[Count, ...] | None = None
     size: tuple[Count, Count] | None = None
     num_frames: Count | None = None
+    flow_unit: str | None = None
     text_encoder: TextFacts | None = None
     counts: Counts = field(default_factory=Counts)
     datasets: dict[str, Count] | None = None

@@ -1,31 +1,61 @@
-"""Where the bytes of a picture, a clip or a side file are."""
+"""Where the bytes of a picture, a clip or a side file are, and which files hold such."""
 
 from __future__ import annotations
 
+import codecs
+import functools
 import io
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, BinaryIO
+
+from PIL import Image
 
 from diffnext.data.caching.errors import BadExample
 from diffnext.data.plain_files import open_plain
 from diffnext.data.record_format import RecordError
+from diffnext.utils.pictures import known_formats
 
-IMAGE_SUFFIXES = frozenset(
-    ".jpg .jpeg .jpe .jfif .png .webp .bmp .gif .tif .tiff .ppm .pgm .jp2 .avif".split()
-)
 VIDEO_SUFFIXES = frozenset(
-    ".mp4 .m4v .mov .mkv .webm .avi .gif .mpg .mpeg .wmv .flv .3gp .ogv".split()
+    ".mp4 .m4v .mov .mkv .webm .avi .gif .mpg .mpeg .ts .mts .m2ts .wmv .flv .3gp .ogv".split()
 )
 SIDE_SUFFIXES = (".json", ".txt", ".cls")
-MEDIA_SUFFIXES = {"images": IMAGE_SUFFIXES, "videos": VIDEO_SUFFIXES}
+TABLE_SUFFIXES = {
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".parquet": "parquet",
+}
+MAX_SUFFIXES = 8  # named in a summary
+SYSTEM_FILES = frozenset((".DS_Store", "Thumbs.db", "desktop.ini"))
+
+# What to do about files of a source that are not read.
+ADVICE = {
+    ".heic .heics .heif .heifs .hif": "pip install pillow-heif",
+    ".jxl": "pip install pillow-jxl-plugin",
+    ".dng .cr2 .cr3 .nef .arw .raf .orf .rw2": "develop raw photographs to JPEG, PNG or TIFF",
+    ".svg .eps .pdf .ai .psd .xcf": "save them as PNG",
+    ".zip .rar .7z .gz .tgz .bz2 .xz .zst": "unpack them",
+    ".part .crdownload .download": "downloads that did not end",
+    ".tar .arrow": "make them, or a folder of them alone, the source",
+    " ".join(TABLE_SUFFIXES): "make the table the source, or name it metadata, as in metadata.csv",
+}
+
+BYTE_ORDER_MARKS = {
+    codecs.BOM_UTF8: "utf-8-sig",
+    codecs.BOM_UTF32_LE: "utf-32",  # begins like the next
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
 
 
 class Media(ABC):
     """Bytes that can be opened."""
+
+    __slots__ = ()
 
     @abstractmethod
     def open(self) -> BinaryIO:
@@ -35,6 +65,15 @@ class Media(ABC):
             BadExample: If the bytes cannot be had.
         """
 
+    @abstractmethod
+    def stamp(self) -> list[int]:
+        """What tells, without reading them, whether the bytes may have changed.
+
+        Returns:
+            Size and time of the last change, in nanoseconds, of the file that they are in, and
+            where in it they are; empty if there is no such file.
+        """
+
     def read(self, limit: int) -> bytes:
         """All bytes.
 
@@ -42,13 +81,16 @@ class Media(ABC):
             BadExample: If they cannot be had, or are more than ``limit``.
         """
         with self.open() as file:
-            content = file.read(limit + 1)
+            try:
+                content = file.read(limit + 1)
+            except OSError as error:
+                raise BadExample(f"cannot be read: {reason_of(error)}") from error
         if len(content) > limit:
             raise BadExample(f"more than {limit} bytes")
         return content
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class FileMedia(Media):
     """A file.
 
@@ -65,10 +107,39 @@ class FileMedia(Media):
         except RecordError as error:
             raise BadExample("is not a regular file") from error
         except (OSError, ValueError) as error:  # ValueError: a NUL byte in the name
-            raise BadExample(f"cannot be opened: {_reason(error)}") from error
+            raise BadExample(f"cannot be opened: {reason_of(error)}") from error
+
+    def stamp(self) -> list[int]:
+        """Size and time of the file."""
+        return file_stamp(self.path)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
+class SideFiles(Mapping[str, Media]):
+    """The side files of a file: of the same name, but for the suffix. By suffix, in small letters.
+
+    Attributes:
+        path: Of the file.
+        suffixes: Of its side files, as they are written.
+    """
+
+    path: str
+    suffixes: tuple[str, ...]
+
+    def __getitem__(self, suffix: str) -> FileMedia:
+        for written in self.suffixes:
+            if written.lower() == suffix:
+                return FileMedia(os.path.splitext(self.path)[0] + written)
+        raise KeyError(suffix)
+
+    def __iter__(self):  # noqa: ANN204
+        return iter([written.lower() for written in self.suffixes])
+
+    def __len__(self) -> int:
+        return len(self.suffixes)
+
+
+@dataclass(frozen=True, slots=True)
 class ArchiveMedia(Media):
     """A member of an uncompressed tar file.
 
@@ -83,37 +154,100 @@ class ArchiveMedia(Media):
     size: int
 
     def open(self) -> BinaryIO:
-        """Read the member; nothing is unpacked."""
-        with FileMedia(self.archive).open() as file:
-            file.seek(self.offset)
-            content = file.read(self.size)
-        if len(content) < self.size:
-            raise BadExample(f"the archive is cut off: {len(content)} of {self.size} bytes")
-        return io.BytesIO(content)
+        """Open the member where it lies; nothing is unpacked."""
+        file = FileMedia(self.archive).open()
+        held = os.fstat(file.fileno()).st_size - self.offset
+        if held < self.size:
+            file.close()
+            raise BadExample(f"the archive is cut off: {max(held, 0)} of {self.size} bytes")
+        return io.BufferedReader(_Section(file, self.offset, self.size))
+
+    def stamp(self) -> list[int]:
+        """Size and time of the archive, offset and size of the member."""
+        archive = file_stamp(self.archive)
+        return archive and [*archive, self.offset, self.size]
 
 
-@dataclass(frozen=True)
-class RowMedia(Media):
-    """A cell of a table that holds the bytes themselves, or the path of a file.
+class _Section(io.RawIOBase):
+    """A part of a file, as a file; closing it closes the file.
 
-    Attributes:
-        load: Returns the cell: bytes, a path, or a mapping of ``bytes`` and ``path``.
-        root: Folder that the path is relative to.
+    Args:
+        file: Open file.
+        start: First byte.
+        size: Bytes.
     """
 
-    load: Callable[[], Any]
-    root: Path
+    def __init__(self, file: BinaryIO, start: int, size: int) -> None:
+        self._file = file
+        self._start = start
+        self._size = size
+        self._position = 0
 
-    def open(self) -> BinaryIO:
-        """Read the cell."""
-        cell = self.load()
-        if isinstance(cell, dict):
-            cell = cell.get("bytes") or cell.get("path")
-        if isinstance(cell, str) and cell:
-            return FileMedia(os.path.join(self.root, cell)).open()
-        if isinstance(cell, bytes) and cell:
-            return io.BytesIO(cell)
-        raise BadExample("the table has neither bytes nor a path")
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
+        if base + offset < 0:
+            raise ValueError(f"there is no byte {base + offset}")
+        self._position = base + offset
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        self._file.seek(self._start + self._position)
+        content = self._file.read(min(len(buffer), max(self._size - self._position, 0)))
+        buffer[: len(content)] = content
+        self._position += len(content)
+        return len(content)
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+def open_cell(cell: Any, root: str) -> BinaryIO:
+    """Open what a cell of a table holds.
+
+    Args:
+        cell: Bytes, a path, or a mapping of ``bytes`` and ``path``.
+        root: Folder that the path is relative to.
+
+    Raises:
+        BadExample: If it is neither, or the file cannot be opened.
+    """
+    if isinstance(cell, dict):
+        cell = cell.get("bytes") or cell.get("path")
+    if isinstance(cell, str) and cell:
+        return FileMedia(os.path.join(root, cell)).open()
+    if isinstance(cell, bytes) and cell:
+        return io.BytesIO(cell)
+    raise BadExample("the table has neither bytes nor a path")
+
+
+def file_stamp(path: str) -> list[int]:
+    """Size and time of the last change, in nanoseconds; empty if there is no such file."""
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):  # ValueError: a NUL byte in the name
+        return []
+    return [status.st_size, status.st_mtime_ns]
+
+
+@functools.cache
+def media_suffixes(kind: str) -> frozenset[str]:
+    """Suffixes of the pictures that PIL reads here, or of videos.
+
+    Args:
+        kind: "images" or "videos".
+    """
+    if kind == "videos":
+        return VIDEO_SUFFIXES
+    formats = known_formats()
+    suffixes = Image.registered_extensions()
+    return frozenset(suffix for suffix in suffixes if suffixes[suffix] in formats)
 
 
 def suffix_of(name: str) -> str:
@@ -121,5 +255,60 @@ def suffix_of(name: str) -> str:
     return os.path.splitext(name)[1].lower()
 
 
-def _reason(error: Exception) -> str:
+def is_system_file(name: str) -> bool:
+    """Whether a file of this name is an operating system's own, such as ``._cat.jpg``."""
+    return name.startswith("._") or name in SYSTEM_FILES
+
+
+def describe_unread(unread: Mapping[str, int], kind: str) -> list[str]:
+    """Say of files that were not read what to do about them.
+
+    Args:
+        unread: Number of files by suffix.
+        kind: What was read, "images" or "videos".
+
+    Returns:
+        A sentence for each suffix, the most frequent first; one for all beyond the first few.
+    """
+    ordered = sorted(unread.items(), key=lambda entry: (-entry[1], entry[0]))
+    sentences = [
+        _describe(f"{suffix} file" if suffix else "file without a suffix", count, suffix, kind)
+        for suffix, count in ordered[:MAX_SUFFIXES]
+    ]
+    others = sum(count for _, count in ordered[MAX_SUFFIXES:])
+    return sentences + ([_describe("other file", others, "", kind)] if others else [])
+
+
+def _describe(what: str, count: int, suffix: str, kind: str) -> str:
+    verb = "was" if count == 1 else "were"
+    plural = what if count == 1 else what.replace("file", "files")
+    advice = advice_on(suffix, kind)
+    return f"{count} {plural} {verb} not read" + (f": {advice}" if advice else "")
+
+
+def advice_on(suffix: str, kind: str) -> str:
+    """What to do about files of a suffix that are not read; empty if nothing is known.
+
+    Args:
+        suffix: In small letters.
+        kind: What is read, "images" or "videos".
+    """
+    for other in ("images", "videos"):
+        if other != kind and suffix in media_suffixes(other):
+            return f"`build_cache.py {other}` reads them"
+    return next((ADVICE[known] for known in ADVICE if suffix in known.split()), "")
+
+
+def encoding_of(head: bytes) -> str:
+    """The encoding of a text, from the byte order mark that it may begin with; else UTF-8.
+
+    Args:
+        head: Its first four bytes.
+    """
+    marks = (BYTE_ORDER_MARKS[mark] for mark in BYTE_ORDER_MARKS if head.startswith(mark))
+    return next(marks, "utf-8")
+
+
+def reason_of(error: Exception) -> str:
+    """What the system says about a file, without its name."""
     return getattr(error, "strerror", None) or str(error)

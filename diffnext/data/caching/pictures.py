@@ -6,61 +6,94 @@ Shapes: H W pixels.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 
+from diffnext.data.caching.colours import read_exif, to_srgb
 from diffnext.data.caching.errors import BadExample
-from diffnext.data.caching.geometry import Crop, plan_crop
+from diffnext.data.caching.geometry import Crop, check_pixels, plan_crop
 from diffnext.data.caching.settings import CacheSettings
-from diffnext.image_processor import to_rgb
 from diffnext.utils.json_files import FileError
 from diffnext.utils.pictures import open_picture
 
-ANIMATED = ("PNG", "WEBP", "GIF")  # several pictures in one file mean other things elsewhere
-ORIENTATION_TAG = 0x0112
+ANIMATED = ("PNG", "WEBP", "GIF", "AVIF")  # in others, several pictures mean other things
+TURNS = {  # that set pictures of an orientation upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 ON_THE_SIDE = (5, 6, 7, 8)  # orientations that swap width and height
 DRAFT_MARGIN = 2  # JPEGs are decoded at no less than this times the size they are scaled to
+HEAD = 2**16  # bytes of a file in which its colours are named
+TIFF_MARKS = (b"II*\0", b"MM\0*")
 
 
-def read_picture(file: BinaryIO, settings: CacheSettings) -> np.ndarray:
+@dataclass(frozen=True)
+class Picture:
+    """A decoded picture.
+
+    Attributes:
+        pixels: (H, W, 3), uint8.
+        notes: What was assumed about it.
+    """
+
+    pixels: np.ndarray
+    notes: tuple[str, ...] = ()
+
+
+def read_picture(file: BinaryIO, settings: CacheSettings) -> Picture:
     """Decode a picture and bring it to the size of the nearest aspect.
 
-    The EXIF orientation is applied, transparency laid on white, other colour models made RGB.
+    The EXIF orientation is applied, transparency laid on white, colours made sRGB by the profile of
+    the picture and by what its file says of its samples.
 
     Args:
         file: Open file.
         settings: Of the build.
 
-    Returns:
-        (H, W, 3), uint8.
-
     Raises:
-        BadExample: If it is not a picture, damaged, animated, or of an unsuitable size.
+        BadExample: If it is not a picture, damaged, animated, or of an unsuitable size, or if its
+            values have no known black and white.
     """
+    head = file.read(HEAD)
+    file.seek(0)
     try:
         with open_picture(file) as picture:
-            return _fit(picture, settings)
-    except BadExample:
+            return _fit(picture, head, settings)
+    except (BadExample, MemoryError):
         raise
     except FileError as error:
+        if head.startswith(TIFF_MARKS) and "known format" in str(error):
+            raise BadExample("is a TIFF of a kind that Pillow does not read") from error
         raise BadExample(str(error)) from error
     except Exception as error:  # decoders of damaged files raise whatever they stumble over
         raise BadExample(f"cannot be decoded: {error or type(error).__name__}") from error
 
 
-def _fit(picture: Image.Image, settings: CacheSettings) -> np.ndarray:
+def _fit(picture: Image.Image, head: bytes, settings: CacheSettings) -> Picture:
     frames = getattr(picture, "n_frames", 1)
     if picture.format in ANIMATED and frames > 1:
         raise BadExample(f"is animated, with {frames} frames")
-    orientation = _orientation(picture)
+    check_pixels(picture.height, picture.width, settings)
+    # Pillow turns TIFFs by itself.
+    orientation = (
+        None if picture.format == "TIFF" else read_exif(picture, ExifTags.Base.Orientation)
+    )
     width, height = reversed(picture.size) if orientation in ON_THE_SIDE else picture.size
     crop = plan_crop(height, width, settings)
     if picture.format == "JPEG":
         _decode_smaller(picture, max(crop.scaled[0] / height, crop.scaled[1] / width))
-    upright = picture if orientation == 1 else ImageOps.exif_transpose(picture)
-    return np.asarray(scale_and_cut(to_rgb(upright), crop))
+    upright, notes = to_srgb(picture, head)
+    if orientation in TURNS:
+        upright = upright.transpose(TURNS[orientation])
+    return Picture(np.asarray(scale_and_cut(upright, crop)), notes)
 
 
 def scale_and_cut(picture: Image.Image, crop: Crop) -> Image.Image:
@@ -81,11 +114,3 @@ def _decode_smaller(picture: Image.Image, scale: float) -> None:
     if factor < 1:
         wanted = (math.ceil(picture.width * factor), math.ceil(picture.height * factor))
         picture.draft(picture.mode, wanted)
-
-
-def _orientation(picture: Image.Image) -> int:
-    """EXIF orientation, 1 to 8; damaged metadata leave a picture upright."""
-    try:
-        return picture.getexif().get(ORIENTATION_TAG, 1)
-    except Exception:  # as varied as the damages
-        return 1

@@ -1,6 +1,6 @@
 """Datasets made of other datasets: merged, split, or with other shards.
 
-Records are copied as they are.
+Records are copied as they are, and get checksums.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from diffnext.data.caching.manifest import Counts, Manifest, read_manifest, writ
 from diffnext.data.records import RecordDataset, copy_records
 
 UNLIMITED = 2**63 - 1
-SAME = ("vae_hash", "dtype", "shape", "size", "kind", "text_encoder")
+SAME = ("vae_hash", "dtype", "shape", "size", "kind", "flow_unit", "text_encoder")
 
 
 def reshard(source: Path, output: Path, shard_size: int) -> int:
@@ -34,7 +34,8 @@ def reshard(source: Path, output: Path, shard_size: int) -> int:
     if shard_size < 1:
         raise CacheError(f"shard_size must be at least 1, got {shard_size}")
     with RecordDataset(source) as dataset, _new_folder(output) as folder:
-        copy_records(((dataset, index) for index in range(len(dataset))), folder, shard_size)
+        order = ((dataset, index) for index in range(len(dataset)))
+        copy_records(order, folder, shard_size, checksums=True)
         _write_manifest(folder, [source], len(dataset))
         return -(-len(dataset) // shard_size)
 
@@ -54,7 +55,7 @@ def merge(sources: Sequence[Path], output: Path, shard_size: int = UNLIMITED) ->
         _check_alike(datasets)
         folder = stack.enter_context(_new_folder(output))
         order = ((dataset, index) for dataset in datasets for index in range(len(dataset)))
-        count = copy_records(order, folder, shard_size)
+        count = copy_records(order, folder, shard_size, checksums=True)
         _write_manifest(folder, sources, count)
         return count
 
@@ -85,7 +86,8 @@ def split(source: Path, outputs: Sequence[Path], share: float, seed: int = 0) ->
         folders = [stack.enter_context(_new_folder(output)) for output in outputs]
         order = np.random.default_rng(seed).permutation(len(dataset))
         for folder, chosen in zip(folders, (order[:count], order[count:]), strict=True):
-            copy_records(((dataset, index) for index in np.sort(chosen).tolist()), folder)
+            records = ((dataset, index) for index in np.sort(chosen).tolist())
+            copy_records(records, folder, checksums=True)
             _write_manifest(folder, [source], len(chosen))
         return count, len(dataset) - count
 

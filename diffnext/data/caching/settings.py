@@ -20,7 +20,7 @@ USUAL_BATCH_SIZES = {"images": 8, "videos": 1}  # a video is many pictures at on
 
 # Where, how fast and how strictly, but not what: a build may go on with others of these. Of the
 # encoders the weights count, not the folders.
-_FREE = ("output", "vae", "text_encoder", "device", "batch_size", "workers", "on_error")
+_FREE = ("output vae text_encoder device batch_size workers on_error time_limit update").split()
 
 
 def _choices(name: str, value: Any, allowed: tuple[str, ...]) -> None:
@@ -111,8 +111,11 @@ class CacheSettings:
         device: That it runs on.
         workers: Threads that decode.
         chunk_size: Items of the source that are lost at most when a process is killed.
-        shard_size: Items of the source to a shard of the dataset.
+        shard_size: Examples to a shard of the dataset.
         on_error: "skip" bad examples, or "stop" at the first.
+        time_limit: Seconds after which a decoder that still works on an item is stopped.
+        update: Whether items that changed since they were read are read again, and new ones added;
+            else they are an error.
     """
 
     kind: Literal["images", "videos"]
@@ -143,6 +146,8 @@ class CacheSettings:
     chunk_size: int = 64
     shard_size: int = 8192
     on_error: Literal["skip", "stop"] = "skip"
+    time_limit: float = 120.0
+    update: bool = False
 
     def __post_init__(self) -> None:
         _choices("kind", self.kind, KINDS)
@@ -155,7 +160,8 @@ class CacheSettings:
         for name in names:
             _at_least(name, getattr(self, name), 1)
         _at_least("max_upscale", self.max_upscale, 1)
-        _at_least("shard_size", self.shard_size, self.chunk_size)
+        _at_least("shard_size", self.shard_size, 1)
+        _at_least("time_limit", self.time_limit, 1)
         if not self.sizes:
             raise CacheError("at least one size is needed")
         if len(set(self.sizes)) < len(self.sizes):
@@ -165,11 +171,6 @@ class CacheSettings:
                 raise CacheError(f"sizes must be positive, got {format_size(size)}")
         if self.labels and self.text_encoder is not None:
             raise CacheError("labels take the place of captions: there is no text to encode")
-
-    @property
-    def chunks_per_shard(self) -> int:
-        """Chunks that make a shard."""
-        return self.shard_size // self.chunk_size
 
     def describe(self) -> dict[str, Any]:
         """What the content of the dataset depends on, as plain values."""

@@ -3,27 +3,60 @@
 from __future__ import annotations
 
 import glob
-import hashlib
-import json
 import os
-from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from diffnext.data.caching.archives import archive_items
+from diffnext.data.caching.arrow_tables import read_parquet, read_saved_dataset
 from diffnext.data.caching.errors import CacheError
-from diffnext.data.caching.items import Item, printable, side_files
-from diffnext.data.caching.media import MEDIA_SUFFIXES, FileMedia, suffix_of
+from diffnext.data.caching.items import (
+    Item,
+    Listing,
+    SideFinder,
+    printable,
+    side_files,
+    side_suffixes,
+)
+from diffnext.data.caching.media import (
+    SIDE_SUFFIXES,
+    TABLE_SUFFIXES,
+    FileMedia,
+    advice_on,
+    describe_unread,
+    is_system_file,
+    media_suffixes,
+    reason_of,
+    suffix_of,
+)
 from diffnext.data.caching.settings import CacheSettings
-from diffnext.data.caching.tables import huggingface_items, table_items
+from diffnext.data.caching.tables import folder_of, read_csv, read_jsonl, row_items
 
-TABLE_SUFFIXES = {".csv": "csv", ".tsv": "csv", ".jsonl": "jsonl", ".parquet": "parquet"}
 FOLDER_TABLES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 HUGGINGFACE_FILES = ("dataset_dict.json", "dataset_info.json")
 GLOB_CHARACTERS = "*?["
+ANY_DEPTH = "**"
+READERS = {"csv": read_csv, "jsonl": read_jsonl, "parquet": read_parquet}
 
 
-def list_items(settings: CacheSettings) -> list[Item]:
+@dataclass
+class _Found:
+    """What was seen of a source beside its items.
+
+    Attributes:
+        unread: Number of files that are not media, by suffix.
+        table: The first table beside or below the media.
+        json: The first file of JSON.
+    """
+
+    unread: Counter[str] = field(default_factory=Counter)
+    table: str | None = None
+    json: str | None = None
+
+
+def list_items(settings: CacheSettings) -> Listing:
     """All items of a source, always in the same order.
 
     ``settings.source`` is
@@ -38,107 +71,247 @@ def list_items(settings: CacheSettings) -> list[Item]:
     Raises:
         CacheError: If there is no such source, it cannot be read, or it holds no item.
     """
-    source_format = settings.format if settings.format != "auto" else guess_format(settings)
+    found = _Found()
+    try:
+        items = list(_mark_repeated(_read_source(settings, found)))
+    except OSError as error:
+        raise CacheError(f"{settings.source} cannot be read: {reason_of(error)}") from error
+    if not items:
+        raise CacheError(_explain_nothing(settings, found))
+    if all(item.media is None for item in items):
+        first = f"{items[0].name}: {items[0].problem}"
+        raise CacheError(f"{settings.source} holds no {settings.kind} that can be used; {first}")
+    return Listing(items, dict(found.unread))
+
+
+def _read_source(settings: CacheSettings, found: _Found) -> Iterator[Item]:
+    paths = None if os.path.isdir(settings.source) else find_files(settings.source)
+    source_format = settings.format if settings.format != "auto" else guess_format(settings, paths)
+    if source_format == "huggingface":
+        rows = read_saved_dataset(settings)
+        label = os.path.basename(os.path.normpath(settings.source))
+        return row_items(label, rows, settings, settings.source)
     if source_format == "media":
-        items = media_items(settings)
-    elif source_format == "tar":
-        items = archive_items(find_files(settings.source, (".tar",)), settings.kind)
-    elif source_format == "huggingface":
-        items = huggingface_items(settings)
-    else:
-        items = table_items(_table_files(settings, source_format), source_format, settings)
-    found = list(_mark_repeated(items))
-    if not found:
-        raise CacheError(f"{settings.source} holds no {settings.kind}")
-    return found
+        return _media_items(paths, settings, found)
+    if source_format == "tar":
+        return _archive_items(
+            paths or _files_in(settings.source, (".tar",), found), settings, found
+        )
+    return _table_items(
+        paths or _tables_in(settings, source_format, found), source_format, settings
+    )
 
 
-def guess_format(settings: CacheSettings) -> str:
+def guess_format(settings: CacheSettings, paths: list[str] | None) -> str:
     """The kind of a source, from its name and content.
 
-    Raises:
-        CacheError: If there is none of that name.
+    Args:
+        settings: Of the build.
+        paths: Files of the source; None if it is a folder.
     """
     source = Path(settings.source)
-    if not source.is_dir():
-        suffixes = {suffix_of(path) for path in find_files(settings.source)}
-        if suffixes == {".tar"}:
-            return "tar"
-        kinds = {TABLE_SUFFIXES.get(suffix, "media") for suffix in suffixes}
+    suffixes = media_suffixes(settings.kind)
+    if paths is not None:
+        kinds = {_format_of(path) for path in paths}
         return kinds.pop() if len(kinds) == 1 else "media"
     if any((source / name).is_file() for name in HUGGINGFACE_FILES):
         return "huggingface"
     for table in _folder_tables(settings):
         return TABLE_SUFFIXES[table.suffix]
     names = os.listdir(source)
-    is_media = any(suffix_of(name) in MEDIA_SUFFIXES[settings.kind] for name in names)
+    is_media = any(suffix_of(name) in suffixes for name in names)
     return "tar" if not is_media and any(suffix_of(n) == ".tar" for n in names) else "media"
 
 
-def find_files(source: str, suffixes: Iterable[str] = ()) -> list[str]:
-    """The files that a path or a glob pattern names.
+def _format_of(path: str) -> str:
+    suffix = suffix_of(path)
+    if suffix == ".tar":
+        return "tar"
+    # Beside media files .json are side files.
+    return "jsonl" if suffix == ".json" else TABLE_SUFFIXES.get(suffix, "media")
 
-    Args:
-        source: File, folder or pattern.
-        suffixes: Of the files of a folder.
+
+def find_files(source: str) -> list[str]:
+    """The files that a path or a glob pattern names.
 
     Raises:
         CacheError: If there are none.
     """
-    if os.path.isdir(source):
-        names = sorted(os.listdir(source))
-        found = [os.path.join(source, name) for name in names if suffix_of(name) in suffixes]
-    elif os.path.exists(source):
-        found = [source]
-    elif any(character in source for character in GLOB_CHARACTERS):
-        found = sorted(path for path in glob.glob(source, recursive=True))
-    else:
-        found = []
+    if os.path.exists(source):
+        return [source]
+    found = []
+    if any(character in source for character in GLOB_CHARACTERS):
+        found = sorted(_expand(source))
     if not found:
         raise CacheError(f"there is nothing at {source}")
     return found
 
 
-def hash_items(items: Iterable[Item]) -> str:
-    """Tell one list of items from another: SHA-256 of names and values."""
-    digest = hashlib.sha256()
-    for item in items:
-        line = json.dumps([item.name, dict(item.values), item.problem], default=repr)
-        digest.update(line.encode() + b"\n")
-    return digest.hexdigest()
+def _expand(pattern: str) -> set[str]:
+    """What a glob pattern names; loops of links, which ``glob`` follows for ever, end."""
+    parts = pattern.split(os.sep)
+    if ANY_DEPTH not in parts:
+        return set(glob.glob(pattern))
+    at = parts.index(ANY_DEPTH)
+    head, tail = os.sep.join(parts[:at]) or os.sep, os.sep.join(parts[at + 1 :]) or "*"
+    found = set()
+    for root in glob.glob(os.path.join(head, "")) if at > 0 else [""]:
+        for place, _, _ in _walk(root):
+            if not any(part.startswith(".") for part in place[len(root) :].split(os.sep)):
+                found |= _expand(os.path.join(glob.escape(place), tail))
+    return found
 
 
-def media_items(settings: CacheSettings) -> Iterator[Item]:
-    """Media files of a folder or a pattern, with the side files beside each."""
-    suffixes = MEDIA_SUFFIXES[settings.kind]
-    source = settings.source
-    if os.path.isdir(source):
-        yield from _folder_items(source, suffixes)
-        return
-    for path in find_files(source):
+def _walk(folder: str) -> Iterator[tuple[str, list[str], OSError | None]]:
+    """A folder and those in it, also through links; each real folder once, so that loops end.
+
+    Yields:
+        The path of each, the sorted names of its files, and why it cannot be read.
+    """
+    waiting = [folder]
+    visited = set()
+    while waiting:
+        place = waiting.pop()
+        folders: list[str] = []
+        names: list[str] = []
+        try:
+            status = os.stat(place or os.curdir)
+            if (status.st_dev, status.st_ino) in visited:
+                continue
+            visited.add((status.st_dev, status.st_ino))
+            with os.scandir(place or os.curdir) as entries:
+                for entry in entries:
+                    (folders if _is_folder(entry) else names).append(entry.name)
+        except OSError as error:
+            yield place, [], error
+            continue
+        waiting += [os.path.join(place, name) for name in sorted(folders, reverse=True)]
+        yield place, sorted(names), None
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
+def _media_items(paths: list[str] | None, settings: CacheSettings, found: _Found) -> Iterator[Item]:
+    """Media files with the side files beside each.
+
+    Args:
+        paths: Files of the source; None if it is a folder.
+        settings: Of the build.
+        found: Notes what else there is.
+
+    Raises:
+        CacheError: If none has a side file, but there is a table.
+    """
+    if paths is None:
+        items = list(_folder_items(settings, found))
+    else:
+        items = list(_file_items(paths, settings, found))
+    if items and not settings.empty_captions and not any(item.sides for item in items):
+        table = found.table or found.json or (paths is None and _table_beside(settings.source))
+        if table:
+            advice = advice_on(".csv", settings.kind)
+            raise CacheError(
+                f"no file of {settings.source} has a caption beside it, but there is {table}: "
+                f"{advice}"
+            )
+    return iter(items)
+
+
+def _table_beside(source: str) -> str | None:
+    """A table in the folder that the source is in."""
+    folder = glob.escape(os.path.dirname(os.path.abspath(source)))
+    paths = sorted(glob.glob(os.path.join(folder, "*")))
+    return next((path for path in paths if suffix_of(path) in TABLE_SUFFIXES), None)
+
+
+def _folder_items(settings: CacheSettings, found: _Found) -> Iterator[Item]:
+    """Media files of a folder, with the side files beside each."""
+    suffixes = media_suffixes(settings.kind)
+    for place, names, error in _walk(settings.source):
+        relative = place[len(settings.source) :].strip(os.sep)
+        if error is not None:
+            problem = f"the folder cannot be read: {reason_of(error)}"
+            yield Item(relative or os.curdir, problem=problem)
+            continue
+        folder, prefix = os.path.join(place, ""), os.path.join(relative, "")
+        sides = side_suffixes(names)
+        for name in names:
+            if _is_media(folder, name, suffixes, found):
+                path = folder + name
+                own = sides.get(os.path.splitext(name)[0])
+                yield Item(prefix + name, FileMedia(path), side_files(path, own))
+
+
+def _file_items(paths: list[str], settings: CacheSettings, found: _Found) -> Iterator[Item]:
+    """Media files among those of a pattern, or one file, with the side files beside each."""
+    suffixes = media_suffixes(settings.kind)
+    sides = SideFinder()
+    for path in paths:
         if os.path.isdir(path):
             continue
-        if suffix_of(path) in suffixes or path == source:
-            yield Item(path, FileMedia(path), side_files(path, os.path.exists))
+        advice = advice_on(suffix_of(path), settings.kind)
+        if path == settings.source and advice:
+            raise CacheError(f"{path} is not a kind of source that is read: {advice}")
+        folder, name = os.path.split(path)
+        if _is_media(folder, name, suffixes, found) or path == settings.source:
+            yield Item(path, FileMedia(path), sides.find(path))
 
 
-def _folder_items(folder: str, suffixes: frozenset[str]) -> Iterator[Item]:
-    """Walk a folder, also through links; each real folder once, so that loops of links end."""
-    visited = set()
-    for place, folders, names in os.walk(folder, followlinks=True):
-        real = os.path.realpath(place)
-        if real in visited:
-            folders.clear()
-            continue
-        visited.add(real)
-        folders.sort()
-        known = {os.path.join(place, name) for name in names}
-        for name in sorted(names):
-            if suffix_of(name) not in suffixes:
-                continue
-            path = os.path.join(place, name)
-            relative = os.path.relpath(path, folder)
-            yield Item(relative, FileMedia(path), side_files(path, known.__contains__))
+def _is_media(folder: str, name: str, suffixes: frozenset[str], found: _Found) -> bool:
+    """Whether a file is media; note it if it is not."""
+    suffix = suffix_of(name)
+    if is_system_file(name):
+        return False
+    if suffix in suffixes:
+        return True
+    if suffix in TABLE_SUFFIXES and found.table is None:
+        found.table = os.path.join(folder, name)
+    if suffix == ".json" and found.json is None:
+        found.json = os.path.join(folder, name)
+    if suffix not in SIDE_SUFFIXES:
+        found.unread[suffix] += 1
+    return False
+
+
+def _archive_items(paths: list[str], settings: CacheSettings, found: _Found) -> Iterator[Item]:
+    """Items of several archives."""
+    common = os.path.commonpath([os.path.dirname(path) for path in paths])
+    labels = {path: os.path.relpath(path, common or os.curdir) for path in paths}
+    return _read_each(
+        labels,
+        lambda path: archive_items(path, labels[path], settings.kind, found.unread),
+    )
+
+
+def _table_items(paths: list[str], source_format: str, settings: CacheSettings) -> Iterator[Item]:
+    """Items of several tables; where two have one name, their folders tell them apart."""
+    labels = {path: os.path.basename(path) for path in paths}
+    if len(set(labels.values())) < len(paths):
+        common = os.path.commonpath([os.path.dirname(path) for path in paths])
+        labels = {path: os.path.relpath(path, common or os.curdir) for path in paths}
+    read = READERS[source_format]
+    return _read_each(
+        labels,
+        lambda path: row_items(
+            labels[path], read(path, settings), settings, folder_of(path, settings)
+        ),
+    )
+
+
+def _read_each(labels: dict[str, str], read: Callable[[str], Iterator[Item]]) -> Iterator[Item]:
+    """Items of several files; of those one that cannot be read is an item with a problem."""
+    for path, label in labels.items():
+        try:
+            yield from read(path)
+        except CacheError as error:
+            if len(labels) == 1:
+                raise
+            yield Item(label, problem=str(error))
 
 
 def _folder_tables(settings: CacheSettings) -> list[Path]:
@@ -147,23 +320,40 @@ def _folder_tables(settings: CacheSettings) -> list[Path]:
     return [folder / name for name in FOLDER_TABLES if (folder / name).is_file()]
 
 
-def _table_files(settings: CacheSettings, source_format: str) -> list[str]:
-    if os.path.isdir(settings.source):
-        tables = [str(path) for path in _folder_tables(settings)]
-        if tables:
-            return tables[:1]
+def _tables_in(settings: CacheSettings, source_format: str, found: _Found) -> list[str]:
+    """Tables of a folder: the one that describes it, or all of a format."""
+    if tables := _folder_tables(settings):
+        return [str(tables[0])]
     suffixes = [suffix for suffix, name in TABLE_SUFFIXES.items() if name == source_format]
-    return find_files(settings.source, suffixes)
+    return _files_in(settings.source, suffixes, found)
+
+
+def _files_in(folder: str, suffixes: Iterable[str], found: _Found) -> list[str]:
+    wanted = frozenset(suffixes)
+    names = [n for n in sorted(os.listdir(folder)) if _is_media(folder, n, wanted, found)]
+    if not names:
+        raise CacheError(f"there is nothing at {os.path.join(folder, '*')}{' or *'.join(suffixes)}")
+    return [os.path.join(folder, name) for name in names]
+
+
+def _explain_nothing(settings: CacheSettings, found: _Found) -> str:
+    """Why a source has no item."""
+    unread = describe_unread(found.unread, settings.kind)
+    if found.table is not None:
+        unread.insert(0, f"there is the table {found.table}")
+    return "; ".join([f"{settings.source} holds no {settings.kind}", *unread])
 
 
 def _mark_repeated(items: Iterable[Item]) -> Iterator[Item]:
     """Give all but the first item of one name a problem, and a name of its own."""
-    counts: dict[str, int] = {}
+    seen: set[str] = set()
+    repeated: Counter[str] = Counter()
     for item in items:
         name = printable(item.name)
-        count = counts[name] = counts.get(name, 0) + 1
-        if count == 1:
-            yield replace(item, name=name)
-        else:
+        if name in seen:
+            repeated[name] += 1
             problem = "the same name as an item before it"
-            yield replace(item, name=f"{name} ({count})", media=None, problem=problem)
+            yield replace(item, name=f"{name} ({repeated[name] + 1})", media=None, problem=problem)
+        else:
+            seen.add(name)
+            yield item if name == item.name else replace(item, name=name)

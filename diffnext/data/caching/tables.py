@@ -1,322 +1,344 @@
-"""Items of tables: CSV, JSON lines, Parquet and the ``datasets`` of Hugging Face."""
+"""Items of tables: what columns mean, rows, and tables of text (CSV and JSON lines)."""
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import functools
+import itertools
 import json
 import os
-import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections import deque
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from io import TextIOWrapper
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
-from diffnext.data.caching.errors import CacheError
-from diffnext.data.caching.items import Item, side_files
-from diffnext.data.caching.media import FileMedia, RowMedia
-from diffnext.data.caching.settings import CacheSettings, Columns
+from xxhash import xxh3_128_intdigest
 
+from diffnext.data.caching.captions import clean_text
+from diffnext.data.caching.errors import BadExample, CacheError
+from diffnext.data.caching.items import Item, SideFinder
+from diffnext.data.caching.media import (
+    FileMedia,
+    Media,
+    encoding_of,
+    media_suffixes,
+    reason_of,
+    suffix_of,
+)
+from diffnext.data.caching.settings import CacheSettings
+from diffnext.data.plain_files import open_plain
+from diffnext.data.record_format import RecordError
+
+MEDIA = "media"  # what the column of the files is called here, whatever its name in the table
 MEDIA_NAMES = {
     "images": "file_name file filename path image image_path jpg png".split(),
     "videos": "file_name file filename path video video_path mp4 clip".split(),
 }
 VALUE_NAMES = ("caption", "text", "label", "flow")
-MAX_FIELD = 2**31 - 1  # characters of a CSV field; long captions are skipped one by one
+MAX_LINE = 2**24  # characters
+DELIMITERS = (",", "\t", ";", "|")
+BAD_QUOTES = "has a quotation mark that is not closed, or one too many"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Row:
     """A row of a table.
 
     Attributes:
-        number: Of the line, or of the row, from 1.
-        values: By column, all but the bytes of media.
+        name: Its number, from 1, or the numbers of rows that cannot be told apart.
+        values: Its caption, text, label and flow, as far as the table has them.
+        file: What it has for a file: a path, or else where to read the cell.
         problem: Why it cannot be read.
-        load_media: Reads a cell that is not in ``values``.
     """
 
-    number: int
-    values: dict[str, Any]
+    name: int | str
+    values: Mapping[str, Any]
+    file: Any = None
     problem: str | None = None
-    load_media: Callable[[], Any] | None = None
 
 
-def table_items(paths: list[str], table_format: str, settings: CacheSettings) -> Iterator[Item]:
-    """Items of tables, row by row.
-
-    Raises:
-        CacheError: If a table cannot be read or lacks a column.
-    """
-    read = {"csv": read_csv, "jsonl": read_jsonl, "parquet": read_parquet}[table_format]
-    for path in paths:
-        root = settings.root or Path(path).parent
-        label = os.path.basename(path)
-        yield from _row_items(label, read(path, settings), settings, root)
+class CellError(Exception):
+    """A cell that cannot be read; it stands in the place of the value."""
 
 
-def huggingface_items(settings: CacheSettings) -> Iterator[Item]:
-    """Items of a folder that ``datasets.save_to_disk`` wrote.
-
-    Raises:
-        CacheError: If it cannot be read, lacks a column, or ``split`` is needed.
-    """
-    try:
-        import datasets
-    except ImportError as error:
-        raise CacheError("reading Hugging Face datasets needs `pip install datasets`") from error
-    try:
-        dataset = datasets.load_from_disk(settings.source)
-    except (OSError, ValueError) as error:
-        raise CacheError(f"{settings.source} is not a saved dataset: {error}") from error
-    dataset = _choose_split(dataset, settings)
-    media = find_media_column(dataset.column_names, settings, settings.source)
-    if isinstance(dataset.features[media], (datasets.Image, datasets.Video)):
-        kind = type(dataset.features[media])
-        dataset = dataset.cast_column(media, kind(decode=False))
-    others = dataset.remove_columns([media])
-    rows = (
-        Row(i + 1, others[i] if others.column_names else {}, None, _Cell(dataset, i, media))
-        for i in range(len(dataset))
-    )
-    label = os.path.basename(os.path.normpath(settings.source))
-    yield from _row_items(label, (dataset.column_names, rows), settings, Path(settings.source))
-
-
-def find_media_column(names: Iterable[str], settings: CacheSettings, table: str) -> str:
-    """The column of the media.
-
-    Raises:
-        CacheError: If there is none.
-    """
-    wanted = settings.columns.media
-    names = list(names)
-    candidates = MEDIA_NAMES[settings.kind] if wanted is None else [wanted]
-    for name in candidates:
-        if name in names:
-            return name
-    raise CacheError(
-        f"{table} has no column {' or '.join(map(repr, candidates))}; it has {', '.join(names)}"
-    )
-
-
-def find_value_columns(names: Iterable[str], columns: Columns, table: str) -> dict[str, str]:
-    """The columns of caption, text, label and flow, as far as there are.
+def choose_columns(names: Collection[str], settings: CacheSettings) -> dict[str, str]:
+    """The columns of files, captions, texts, labels and flows, as far as there are.
 
     Where only ``text`` exists, it is the caption.
-
-    Raises:
-        CacheError: If a column that was asked for does not exist.
     """
-    names = list(names)
+    wanted = settings.columns
+    candidates = {MEDIA: MEDIA_NAMES[settings.kind]} | {name: [name] for name in VALUE_NAMES}
     found = {}
-    for value in VALUE_NAMES:
-        wanted = getattr(columns, value)
-        if wanted is not None and wanted not in names:
-            raise CacheError(f"{table} has no column {wanted!r}; it has {', '.join(names)}")
-        if wanted is not None or value in names:
-            found[value] = wanted or value
-    if "caption" not in found and "text" in found and columns.text is None:
+    for name, usual in candidates.items():
+        asked = getattr(wanted, name)
+        chosen = next((n for n in ([asked] if asked else usual) if n in names), None)
+        if chosen is not None:
+            found[name] = chosen
+    if "caption" not in found and "text" in found and wanted.text is None:
         found["caption"] = found.pop("text")
     return found
 
 
-def read_csv(path: str, settings: CacheSettings) -> tuple[list[str], Iterator[Row]]:
-    """Columns and rows of a CSV (or, by its suffix, TSV) file.
+def check_columns(names: Sequence[str], settings: CacheSettings, table: str) -> dict[str, str]:
+    """The columns of a table, see :func:`choose_columns`.
 
     Raises:
-        CacheError: If it cannot be read or has no header.
+        CacheError: If there is none with files, or none of a name that was asked for, or two.
     """
-    delimiter = "\t" if path.lower().endswith(".tsv") else ","
-    with _readable(path) as file:
-        header = next(_csv_reader(file, delimiter), None)
-    if not header:
-        raise CacheError(f"{path} has no header with the names of the columns")
-    return header, _csv_rows(path, delimiter, header)
+    found = choose_columns(names, settings)
+    for name in (MEDIA, *VALUE_NAMES):
+        asked = getattr(settings.columns, name)
+        if name not in found and (asked or name == MEDIA):
+            missing = [asked] if asked else MEDIA_NAMES[settings.kind]
+            listed = ", ".join(names)
+            if any(suffix_of(column) in media_suffixes(settings.kind) for column in names):
+                listed += ": the first row must name the columns"
+            elif not asked:
+                listed += "; --media-column names another"
+            raise CacheError(
+                f"{table} has no column {' or '.join(map(repr, missing))}; it has {listed}"
+            )
+    for column in found.values():
+        if list(names).count(column) > 1:
+            raise CacheError(f"{table} has more than one column {column!r}")
+    return found
 
 
-def read_jsonl(path: str, settings: CacheSettings) -> tuple[list[str], Iterator[Row]]:
-    """Columns, those of all rows, and rows of a file of JSON lines.
-
-    Raises:
-        CacheError: If it cannot be read.
-    """
-    names: dict[str, None] = {}
-    for row in _json_rows(path):
-        names.update(dict.fromkeys(row.values))
-    return list(names), _json_rows(path)
-
-
-def read_parquet(path: str, settings: CacheSettings) -> tuple[list[str], Iterator[Row]]:
-    """Columns and rows of a Parquet file; cells of media are read when they are needed.
-
-    Raises:
-        CacheError: If pyarrow is missing or the file cannot be read.
-    """
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError as error:
-        raise CacheError("reading Parquet files needs `pip install pyarrow`") from error
-    try:
-        with parquet.ParquetFile(path) as table:
-            names = table.schema_arrow.names
-            sizes = [table.metadata.row_group(i).num_rows for i in range(table.num_row_groups)]
-    except (OSError, pyarrow.ArrowException) as error:
-        raise CacheError(f"{path} is not a readable Parquet file: {error}") from error
-    media = find_media_column(names, settings, path)
-    return names, _parquet_rows(path, names, media, sizes)
-
-
-def _row_items(
-    label: str, table: tuple[list[str], Iterable[Row]], settings: CacheSettings, root: Path
+def row_items(
+    label: str, rows: Iterable[Row], settings: CacheSettings, root: str
 ) -> Iterator[Item]:
-    names, rows = table
-    media_column = find_media_column(names, settings, label)
-    columns = find_value_columns(names, settings.columns, label)
-    first_rows: dict[tuple, int] = {}
+    """Items of rows.
+
+    Args:
+        label: Name of the table.
+        rows: Of the table.
+        settings: Of the build.
+        root: Folder that paths are relative to.
+    """
+    sides = SideFinder()
+    first_rows: dict[int, int | str] = {}
     for row in rows:
-        cell = row.values.get(media_column)
-        path = cell if isinstance(cell, str) and cell else None
-        name = f"{label}:{row.number}" + (f" {path}" if path else "")
-        values = {value: row.values.get(column) for value, column in columns.items()}
-        problem = row.problem or _find_repeat(path, values, row.number, first_rows)
+        path = row.file if isinstance(row.file, str) and row.file else None
+        name = f"{label}:{row.name}" + (f" {path}" if path else "")
+        problem = row.problem or _find_problem(row.values, settings)
+        if problem is None and path is not None:
+            problem = _find_repeat(path, row, first_rows)
         if problem is not None:
             yield Item(name, problem=problem)
         elif path is not None:
             file = os.path.join(root, path)
-            sides = {} if "\0" in file else side_files(file, os.path.exists)
-            yield Item(name, FileMedia(file), sides, values)
-        elif row.load_media is not None:
-            yield Item(name, RowMedia(row.load_media, root), {}, values)
+            yield Item(name, FileMedia(file), sides.find(file), row.values)
+        elif isinstance(row.file, Media):
+            yield Item(name, row.file, values=row.values)
         else:
-            yield Item(name, problem=f"no file in the column {media_column!r}")
+            yield Item(name, problem="no file in its column")
 
 
-def _find_repeat(
-    path: str | None, values: dict[str, Any], number: int, first_rows: dict[tuple, int]
-) -> str | None:
+def _find_problem(values: Mapping[str, Any], settings: CacheSettings) -> str | None:
+    """Why the values of a row cannot be used; long or nested ones would fill the memory."""
+    for name, value in values.items():
+        if isinstance(value, CellError):
+            return f"the {name} cannot be read: {value}"
+        if isinstance(value, (list, dict)):
+            return f"the {name} must be text or a number, got {type(value).__name__}"
+        if isinstance(value, (str, bytes)) and len(value) > settings.max_caption:
+            try:
+                clean_text(name, value, settings.max_caption)
+            except BadExample as error:
+                return str(error)
+    return None
+
+
+def _find_repeat(path: str, row: Row, first_rows: dict[int, int | str]) -> str | None:
     """Say which row has the same file and values; None if there is no such row."""
-    if path is None:
-        return None
-    key = (path, json.dumps(values, default=repr, sort_keys=True))
-    first = first_rows.setdefault(key, number)
-    return None if first == number else f"the same file and caption as row {first}"
+    first = first_rows.setdefault(xxh3_128_intdigest(repr((path, row.values)).encode()), row.name)
+    return None if first == row.name else f"the same file and caption as row {first}"
 
 
-@contextlib.contextmanager
-def _readable(path: str) -> Iterator[Any]:
-    """Open a table; bytes that are no UTF-8 become surrogates, which the captions are checked for.
+def folder_of(table: str, settings: CacheSettings) -> str:
+    """The folder that the paths in a table are relative to."""
+    return str(settings.root or Path(table).parent)
+
+
+@contextmanager
+def _open_text(path: str, newline: str) -> Iterator[TextIO]:
+    """Open a table; bytes that are not UTF-8 become surrogates, which captions are checked for.
 
     Raises:
-        CacheError: If it cannot be opened.
+        CacheError: If it cannot be opened or read.
     """
     try:
-        file = open(path, encoding="utf-8-sig", errors="surrogateescape", newline="")
+        with open_plain(path, follow_links=True) as file:
+            encoding = encoding_of(file.read(4))
+            file.seek(0)
+            errors = "surrogateescape" if encoding.startswith("utf-8") else "replace"
+            yield TextIOWrapper(file, encoding, errors, newline)
+    except RecordError as error:
+        raise CacheError(str(error)) from error
     except OSError as error:
-        raise CacheError(f"{path} cannot be read: {error.strerror}") from error
-    with file:
-        yield file
+        raise CacheError(f"{path} cannot be read: {reason_of(error)}") from error
 
 
-def _csv_reader(file: Any, delimiter: str) -> Iterator[list[str]]:
-    csv.field_size_limit(MAX_FIELD)  # of the whole process: Python has no other
-    return csv.reader((line.replace("\0", "\ufffd") for line in file), delimiter=delimiter)
+def _read_lines(file: TextIO) -> Iterator[str]:
+    """Lines with their ends; of one that is too long the beginning."""
+    while line := file.readline(MAX_LINE):
+        yield line
+        while len(line) == MAX_LINE and not line.endswith("\n"):
+            line = file.readline(MAX_LINE)
 
 
-def _csv_rows(path: str, delimiter: str, header: list[str]) -> Iterator[Row]:
-    with _readable(path) as file:
-        reader = _csv_reader(file, delimiter)
-        next(reader)
-        number = 1
-        for cells in reader:
-            number += 1
-            if not cells:
+def _is_too_long(line: str) -> bool:
+    return len(line) == MAX_LINE
+
+
+def read_jsonl(path: str, settings: CacheSettings) -> Iterator[Row]:
+    """Rows of a file of JSON lines; each chooses among the columns that it has.
+
+    Raises:
+        CacheError: If it cannot be read, is one JSON list, or no row has a column that is needed.
+    """
+    names: dict[str, None] = {}
+
+    @functools.lru_cache(maxsize=64)  # most rows have the same columns
+    def choose(columns: tuple[str, ...]) -> dict[str, str]:
+        names.update(dict.fromkeys(columns))
+        return choose_columns(columns, settings)
+
+    with _open_text(path, "\n") as file:
+        for number, line in enumerate(_read_lines(file), 1):
+            text = line.strip()
+            if not text:
                 continue
-            values = dict(zip(header, cells, strict=False))
-            problem = None
-            if len(cells) != len(header):
-                problem = f"has {len(cells)} cells, the header {len(header)}"
-            yield Row(number, values, problem)
+            if not names and (text == "[" or text.startswith("[{")):
+                convert = f"`jq -c '.[]' {os.path.basename(path)}` makes lines of it"
+                raise CacheError(f"{path} is one JSON list, not a line for each row: {convert}")
+            cells, problem = _parse_json(line)
+            values = {ours: cells[name] for ours, name in choose(tuple(cells)).items()}
+            yield Row(number, values, values.pop(MEDIA, None), problem)
+    if not names:
+        raise CacheError(f"{path} has no line with a JSON object")
+    check_columns(list(names), settings, path)
 
 
-def _json_rows(path: str) -> Iterator[Row]:
+def _parse_json(line: str) -> tuple[dict[str, Any], str | None]:
+    if _is_too_long(line):
+        return {}, f"is longer than {MAX_LINE} characters"
     try:
-        file = open(path, "rb")
-    except OSError as error:
-        raise CacheError(f"{path} cannot be read: {error.strerror}") from error
-    with file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
+        values = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        return {}, f"is not a line of JSON: {error}"
+    return (values, None) if isinstance(values, dict) else ({}, "is not a JSON object")
+
+
+def read_csv(path: str, settings: CacheSettings) -> Iterator[Row]:
+    """Rows of a CSV file, whose cells may be separated by other characters than commas.
+
+    Raises:
+        CacheError: If it cannot be read, or has no header or lacks a column.
+    """
+    csv.field_size_limit(MAX_LINE)  # of the whole process: Python has no other
+    with _open_text(path, "") as file:
+        lines = _read_lines(file)
+        first = next((line for line in lines if line.strip()), "")
+        if "\0" in first:
+            raise CacheError(f"{path} holds NUL characters, as UTF-16 does: save it as UTF-8")
+        lines = itertools.chain([first], lines)
+        records = _CsvRecords(lines, _find_delimiter(path, first, settings), settings)
+        header = [name.strip() for name in records.read_header()]
+        if not any(header):
+            raise CacheError(f"{path} has no header with the names of the columns")
+        columns = check_columns(header, settings, path)
+        places = {ours: header.index(name) for ours, name in columns.items()}
+        for number, (cells, problem) in enumerate(records.read(len(header), places[MEDIA]), 2):
+            if not cells and problem is None:
                 continue
+            values = {ours: cells[at] for ours, at in places.items() if at < len(cells)}
+            yield Row(number, values, values.pop(MEDIA, None), problem)
+
+
+def _find_delimiter(path: str, header: str, settings: CacheSettings) -> str:
+    """The delimiter with which the header names a column of files; else the usual one."""
+    usual = "\t" if path.lower().endswith(".tsv") else ","
+    for mark in (usual, *DELIMITERS):
+        names = next(csv.reader([header], delimiter=mark), [])
+        if MEDIA in choose_columns([name.strip() for name in names], settings):
+            return mark
+    return usual
+
+
+class _CsvRecords:
+    """Records of a CSV file.
+
+    A quotation mark that is not closed would swallow the lines up to the next one. So a record
+    of several lines that is not as it should be ends with the first of them.
+
+    Args:
+        lines: Of the file.
+        delimiter: Between cells.
+        settings: Of the build.
+    """
+
+    def __init__(self, lines: Iterator[str], delimiter: str, settings: CacheSettings) -> None:
+        self._lines = lines
+        self._delimiter = delimiter
+        self._suffixes = media_suffixes(settings.kind)
+        self._again: deque[str] = deque()  # lines that were given back
+        self._taken: list[str] = []  # lines of this record
+
+    def read_header(self) -> list[str]:
+        """The first record."""
+        try:
+            return next(self._reader(self._feed()), [])
+        except csv.Error:
+            return []
+
+    def read(self, width: int, media: int) -> Iterator[tuple[list[str], str | None]]:
+        """The cells of each record, and what is wrong with it.
+
+        Args:
+            width: Number of columns.
+            media: Column of the files.
+        """
+        reader = self._reader(self._feed())
+        while True:
+            self._taken = []
             try:
-                values = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                yield Row(number, {}, f"is not a line of JSON: {error}")
-                continue
-            if isinstance(values, dict):
-                yield Row(number, values)
-            else:
-                yield Row(number, {}, "is not a JSON object")
+                cells = next(reader)
+                problem = self._find_problem(cells, width, media)
+            except StopIteration:
+                return
+            except csv.Error:
+                cells, problem = [], BAD_QUOTES
+            if problem is not None:
+                if len(self._taken) > 1:
+                    cells, problem = [], BAD_QUOTES
+                    self._again.extendleft(reversed(self._taken[1:]))
+                reader = self._reader(self._feed())
+            yield cells, problem
 
+    def _find_problem(self, cells: list[str], width: int, media: int) -> str | None:
+        if any(_is_too_long(line) for line in self._taken):
+            return f"is longer than {MAX_LINE} characters"
+        if any("\0" in line for line in self._taken):
+            return "holds a NUL character"
+        if cells and len(cells) != width:
+            return f"has {len(cells)} cells, the header {width}"
+        for line in self._taken[1:]:  # a row of its own that was swallowed
+            inner = next(csv.reader([line], delimiter=self._delimiter), [])
+            if len(inner) == width and suffix_of(inner[media].strip()) in self._suffixes:
+                return BAD_QUOTES
+        return None
 
-def _parquet_rows(path: str, names: list[str], media: str, sizes: list[int]) -> Iterator[Row]:
-    """Rows of all row groups; a column of paths is read with the others, one of bytes is not."""
-    from pyarrow import parquet, types
+    def _reader(self, lines: Iterable[str]) -> Iterator[list[str]]:
+        return csv.reader(lines, delimiter=self._delimiter, skipinitialspace=True, strict=True)
 
-    with parquet.ParquetFile(path) as table:
-        kind = table.schema_arrow.field(media).type
-        has_paths = types.is_string(kind) or types.is_large_string(kind)
-        wanted = [name for name in names if name != media or has_paths]
-        number = 0
-        for group, size in enumerate(sizes):
-            rows = table.read_row_group(group, columns=wanted).to_pylist() if wanted else []
-            for i in range(size):
-                number += 1
-                load = (
-                    None if has_paths else functools.partial(_parquet_cell, path, group, media, i)
-                )
-                yield Row(number, rows[i] if rows else {}, None, load)
-
-
-_parquet_lock = threading.Lock()
-
-
-@functools.lru_cache(maxsize=2)
-def _parquet_column(path: str, group: int, column: str) -> Any:
-    from pyarrow import parquet
-
-    with parquet.ParquetFile(path) as table:
-        return table.read_row_group(group, columns=[column]).column(0)
-
-
-def _parquet_cell(path: str, group: int, column: str, index: int) -> Any:
-    with _parquet_lock:  # neighbours wait for their row group in place of reading it as well
-        cells = _parquet_column(path, group, column)
-    return cells[index].as_py()
-
-
-@dataclass(frozen=True)
-class _Cell:
-    """Reads one cell of a Hugging Face dataset."""
-
-    dataset: Any
-    index: int
-    column: str
-
-    def __call__(self) -> Any:
-        return self.dataset[self.index][self.column]
-
-
-def _choose_split(dataset: Any, settings: CacheSettings) -> Any:
-    splits = list(dataset) if isinstance(dataset, dict) else []
-    if not splits:
-        return dataset
-    if settings.split is None and len(splits) == 1:
-        return dataset[splits[0]]
-    if settings.split not in splits:
-        raise CacheError(
-            f"{settings.source} has the splits {', '.join(splits)}; got split {settings.split!r}"
-        )
-    return dataset[settings.split]
+    def _feed(self) -> Iterator[str]:
+        while True:
+            line = self._again.popleft() if self._again else next(self._lines, "")
+            if not line:
+                return
+            self._taken.append(line)
+            yield line.replace("\0", "\ufffd")  # which csv does not take before Python 3.11

@@ -6,22 +6,34 @@ Shapes: F frames of a clip, H W pixels.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 from PIL import Image
 
 from diffnext.data.caching.errors import BadExample, CacheError
-from diffnext.data.caching.geometry import Crop
 from diffnext.data.caching.pictures import scale_and_cut
 from diffnext.data.caching.settings import FrameSampling
+from diffnext.data.caching.video_frames import (
+    FrameFitter,
+    PlanCrop,
+    deinterlace,
+    has_alpha,
+    is_mirrored,
+    is_wide,
+    quarter_turns,
+)
 
 Payload = TypeVar("Payload")
-PlanCrop = Callable[[int, int, float], Crop]  # of height, width and pixel aspect
 
 # Not all that FFmpeg reads: lists of other files, for one, could name any place.
 CONTAINERS = "mov,matroska,webm,avi,gif,mpeg,mpegvideo,mpegts,asf,flv,ogg,m4v,h264,hevc"
+SURE_FOR_DECORD = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
+ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # FFmpeg's own leave transparency out
+DECORD_PLACES = re.compile(r"\[[\d:]+\] \S+:\d+: ")  # times and lines of decord's errors
 USUAL_RATE = 25  # where a file tells no frame rate
 
 
@@ -32,8 +44,9 @@ def read_clips(
 
     Frame k of the first clip is the one that is shown k steps after the first frame; a step is
     ``sampling.stride`` mean frame durations, or one over ``sampling.fps`` seconds: a constant rate
-    gives every ``stride``-th frame, a varying one the picture of that moment. Videos are turned
-    upright, and pixels made square.
+    gives every ``stride``-th frame, a varying one the picture of that moment. Frames are turned
+    upright, deinterlaced, laid on white where they are transparent, and made sRGB with square
+    pixels; HDR gets a tone curve.
 
     Args:
         file: Open video, seekable.
@@ -49,7 +62,19 @@ def read_clips(
         BadExample: If it is not a video, is damaged, has no frames or not enough of them.
         CacheError: If the decoder is not installed.
     """
-    frames = (_read_pyav if decoder == "pyav" else _read_decord)(file, sampling, plan)
+    try:
+        frames = (_read_pyav if decoder == "pyav" else _read_decord)(file, sampling, plan)
+        return _make_clips(frames, sampling)
+    except (BadExample, CacheError, MemoryError):
+        raise
+    except Exception as error:  # decoders of damaged files raise whatever they stumble over
+        message = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
+        reason = DECORD_PLACES.sub("", message.splitlines()[0])
+        raise BadExample(f"cannot be decoded: {reason}") from error
+
+
+def _make_clips(frames: Iterator[np.ndarray], sampling: FrameSampling) -> list[np.ndarray]:
+    """As many whole clips as the frames make, at least one."""
     clips: list[np.ndarray] = []
     while clip := list(itertools.islice(frames, sampling.num_frames)):
         if len(clip) < sampling.num_frames:
@@ -115,74 +140,85 @@ def _step(sampling: FrameSampling, period: float) -> float:
     return 1 / sampling.fps if sampling.fps else sampling.stride * period
 
 
-def _read_pyav(file: BinaryIO, sampling: FrameSampling, plan: PlanCrop) -> Iterator[np.ndarray]:
+@contextmanager
+def _open_pyav(file: BinaryIO) -> Iterator[tuple[Any, Any]]:
+    """The container and its stream of pictures."""
     try:
         import av
     except ImportError as error:
-        raise CacheError("videos are decoded with PyAV: `pip install av`") from error
-    try:
-        with av.open(file, "r", options={"format_whitelist": CONTAINERS}) as container:
-            if not container.streams.video:
-                raise BadExample("has no stream of pictures")
-            stream = container.streams.video[0]
-            stream.thread_type = "AUTO"
-            period = 1 / float(stream.average_rate or stream.guessed_rate or USUAL_RATE)
-            times = _pyav_times(container.decode(stream), period)
-            count = sampling.num_frames * sampling.clips
-            fit = _PyavFit(plan)
-            for frame in pick_frames(times, _step(sampling, period), period, count):
-                yield fit(frame)
-    except (BadExample, GeneratorExit):
-        raise
-    except Exception as error:  # decoders of damaged files raise whatever they stumble over
-        message = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise BadExample(f"cannot be decoded: {message}") from error
+        raise CacheError("videos are decoded with PyAV: `pip install 'av>=17.1'`") from error
+    with av.open(file, "r", options={"format_whitelist": CONTAINERS}) as container:
+        if not container.streams.video:
+            raise BadExample("has no stream of pictures")
+        stream = container.streams.video[0]
+        stream.thread_type = "AUTO"
+        yield container, stream
 
 
-def _pyav_times(frames: Iterable[Any], period: float) -> Iterator[tuple[float, float, Any]]:
-    """Frames with start and end; without time stamps one per period."""
-    for number, frame in enumerate(frames):
+def _read_pyav(file: BinaryIO, sampling: FrameSampling, plan: PlanCrop) -> Iterator[np.ndarray]:
+    with _open_pyav(file) as (container, stream):
+        period = _period(stream)
+        frames = deinterlace(_decode(container, stream))
+        count = sampling.num_frames * sampling.clips
+        fit = FrameFitter(plan, _pixel_aspect(stream))
+        for frame in pick_frames(_timed(frames, period), _step(sampling, period), period, count):
+            yield fit(frame)
+
+
+def _period(stream: Any) -> float:
+    """Mean duration of a frame, seconds."""
+    return 1 / float(stream.average_rate or stream.guessed_rate or USUAL_RATE)
+
+
+def _pixel_aspect(stream: Any) -> float:
+    """Width of a stored pixel by its height."""
+    return float(stream.sample_aspect_ratio or 1)
+
+
+def _decode(container: Any, stream: Any) -> Iterator[Any]:
+    """Frames of one layout in order of display."""
+    layout = None
+    for number, frame in enumerate(_decode_packets(container, stream)):
         if frame.is_corrupt:
             raise BadExample(f"is damaged at frame {number}")
-        start = number * period if frame.time is None else frame.time
-        duration = float((frame.duration or 0) * (frame.time_base or 0))
-        yield start, start + (duration or period), frame
-
-
-class _PyavFit:
-    """Brings decoded frames to the size that is planned for the first.
-
-    Args:
-        plan: See :func:`read_clips`.
-    """
-
-    def __init__(self, plan: PlanCrop) -> None:
-        self._plan = plan
-        self._crop: Crop | None = None
-        self._layout: tuple[int, int, int] | None = None
-
-    def __call__(self, frame: Any) -> np.ndarray:
-        """(H, W, 3), uint8, upright."""
-        turns = round(frame.rotation / 90) % 4  # to the left
-        layout = (frame.height, frame.width, turns)
-        if self._crop is None:
-            self._layout = layout
-            self._crop = self._plan_crop(frame, turns)
-        if layout != self._layout:
+        if layout not in (None, _layout(frame)):
             raise BadExample("changes its size on the way")
-        height, width = self._crop.scaled[::-1] if turns % 2 else self._crop.scaled
-        pixels = frame.to_ndarray(
-            format="rgb24", width=width, height=height, interpolation="BICUBIC"
-        )
-        top, left = self._crop.top, self._crop.left
-        height, width = self._crop.size
-        return np.rot90(pixels, turns)[top : top + height, left : left + width]
+        layout = _layout(frame)
+        if container.format.name == "avi":  # it stores no times of display, and FFmpeg's are wrong
+            frame.pts = frame.dts
+        yield frame
 
-    def _plan_crop(self, frame: Any, turns: int) -> Crop:
-        aspect = float(getattr(frame, "sample_aspect_ratio", None) or 1)
-        if turns % 2:
-            return self._plan(frame.width, frame.height, 1 / aspect)
-        return self._plan(frame.height, frame.width, aspect)
+
+def _decode_packets(container: Any, stream: Any) -> Iterator[Any]:
+    if not _hides_alpha(stream):
+        yield from container.decode(stream)
+        return
+    from av import CodecContext
+
+    decoder: Any = CodecContext.create(ALPHA_DECODERS[stream.codec_context.name], "r")
+    for packet in container.demux(stream):
+        yield from decoder.decode(packet)
+
+
+def _hides_alpha(stream: Any) -> bool:
+    """Whether a stream of WebM has transparency beside its pictures."""
+    return stream.metadata.get("alpha_mode") == "1" and stream.codec_context.name in ALPHA_DECODERS
+
+
+def _layout(frame: Any) -> tuple[Any, ...]:
+    return frame.height, frame.width, frame.format.name, quarter_turns(frame), is_mirrored(frame)
+
+
+def _timed(frames: Iterable[Any], period: float) -> Iterator[tuple[float, float, Any]]:
+    """Frames with start and end; one without a time, or a later one, follows after a period."""
+    last: float | None = None
+    for frame in frames:
+        start = frame.time
+        if last is not None and (start is None or start <= last):
+            start = last + period
+        last = start or 0.0
+        duration = float((frame.duration or 0) * (frame.time_base or 0))
+        yield last, last + (duration or period), frame
 
 
 def _read_decord(file: BinaryIO, sampling: FrameSampling, plan: PlanCrop) -> Iterator[np.ndarray]:
@@ -190,18 +226,61 @@ def _read_decord(file: BinaryIO, sampling: FrameSampling, plan: PlanCrop) -> Ite
         import decord
     except ImportError as error:
         raise CacheError("decord is not installed: `pip install decord`") from error
-    try:
-        reader = decord.VideoReader(file, num_threads=1)
-        times = reader.get_frame_timestamp(range(len(reader))).tolist()
-        period = 1 / (reader.get_avg_fps() or USUAL_RATE)
-        frames = [(start, end, index) for index, (start, end) in enumerate(times)]
-        count = sampling.num_frames * sampling.clips
-        chosen = list(pick_frames(frames, _step(sampling, period), period, count))
-        pixels = reader.get_batch(chosen).asnumpy() if chosen else np.empty((0, 0, 0, 3))
-    except (RuntimeError, IndexError, ValueError, ZeroDivisionError) as error:
-        message = str(error).strip().splitlines() or [type(error).__name__]
-        raise BadExample(f"cannot be decoded: {message[0]}") from error
-    if len(pixels):
-        crop = plan(pixels.shape[1], pixels.shape[2], 1.0)
-    for picture in pixels:
-        yield np.asarray(scale_and_cut(Image.fromarray(picture), crop))
+    with _open_pyav(file) as (container, stream):
+        _check_for_decord(container, stream)
+        times = _packet_times(container, stream)
+        period = _period(stream)
+        aspect = _pixel_aspect(stream)
+    file.seek(0)
+    reader = decord.VideoReader(file, num_threads=1)
+    frames = [(start, end, index) for index, (start, end) in enumerate(times)]
+    count = sampling.num_frames * sampling.clips
+    crop = None
+    for index in pick_frames(frames, _step(sampling, period), period, count):
+        picture = Image.fromarray(reader[index].asnumpy())
+        crop = crop or plan(picture.height, picture.width, aspect)
+        yield np.asarray(scale_and_cut(picture, crop))
+
+
+def _check_for_decord(container: Any, stream: Any) -> None:
+    """Refuse a video of a kind of which decord gives wrong pixels without a word."""
+    if container.format.name not in SURE_FOR_DECORD:
+        raise _not_for_decord(f"{container.format.name} files")
+    frame = next(container.decode(stream))
+    for what, is_there in {
+        "turned frames": quarter_turns(frame) or is_mirrored(frame),
+        "interlaced frames": frame.interlaced_frame,
+        "transparent frames": has_alpha(frame) or _hides_alpha(stream),
+        "frames in RGB": frame.format.is_rgb,
+        "AV1": "av1" in stream.codec_context.codec.canonical_name,
+        "HDR and wide colours": is_wide(frame),
+    }.items():
+        if is_there:
+            raise _not_for_decord(what)
+
+
+def _packet_times(container: Any, stream: Any) -> list[tuple[float, float]]:
+    """Start and end of each frame in seconds, in order, without decoding them.
+
+    Raises:
+        BadExample: If decord would count other frames: some are cut off, or a key frame is followed
+            by frames that are shown before it.
+    """
+    container.seek(0)
+    times: list[tuple[int, int]] = []
+    key = 0
+    for packet in container.demux(stream):
+        if packet.pts is None:  # the end
+            continue
+        if packet.is_discard:
+            raise _not_for_decord("edit lists")
+        key = packet.pts if packet.is_keyframe or not times else key
+        if packet.pts < key:
+            raise _not_for_decord("open groups of frames")
+        times.append((packet.pts, packet.pts + packet.duration))
+    unit = float(stream.time_base)
+    return [(start * unit, end * unit) for start, end in sorted(times)]
+
+
+def _not_for_decord(what: str) -> BadExample:
+    return BadExample(f"decord does not read {what} rightly: use --decoder pyav")

@@ -1,78 +1,62 @@
 """The unfinished part of a dataset, which a killed build is continued from.
 
 Items are built in chunks. A chunk's folder appears under its name when it is complete, by one
-rename, so that after a kill every chunk is there as a whole or not at all. Chunks are independent
-of each other and of the number of processes. When all are there, runs of them become shards of the
-dataset, one after the other; what is known of a shard is written once its files are in place, and
-its chunks go after that.
+rename, so that after a kill every chunk is there as a whole or not at all. Chunks do not depend on
+each other, nor on the process that builds them. When all are there, their records are joined to the
+shards of the dataset, one after the other; what a shard has taken is then removed.
 
     <output>/.building/plan.json           what is built; continuing takes the same
-    <output>/.building/chunks/00000012/    records by size, and skipped.jsonl
-    <output>/.building/shards/00003.json   what shard 3 holds
+    <output>/.building/names.jsonl         the items of the source, in order
+    <output>/.building/chunks/00000012/    records by size, and what is known of each item
+    <output>/.building/previous/...        the same of a build that is being updated
+    <output>/.building/claims/             which process works on what
 """
 
 from __future__ import annotations
 
-import fcntl
+import contextlib
+import itertools
 import json
-import logging
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
-from io import TextIOWrapper
+import uuid
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter
 
-from diffnext.data.caching.errors import CacheError
-from diffnext.data.caching.examples import Skipped
-from diffnext.data.caching.settings import Size, format_size
+from diffnext.data.caching.claims import Claims
+from diffnext.data.caching.errors import CacheError, Skipped
+from diffnext.data.caching.manifest import MANIFEST_NAME
+from diffnext.data.caching.provenance import SOURCES_NAME, ItemFacts, read_facts, write_facts
+from diffnext.data.caching.settings import CacheSettings, Size, format_size
 from diffnext.data.plain_files import read_typed
-from diffnext.data.records import RecordDataset, RecordWriter, copy_records
-from diffnext.utils.json_files import write_json
-
-logger = logging.getLogger(__name__)
+from diffnext.data.records import METADATA_NAME, RecordDataset, RecordWriter, copy_records
+from diffnext.data.shards import INDEX_SUFFIX, SUFFIXES
+from diffnext.utils.json_files import naming_place, write_json, write_lines
 
 WORK_NAME = ".building"
-MAX_DIFFERENCES = 3  # named in a message
-
-
-@dataclass(frozen=True)
-class ShardFacts:
-    """What a shard holds.
-
-    Attributes:
-        counts: Examples by size.
-        shapes: Shapes of their moments by size.
-        skipped: What is not in it.
-    """
-
-    counts: dict[str, int]
-    shapes: dict[str, list[int]]
-    skipped: list[Skipped]
+SKIPPED_NAME = "skipped.jsonl"
 
 
 class WorkFolder:
     """State of a build.
 
     Args:
-        output: Folder of the dataset.
+        settings: Of the build.
         num_items: Items of the source.
-        chunk_size: Items to a chunk.
-        chunks_per_shard: Chunks to a shard.
     """
 
-    def __init__(
-        self, output: Path, num_items: int, chunk_size: int, chunks_per_shard: int
-    ) -> None:
-        self.output = output
-        self.path = output / WORK_NAME
+    def __init__(self, settings: CacheSettings, num_items: int) -> None:
+        self.output = settings.output
+        self.path = settings.output / WORK_NAME
         self.num_items = num_items
-        self.chunk_size = chunk_size
-        self.chunks_per_shard = chunks_per_shard
-        self._lock: TextIOWrapper | None = None
+        self.chunk_size = settings.chunk_size
+        self.shard_size = settings.shard_size
+        self.datasets = dataset_folders(settings)
 
     @property
     def num_chunks(self) -> int:
@@ -80,122 +64,175 @@ class WorkFolder:
         return -(-self.num_items // self.chunk_size)
 
     @property
-    def num_shards(self) -> int:
-        """Shards of a dataset at most."""
-        return -(-self.num_chunks // self.chunks_per_shard)
+    def is_begun(self) -> bool:
+        """Whether there is something to continue."""
+        return (self.path / "plan.json").is_file()
 
     def items_of(self, chunk: int) -> range:
         """Places of the items of a chunk."""
         start = chunk * self.chunk_size
         return range(start, min(start + self.chunk_size, self.num_items))
 
-    def prepare(self, plan: Mapping[str, Any]) -> None:
-        """Begin, or go on with the same plan; only the main process calls this.
+    @contextlib.contextmanager
+    def claims(self) -> Iterator[Claims]:
+        """The claims of the processes that share the build.
 
         Raises:
-            CacheError: If another plan was begun, another process is at it, or the folder holds
-                something else.
+            CacheError: If the output folder holds something else.
         """
-        if not self.path.is_dir():
-            if self.output.is_dir() and any(self.output.iterdir()):
+        if not self.path.is_dir() and not (self.output / MANIFEST_NAME).is_file():
+            found = os.listdir(self.output) if self.output.is_dir() else []
+            if set(found) - {SKIPPED_NAME, SOURCES_NAME, WORK_NAME}:
                 raise CacheError(f"{self.output} is not empty: name a new folder")
-            self.path.mkdir(parents=True)
-        self._take_lock()
-        self._chunks.mkdir(exist_ok=True)
-        self._shards.mkdir(exist_ok=True)
-        for leftover in self._chunks.glob("*.partial"):
-            shutil.rmtree(leftover)
-        plan_path = self.path / "plan.json"
-        if any(self._chunks.iterdir()) or any(self._shards.iterdir()):
-            self.check(plan)
-        else:  # nothing is lost by another plan
-            write_json(plan_path, dict(plan))
+        try:
+            with Claims(self.path / "claims") as claims:
+                yield claims
+        finally:
+            with contextlib.suppress(OSError):  # others work on, or something is left to continue
+                (self.path / "claims").rmdir()
+                self.path.rmdir()
 
-    def check(self, plan: Mapping[str, Any]) -> None:
-        """Check that this process has the plan of the main process.
+    # Beginning, continuing, updating: only while ``claims.alone`` is held.
 
-        Raises:
-            CacheError: If it has another.
-        """
-        begun = read_typed(self.path / "plan.json", TypeAdapter(dict[str, Any]))
-        check_plan(begun, plan, self.output)
+    def begin(self, plan: Mapping[str, Any], names: Iterable[str]) -> None:
+        """Write what is to be built; the plan comes last, and makes it begun."""
+        (self.path / "chunks").mkdir(parents=True, exist_ok=True)
+        write_lines(self.path / "names.jsonl", names)
+        write_json(self.path / "plan.json", dict(plan))
 
-    def chunk_folder(self, chunk: int) -> Path:
-        """Where a chunk is when it is complete and no shard has it yet."""
-        return self._chunks / f"{chunk:08d}"
+    def plan(self) -> dict[str, Any]:
+        """What was begun."""
+        return read_typed(self.path / "plan.json", TypeAdapter(dict[str, Any]))
 
-    def is_built(self, chunk: int) -> bool:
-        """Whether a chunk is complete."""
-        return self.chunk_folder(chunk).is_dir() or self.has_shard(chunk // self.chunks_per_shard)
+    def names(self) -> list[str]:
+        """The names of the items of what was begun."""
+        with open(self.path / "names.jsonl", encoding="utf-8") as file:
+            return [json.loads(line) for line in file]
 
-    def has_shard(self, shard: int) -> bool:
-        """Whether a shard is complete."""
-        return self._shard(shard).is_file()
+    def set_aside(self) -> None:
+        """Keep what is built, finished or not, as something to copy from; may be repeated."""
+        previous = self.path / "previous"
+        previous.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(self.path / "plan.json")
+        for chunk in sorted(self.built_chunks()):
+            os.rename(self.chunk_folder(chunk), _new_part(previous))
+        if not (self.output / MANIFEST_NAME).is_file():
+            return
+        part = _unfinished_part(previous)
+        for name, folder in self.datasets.items():
+            if not folder.is_dir():
+                continue
+            (part / name).mkdir(exist_ok=True)
+            for path in sorted(folder.iterdir()):
+                if path.name == METADATA_NAME or path.suffix in SUFFIXES:
+                    os.replace(path, part / name / path.name)
+            if folder != self.output:
+                shutil.rmtree(folder)
+        with contextlib.suppress(FileNotFoundError):
+            os.replace(self.output / SOURCES_NAME, part / SOURCES_NAME)
+        os.remove(self.output / MANIFEST_NAME)  # from here on it is not finished
 
-    def shard_facts(self, shard: int) -> ShardFacts:
-        """What a complete shard holds."""
-        return read_typed(self._shard(shard), TypeAdapter(ShardFacts))
+    @property
+    def is_being_set_aside(self) -> bool:
+        """Whether that was begun for a finished dataset, and not completed."""
+        return (self.path / "previous" / "dataset").is_dir()
 
-    def write_shard(self, shard: int, datasets: Mapping[str, Path]) -> None:
-        """Make a shard of its chunks, and remove them.
-
-        Args:
-            shard: Number.
-            datasets: Folder of the dataset of each size.
-        """
-        first = shard * self.chunks_per_shard
-        chunks = range(first, min(first + self.chunks_per_shard, self.num_chunks))
-        facts = ShardFacts({}, {}, [])
-        for name, folder in datasets.items():
-            parts = [self.chunk_folder(chunk) / name for chunk in chunks]
-            parts = [part for part in parts if part.is_dir()]
-            if parts:
-                facts.counts[name] = self._join(parts, folder, shard)
-                facts.shapes[name] = _first_shape(parts[0])
-        for chunk in chunks:
-            facts.skipped.extend(read_skipped(self.chunk_folder(chunk) / "skipped.jsonl"))
-        write_json(self._shard(shard), asdict(facts))
-        for chunk in chunks:
-            shutil.rmtree(self.chunk_folder(chunk), ignore_errors=True)
+    def previous_parts(self) -> list[Path]:
+        """Folders like those of chunks, of the build that is being updated."""
+        parts = sorted((self.path / "previous").glob("*"), key=lambda path: path.name)
+        return [part for part in parts if (part / SOURCES_NAME).is_file()]
 
     def remove(self) -> None:
-        """Remove all of it, which a finished dataset does not need."""
+        """Remove all of it, which a finished dataset does not need.
+
+        The plan goes first: as long as it is there, so are the chunks.
+        """
+        (self.path / "plan.json").unlink(missing_ok=True)
         shutil.rmtree(self.path, ignore_errors=True)
 
-    def _join(self, parts: list[Path], folder: Path, shard: int) -> int:
-        """Write the records of chunks as one shard; the index, which makes it one, comes last."""
+    # Chunks
+
+    def built_chunks(self) -> set[int]:
+        """Numbers of the chunks that are complete."""
+        with contextlib.suppress(FileNotFoundError):
+            return {int(name) for name in os.listdir(self.path / "chunks") if name.isdecimal()}
+        return set()
+
+    def chunk_folder(self, chunk: int) -> Path:
+        """Where a chunk is when it is complete."""
+        return self.path / "chunks" / f"{chunk:08d}"
+
+    def built_facts(self) -> Iterator[ItemFacts]:
+        """What is known of the items of all complete chunks, in order."""
+        for chunk in sorted(self.built_chunks()):
+            yield from read_facts(self.chunk_folder(chunk) / SOURCES_NAME)
+
+    # The dataset: only when all chunks are complete, and while ``claims.alone`` is held.
+
+    def write_lists(self) -> int:
+        """Write what is known of each item, and what is left out; returns how much is left out."""
+        write_facts(self.output / SOURCES_NAME, self.built_facts())
+        skipped = [line for facts in self.built_facts() for line in facts.skipped]
+        write_skipped(self.output / SKIPPED_NAME, skipped)
+        return len(skipped)
+
+    def join(self) -> dict[str, int]:
+        """Make the shards that are missing, each by renames, and remove what they have taken.
+
+        Returns:
+            The number of examples of each size.
+        """
+        counts: dict[str, list[int]] = {name: [] for name in self.datasets}
+        for chunk in range(self.num_chunks):
+            found: Counter[str] = Counter()
+            for facts in read_facts(self.chunk_folder(chunk) / SOURCES_NAME):
+                found.update(facts.examples)
+            for name, numbers in counts.items():
+                numbers.append(found[name])
+        return {name: self._join_size(name, numbers) for name, numbers in counts.items()}
+
+    def _join_size(self, name: str, counts: Sequence[int]) -> int:
+        """Make the dataset of a size.
+
+        Args:
+            name: Of the size.
+            counts: Its examples in each chunk.
+        """
+        ends = list(itertools.accumulate(counts))
+        num_shards = -(-ends[-1] // self.shard_size)
+        parts = [
+            _Part(self.chunk_folder(chunk) / name, end - count, end)
+            for chunk, (count, end) in enumerate(zip(counts, ends, strict=True))
+            if count
+        ]
+        for shard in range(num_shards):
+            start, stop = shard * self.shard_size, (shard + 1) * self.shard_size
+            taken = [part for part in parts if part.end > start and part.start < stop]
+            stem = str(shard).zfill(max(5, len(str(num_shards - 1))))
+            if not (self.datasets[name] / f"{stem}{INDEX_SUFFIX}").is_file():
+                self._write_shard(_records_between(taken, start, stop), name, stem)
+            for part in taken:
+                if part.end <= stop:
+                    shutil.rmtree(part.folder, ignore_errors=True)
+        return ends[-1]
+
+    def _write_shard(
+        self, records: Iterable[tuple[RecordDataset, int]], name: str, stem: str
+    ) -> None:
+        """Write a shard beside the dataset, then move it there; its index comes last and counts."""
         scratch = self.path / "joining"
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir()
+        folder = self.datasets[name]
         folder.mkdir(exist_ok=True)
-        count = copy_records(_all_records(parts), scratch)
+        with naming_place(scratch):
+            copy_records(records, scratch, checksums=True)
         flush_files(scratch)
-        name = str(shard).zfill(max(5, len(str(self.num_shards - 1))))
-        for suffix in (".data", ".index"):
-            os.replace(scratch / f"00000{suffix}", folder / f"{name}{suffix}")
+        written = [path for path in scratch.iterdir() if path.suffix in SUFFIXES]
+        for path in sorted(written, key=lambda path: path.suffix == INDEX_SUFFIX):
+            os.replace(path, folder / f"{stem}{path.suffix}")
         shutil.rmtree(scratch)
-        return count
-
-    def _take_lock(self) -> None:
-        """Hold the folder until this process ends, however it ends."""
-        self._lock = open(self.path / "lock", "w")  # noqa: SIM115
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise CacheError(f"another process is building {self.output}") from error
-        except OSError as error:  # not every network file system has locks
-            logger.warning("%s cannot be locked: %s", self.path, error)
-
-    @property
-    def _chunks(self) -> Path:
-        return self.path / "chunks"
-
-    @property
-    def _shards(self) -> Path:
-        return self.path / "shards"
-
-    def _shard(self, shard: int) -> Path:
-        return self._shards / f"{shard:05d}.json"
 
 
 class ChunkWriter:
@@ -209,12 +246,10 @@ class ChunkWriter:
 
     def __init__(self, work: WorkFolder, chunk: int, features: Mapping[str, Any]) -> None:
         self._target = work.chunk_folder(chunk)
-        self._folder = self._target.with_name(f"{self._target.name}.partial")
+        self._folder = self._target.with_name(f"{self._target.name}.{uuid.uuid4().hex[:8]}.partial")
         self._features = features
         self._writers: dict[str, RecordWriter] = {}
-        self._skipped: list[Skipped] = []
-        shutil.rmtree(self._folder, ignore_errors=True)
-        self._folder.mkdir()
+        self._folder.mkdir(parents=True)
 
     def write(self, size: Size, record: Mapping[str, Any]) -> None:
         """Add an example."""
@@ -222,62 +257,70 @@ class ChunkWriter:
         if name not in self._writers:
             (self._folder / name).mkdir()
             self._writers[name] = RecordWriter(self._folder / name, self._features)
-        self._writers[name].write(record)
+        with naming_place(self._folder / name):
+            self._writers[name].write(record)
 
-    def skip(self, skipped: Skipped) -> None:
-        """Note what is left out."""
-        self._skipped.append(skipped)
-
-    def commit(self) -> None:
-        """Make the chunk complete."""
-        for writer in self._writers.values():
-            writer.close()
-        write_skipped(self._folder / "skipped.jsonl", self._skipped)
+    def commit(self, facts: Iterable[ItemFacts]) -> None:
+        """Make the chunk complete, with what is known of its items."""
+        for name, writer in self._writers.items():
+            with naming_place(self._folder / name):
+                writer.close()
+        write_facts(self._folder / SOURCES_NAME, facts)
         flush_files(self._folder)
-        self._folder.rename(self._target)
+        try:
+            self._folder.rename(self._target)
+        except OSError:
+            if not self._target.is_dir():
+                raise
+            shutil.rmtree(self._folder)  # another process took this one for dead
 
 
-def check_plan(begun: Mapping[str, Any], wanted: Mapping[str, Any], output: Path) -> None:
-    """Check that a build goes on with the plan it was begun with.
-
-    Raises:
-        CacheError: Naming what differs.
-    """
-    names = [name for name in {**begun, **wanted} if begun.get(name) != wanted.get(name)]
-    if names:
-        changes = [f"{n} {begun.get(n)!r:.80} -> {wanted.get(n)!r:.80}" for n in names]
-        raise CacheError(
-            f"{output} was begun with other settings or another source: "
-            f"{'; '.join(changes[:MAX_DIFFERENCES])}; go on with the same, or name a new folder"
-        )
-
-
-def _all_records(folders: Iterable[Path]) -> Iterator[tuple[RecordDataset, int]]:
-    """The records of datasets, of which one at a time is open."""
-    for folder in folders:
-        with RecordDataset(folder) as dataset:
-            yield from ((dataset, index) for index in range(len(dataset)))
+def dataset_folders(settings: CacheSettings) -> dict[str, Path]:
+    """Folder of the dataset of each size: the output itself where there is only one."""
+    names = [format_size(size) for size in settings.sizes]
+    if len(names) == 1:
+        return {names[0]: settings.output}
+    return {name: settings.output / name for name in names}
 
 
 def write_skipped(path: Path, lines: Iterable[Skipped]) -> None:
     """Write a ``skipped.jsonl``."""
-    with open(path, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(asdict(line), ensure_ascii=False) + "\n" for line in lines)
-
-
-def read_skipped(path: Path) -> list[Skipped]:
-    """Read a ``skipped.jsonl``."""
-    return [Skipped(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+    write_lines(path, ({"source": line.source, "reason": line.reason} for line in lines))
 
 
 def flush_files(folder: Path) -> None:
     """Bring the files of a folder to the disk."""
     for path in folder.rglob("*"):
         if path.is_file():
-            with open(path, "rb") as file:
+            with naming_place(path), open(path, "rb") as file:
                 os.fsync(file.fileno())
 
 
-def _first_shape(folder: Path) -> list[int]:
-    with RecordDataset(folder) as dataset:
-        return dataset.view(0)["shape"]
+@dataclass(frozen=True)
+class _Part:
+    """The records of a size in a chunk, and their places among all of the size."""
+
+    folder: Path
+    start: int
+    end: int
+
+
+def _records_between(
+    parts: Iterable[_Part], start: int, stop: int
+) -> Iterator[tuple[RecordDataset, int]]:
+    """Records ``start`` to ``stop`` of parts that follow each other, one open at a time."""
+    for part in parts:
+        with RecordDataset(part.folder) as dataset:
+            for place in range(max(start, part.start), min(stop, part.end)):
+                yield dataset, place - part.start
+
+
+def _new_part(previous: Path) -> Path:
+    return previous / f"{len(os.listdir(previous)):08d}"
+
+
+def _unfinished_part(previous: Path) -> Path:
+    """The part that a finished dataset is moved to; a killed move goes on with the same."""
+    part = previous / "dataset"
+    part.mkdir(exist_ok=True)
+    return part

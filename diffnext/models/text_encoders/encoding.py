@@ -54,14 +54,7 @@ def encode_texts(
         if not isinstance(text, str):
             raise TypeError(f"prompt {index} must be a string, got {type(text).__name__}: {text!r}")
     unique = list(dict.fromkeys(texts))
-    ids = tokenize(tokenizer, unique, max_tokens)
-    vocabulary = text_encoder.config.vocab_size
-    for text, row in zip(unique, ids, strict=True):
-        if len(row) > max_tokens or max(row, default=0) >= vocabulary:
-            raise ValueError(
-                f"the tokenizer must give at most {max_tokens} tokens, below {vocabulary} as the "
-                f"text encoder knows them; it gave {list(row)} for {text!r}"
-            )
+    ids = tokenize(tokenizer, unique, max_tokens, text_encoder.config.vocab_size)
     longest = max(len(row) for row in ids)
     device = text_encoder.device
     device = torch.device("cpu") if device.type == "meta" else device  # offloaded: hooks move it
@@ -77,8 +70,20 @@ def encode_texts(
     return [found[text] for text in texts]
 
 
-def tokenize(tokenizer: Any, texts: Sequence[str], max_tokens: int) -> list[list[int]]:
-    """Token ids of texts; a fast tokenizer is left as it was."""
+def tokenize(
+    tokenizer: Any, texts: Sequence[str], max_tokens: int, vocabulary: int
+) -> list[list[int]]:
+    """Token ids of texts; a fast tokenizer is left as it was.
+
+    Args:
+        tokenizer: Callable that returns ``input_ids``.
+        texts: At least one.
+        max_tokens: Of a text, at most.
+        vocabulary: Number of tokens that the text encoder knows.
+
+    Raises:
+        ValueError: If the tokenizer gives more tokens, or others.
+    """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     with _TOKENIZER_LOCK:
         truncation = None if backend is None else backend.truncation
@@ -87,4 +92,10 @@ def tokenize(tokenizer: Any, texts: Sequence[str], max_tokens: int) -> list[list
             backend.no_truncation()
             if truncation is not None:
                 backend.enable_truncation(**truncation)
+    for text, row in zip(texts, ids, strict=True):
+        if len(row) > max_tokens or max(row, default=0) >= vocabulary:
+            raise ValueError(
+                f"the tokenizer must give at most {max_tokens} tokens, below {vocabulary} as the "
+                f"text encoder knows them; it gave {list(row)} for {text!r}"
+            )
     return ids

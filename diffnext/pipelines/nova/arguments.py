@@ -58,7 +58,8 @@ class CallArguments(GuidanceScaler):
         flow_shift: Timestep shift of a flow-matching scheduler. It holds for later calls of this
             pipeline in the same thread too, until another is given; None keeps the last, at first
             the scheduler's own. The scheduler itself stays as it is; a stream's shift is its own.
-        motion_flow: Motion strength of videos.
+        motion_flow: Motion strength of videos: pixels from frame to frame at 480 pixels height that
+            what moves does move, about 1 to 10.
         fps: Frames per second that the motion is measured at; 12 when None.
         negative_prompt: What to avoid with guidance, one for all or one per prompt; None is the
             empty text or the null class.

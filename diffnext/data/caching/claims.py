@@ -1,0 +1,175 @@
+"""Claims: which process of a build does what, told by files in a folder that all of them see.
+
+The processes may run on other machines that share nothing but the folder. A claim outlives a
+process that was killed and a machine that went down, and is then taken over: a process of this
+machine is looked for, one of another shows that it is alive by the time of a file, which it renews.
+
+    <folder>/host-4711-1f2e3d.alive    a process, renewed every few seconds
+    <folder>/chunk-00000012.claim      names the process that holds it
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+
+import psutil
+
+RENEWAL = 10.0  # seconds
+DEAD_AFTER = 120.0  # seconds without a renewal, by the clock of the file system
+POLL = 0.5  # seconds between two looks at a claim that another process holds
+
+
+class Claims:
+    """What this process has claimed; all of it is given back at the end of the ``with`` block.
+
+    Args:
+        folder: Where the claims of all processes are; made if it does not exist.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        process = psutil.Process()
+        self._host = socket.gethostname()
+        self._owner = f"{self._host}-{process.pid}-{uuid.uuid4().hex[:8]}"
+        self._identity = {"host": self._host, "pid": process.pid, "started": process.create_time()}
+        self._held: set[str] = set()
+        self._ended = threading.Event()
+
+    def __enter__(self) -> Claims:
+        self._renew()
+        threading.Thread(target=self._keep_renewing, name="claims", daemon=True).start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._ended.set()
+        for name in list(self._held):
+            self.give_back(name)
+        self._alive_file(self._owner).unlink(missing_ok=True)
+
+    def take(self, name: str) -> bool:
+        """Claim something, unless a living process holds it.
+
+        Args:
+            name: Of what is claimed; part of a file's name.
+
+        Returns:
+            Whether this process has it now.
+        """
+        path = self._claim_file(name)
+        while True:
+            try:
+                with open(path, "x", encoding="utf-8") as file:
+                    file.write(self._owner)
+            except FileNotFoundError:  # another process has finished, and removed the folder
+                self._folder.mkdir(parents=True, exist_ok=True)
+            except FileExistsError:
+                if not self._remove_abandoned(path):
+                    return False
+            else:
+                self._held.add(name)
+                return True
+
+    @contextlib.contextmanager
+    def alone(self, name: str) -> Iterator[None]:
+        """Hold a claim for a while; waits for the process that has it."""
+        while not self.take(name):
+            time.sleep(POLL)
+        try:
+            yield
+        finally:
+            self.give_back(name)
+
+    def give_back(self, name: str) -> None:
+        """Let others have it."""
+        self._held.discard(name)
+        self._claim_file(name).unlink(missing_ok=True)
+
+    def _remove_abandoned(self, path: Path) -> bool:
+        """Remove a claim whose process is gone; returns whether the claim is gone."""
+        owner = _read(path)
+        if owner is None:
+            return True
+        if self._is_alive(owner, path):
+            return False
+        # Another process may be doing the same: what was moved away must be what was looked at.
+        moved = path.with_name(f"{path.name}.{self._owner}")
+        try:
+            os.rename(path, moved)
+        except FileNotFoundError:
+            return True
+        if _read(moved) != owner:
+            os.rename(moved, path)
+            return False
+        moved.unlink()
+        return True
+
+    def _is_alive(self, owner: str, claim: Path) -> bool:
+        """Whether the process that wrote a claim may still work on it."""
+        if not owner:  # it has not written its name yet
+            return self._is_fresh(claim)
+        alive = self._alive_file(owner)
+        try:
+            identity = json.loads(_read(alive) or "{}")
+        except ValueError:
+            return self._is_fresh(alive)
+        if identity.get("host") == self._host:
+            return _runs(identity)
+        return self._is_fresh(alive)
+
+    def _is_fresh(self, path: Path) -> bool:
+        own = self._alive_file(self._owner)
+        try:
+            self._renew()  # now, by the clock that the other file's time comes from
+            return own.stat().st_mtime - path.stat().st_mtime < DEAD_AFTER
+        except FileNotFoundError:
+            return False
+
+    def _keep_renewing(self) -> None:
+        while not self._ended.wait(RENEWAL):
+            with contextlib.suppress(OSError):  # a shared folder may be away for a moment
+                self._renew()
+
+    def _renew(self) -> None:
+        path = self._alive_file(self._owner)
+        try:
+            os.utime(path)
+        except FileNotFoundError:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(self._identity), encoding="utf-8")
+
+    def _alive_file(self, owner: str) -> Path:
+        return self._folder / f"{owner}.alive"
+
+    def _claim_file(self, name: str) -> Path:
+        return self._folder / f"{name}.claim"
+
+
+def _read(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+
+
+def _runs(identity: dict) -> bool:
+    """Whether a process of this machine runs; its number may have gone to another since."""
+    try:
+        process = psutil.Process(identity["pid"])
+        is_same = process.create_time() == identity["started"]
+        return is_same and process.status() != psutil.STATUS_ZOMBIE
+    except (psutil.Error, KeyError, TypeError, ValueError):
+        return False

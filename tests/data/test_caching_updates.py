@@ -1,0 +1,368 @@
+"""A source that changes: what is noticed, what an update reads anew, and what it must equal."""
+
+import json
+import os
+import shutil
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from diffnext.data.caching import building, encoding
+from diffnext.data.caching.building import build_cache
+from diffnext.data.caching.errors import CacheError
+from diffnext.data.caching.settings import FrameSampling
+from tests.data.caching_inputs import (
+    draw_picture,
+    make_settings,
+    numbered_frames,
+    save_vae,
+    save_video_vae,
+    write_pictures,
+    write_video,
+)
+
+COUNT = 9  # items; chunks of 4, shards of 8
+
+
+@pytest.fixture(scope="module")
+def vae(tmp_path_factory):
+    return save_vae(tmp_path_factory.mktemp("vae"))
+
+
+@pytest.fixture(autouse=True)
+def shared_autoencoder(vae, monkeypatch):
+    """Loaded once."""
+    load = encoding.load_autoencoder
+    model = load(vae)
+    monkeypatch.setattr(
+        encoding, "load_autoencoder", lambda path, *args: model if path == vae else load(path)
+    )
+
+
+def read_files(folder):
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+
+
+def age(path):
+    """Give a file another time, as copying does."""
+    os.utime(path, ns=(1, 1_000_000_007 * len(os.fspath(path))))
+
+
+# --- sources --------------------------------------------------------------------------------------
+
+
+def write_folder(folder):
+    write_pictures(folder, COUNT)
+    return folder
+
+
+def write_table(folder, suffix=".csv"):
+    write_pictures(folder / "files", COUNT)
+    for path in (folder / "files").glob("*.txt"):
+        path.unlink()
+    rows = [f"files/{number:04d}.png,row {number}" for number in range(COUNT)]
+    (folder / "list.csv").write_text("\n".join(["file,caption", *rows]) + "\n")
+    return folder / "list.csv"
+
+
+def write_tar(folder):
+    write_pictures(folder / "files", COUNT)
+    pack(folder)
+    return folder / "all.tar"
+
+
+def pack(folder):
+    with tarfile.open(folder / "all.tar", "w") as archive:
+        for path in sorted((folder / "files").iterdir()):
+            archive.add(path, path.name)
+
+
+def write_parquet(folder, change=None):
+    import pyarrow
+    from pyarrow import parquet
+
+    write_pictures(folder / "files", COUNT)
+    numbers = [number for number in range(COUNT) if number != change]
+    rows = [
+        {"image": (folder / "files" / f"{n:04d}.png").read_bytes(), "caption": f"row {n}"}
+        for n in numbers
+    ]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "list.parquet")
+    return folder / "list.parquet"
+
+
+def edit(path, old, new):
+    path.write_text(path.read_text().replace(old, new))
+
+
+def repack_without_times(folder):
+    for path in (folder / "files").iterdir():
+        age(path)
+    pack(folder)
+
+
+SOURCES = {"folder": write_folder, "table": write_table, "tar": write_tar, "parquet": write_parquet}
+
+# kind: (source, what happens to it, what is reported)
+CHANGES = {
+    "a caption": ("folder", lambda f: (f / "0003.txt").write_text("new"), "1 changed (0003.png)"),
+    "a picture": (
+        "folder",
+        lambda f: draw_picture(77).save(f / "0006.png"),
+        "1 changed (0006.png)",
+    ),
+    "a picture that breaks": (
+        "folder",
+        lambda f: (f / "0000.png").write_bytes(b"no"),
+        "1 changed (0000.png)",
+    ),
+    "a caption that goes": (
+        "folder",
+        lambda f: (f / "0008.txt").unlink(),
+        "1 changed (0008.png)",
+    ),
+    "a side file that comes": (
+        "folder",
+        lambda f: (f / "0001.json").write_text('{"text": "short"}'),
+        "1 changed (0001.png)",
+    ),
+    "a picture that goes": ("folder", lambda f: (f / "0002.png").unlink(), "1 removed (0002.png)"),
+    "a picture in front": ("folder", lambda f: add_picture(f, "-new"), "1 added (-new.png)"),
+    "pictures at the end": (
+        "folder",
+        lambda f: [add_picture(f, f"x{i}") for i in range(5)],
+        "5 added (x0.png, x1.png, x2.png, ...)",
+    ),
+    "a picture of another name": (
+        "folder",
+        lambda f: [(f / f"0004{s}").rename(f / f"zebra{s}") for s in (".png", ".txt")],
+        "1 added (zebra.png), 1 removed (0004.png)",
+    ),
+    "a caption in a table": (
+        "table",
+        lambda f: edit(f / "list.csv", "row 5", "other"),
+        "1 changed (list.csv:7 files/0005.png)",
+    ),
+    "a row in front": (
+        "table",
+        lambda f: edit(f / "list.csv", "caption\n", "caption\nfiles/0000.png,again\n"),
+        "1 changed (list.csv:2 files/0000.png), 9 added (list.csv:3 files/0000.png",
+    ),
+    "a file of a table": (
+        "table",
+        lambda f: draw_picture(78).save(f / "files" / "0007.png"),
+        "1 changed (list.csv:9 files/0007.png)",
+    ),
+    "a member of an archive": (
+        "tar",
+        lambda f: [draw_picture(79).save(f / "files" / "0007.png"), pack(f)],
+        "1 changed (all.tar/0007.png)",
+    ),
+    "a row of Parquet": (
+        "parquet",
+        lambda f: write_parquet(f, change=COUNT - 1),
+        "1 removed (list.parquet:9)",
+    ),
+}
+NO_CHANGES = {
+    "times of files": ("folder", lambda f: [age(path) for path in f.iterdir()]),
+    "an archive packed anew": ("tar", repack_without_times),
+    "Parquet written anew": ("parquet", write_parquet),
+    "a table that gained a blank line": (
+        "table",
+        lambda f: (f / "list.csv").write_text((f / "list.csv").read_text() + "\n"),
+    ),
+}
+
+
+def add_picture(folder, name):
+    draw_picture(55).save(folder / f"{name}.png")
+    (folder / f"{name}.txt").write_text(name)
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing catches it."""
+
+
+def build_half(settings, monkeypatch):
+    """A build that is killed when some chunks are complete."""
+    calls = iter(range(100))
+    make = building.make_records
+
+    def deadly(*args):
+        if next(calls) == 4:
+            raise Killed
+        return make(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(building, "make_records", deadly)
+        with pytest.raises(Killed):
+            build_cache(settings)
+
+
+def count_encoded(monkeypatch):
+    """A list that grows with every example that is encoded."""
+    encoded = []
+    make = building.make_records
+
+    def counting(examples, *args):
+        encoded.extend(examples)
+        return make(examples, *args)
+
+    monkeypatch.setattr(building, "make_records", counting)
+    return encoded
+
+
+@pytest.mark.parametrize("state", ["finished", "killed"])
+@pytest.mark.parametrize("kind", CHANGES)
+def test_changes_are_noticed_and_an_update_equals_a_fresh_build(
+    tmp_path, vae, monkeypatch, kind, state
+):
+    name, change, message = CHANGES[kind]
+    source = SOURCES[name](tmp_path / "in")
+    settings = make_settings(source, tmp_path / "out", vae, workers=1)
+    if state == "finished":
+        build_cache(settings)
+    else:
+        build_half(settings, monkeypatch)
+    before = read_files(tmp_path / "out")
+    change(tmp_path / "in")
+    is_built_yet = state == "finished" or kind not in LATE
+    if is_built_yet:
+        with pytest.raises(CacheError) as error:
+            build_cache(settings)
+        assert message in str(error.value) and "--update" in str(error.value)
+        assert read_files(tmp_path / "out") == before
+    encoded = count_encoded(monkeypatch)
+    build_cache(make_settings(source, tmp_path / "out", vae, workers=1, update=True))
+    if state == "finished":
+        assert len(encoded) <= 5  # the others are copied
+    build_cache(make_settings(source, tmp_path / "fresh", vae, workers=1))
+    assert read_files(tmp_path / "out") == read_files(tmp_path / "fresh")
+
+
+# Of items that the killed build had not reached; it reads them as they are.
+LATE = ("a caption that goes",)
+
+
+@pytest.mark.parametrize("kind", NO_CHANGES)
+def test_what_only_looks_changed_is_not(tmp_path, vae, kind):
+    name, change = NO_CHANGES[kind]
+    source = SOURCES[name](tmp_path / "in")
+    settings = make_settings(source, tmp_path / "out", vae, workers=1)
+    report = build_cache(settings)
+    before = read_files(tmp_path / "out")
+    change(tmp_path / "in")
+    assert build_cache(settings) == report
+    assert read_files(tmp_path / "out") == before
+
+
+def test_a_changed_video_is_noticed(tmp_path):
+    pytest.importorskip("av")
+    video_vae = save_video_vae(tmp_path / "vae")
+    (tmp_path / "in").mkdir()
+    for name in ("a", "b"):
+        write_video(tmp_path / "in" / f"{name}.mp4", numbered_frames(8))
+        (tmp_path / "in" / f"{name}.txt").write_text(name)
+    changes = {"kind": "videos", "frames": FrameSampling(num_frames=5, stride=1)}
+    settings = make_settings(tmp_path / "in", tmp_path / "out", video_vae, **changes)
+    build_cache(settings)
+    write_video(tmp_path / "in" / "b.mp4", numbered_frames(8)[::-1])
+    with pytest.raises(CacheError, match=r"1 changed \(b.mp4\)"):
+        build_cache(settings)
+    build_cache(make_settings(tmp_path / "in", tmp_path / "out", video_vae, update=True, **changes))
+    build_cache(make_settings(tmp_path / "in", tmp_path / "fresh", video_vae, **changes))
+    assert read_files(tmp_path / "out") == read_files(tmp_path / "fresh")
+
+
+@pytest.mark.parametrize("sizes", [((32, 32),), ((32, 32), (32, 64))])
+def test_an_update_killed_at_any_change_of_its_files_goes_on(tmp_path, vae, monkeypatch, sizes):
+    source = write_folder(tmp_path / "in")
+    settings = make_settings(source, tmp_path / "out", vae, workers=1, sizes=sizes, update=True)
+    build_cache(settings)
+    draw_picture(91, 96, 32).save(source / "0001.png")
+    add_picture(source, "new")
+    (source / "0004.png").unlink()
+    calls_left = kills = 0
+
+    def deadly(function):
+        def call(*args, **kwargs):
+            nonlocal calls_left, kills
+            if calls_left == 0:
+                kills += 1
+                if kills % 2:
+                    function(*args, **kwargs)
+                raise Killed
+            calls_left -= 1
+            return function(*args, **kwargs)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        for name in ("replace", "mkdir", "rename", "remove"):
+            patch.setattr(os, name, deadly(getattr(os, name)))
+        patch.setattr(shutil, "rmtree", deadly(shutil.rmtree))
+        for attempt in range(200):
+            calls_left = 1 + attempt // 2
+            try:
+                build_cache(settings)
+                break
+            except Killed:
+                pass
+    assert kills > 10
+    build_cache(make_settings(source, tmp_path / "fresh", vae, workers=1, sizes=sizes))
+    assert read_files(tmp_path / "out") == read_files(tmp_path / "fresh")
+
+
+def test_bad_items_leave_the_others_as_they_would_be(tmp_path, vae):
+    """The same bytes, whatever batches, chunks and shards they would have shared."""
+    write_pictures(tmp_path / "good", 21)
+    shutil.copytree(tmp_path / "good", tmp_path / "bad")
+    for number in (-1, 0.5, 3.5, 3.6, 10.5, 30):
+        (tmp_path / "bad" / f"{max(int(number), 0):04d}_{number}.png").write_bytes(b"no picture")
+    build_cache(make_settings(tmp_path / "good", tmp_path / "one", vae, batch_size=4))
+    report = build_cache(make_settings(tmp_path / "bad", tmp_path / "two", vae, batch_size=4))
+    assert report.skipped == 6
+    one, two = read_files(tmp_path / "one"), read_files(tmp_path / "two")
+    records = [name for name in one if name.endswith((".data", ".index"))] + ["METADATA"]
+    assert len(records) == 7
+    assert {name: one[name] for name in records} == {name: two[name] for name in records}
+
+
+def test_an_earlier_versions_cache_is_read_and_updated(tmp_path, vae):
+    source = write_folder(tmp_path / "in")
+    settings = make_settings(source, tmp_path / "out", vae, workers=1)
+    report = build_cache(settings)
+    (tmp_path / "out" / "sources.jsonl").unlink()
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    manifest["plan"] |= {"num_items": COUNT, "items_hash": "x"}
+    (tmp_path / "out" / "manifest.json").write_text(json.dumps(manifest))
+    assert build_cache(settings) == report
+    add_picture(source, "new")
+    with pytest.raises(CacheError, match="--update"):
+        build_cache(settings)
+    build_cache(make_settings(source, tmp_path / "out", vae, workers=1, update=True))
+    build_cache(make_settings(source, tmp_path / "fresh", vae, workers=1))
+    assert read_files(tmp_path / "out") == read_files(tmp_path / "fresh")
+
+
+def test_an_update_with_other_settings_is_refused(tmp_path, vae):
+    source = write_folder(tmp_path / "in")
+    build_cache(make_settings(source, tmp_path / "out", vae, workers=1))
+    with pytest.raises(CacheError, match="flip False -> True"):
+        build_cache(make_settings(source, tmp_path / "out", vae, flip=True, update=True))
+
+
+def test_sources_lists_every_item_with_its_hash(tmp_path, vae):
+    source = write_folder(tmp_path / "in")
+    (source / "0003.png").write_bytes(b"no picture")
+    build_cache(make_settings(source, tmp_path / "out", vae, workers=1))
+    lines = Path(tmp_path / "out" / "sources.jsonl").read_text().splitlines()
+    items = {line["source"]: line for line in map(json.loads, lines)}
+    assert list(items) == [f"{number:04d}.png" for number in range(COUNT)]
+    bad = items.pop("0003.png")
+    assert bad["skipped"][0]["reason"].startswith("is not a picture") and "hash" not in bad
+    assert len({item["hash"] for item in items.values()}) == COUNT - 1
+    assert all(item["examples"] == {"32x32": 1} for item in items.values())
