@@ -248,9 +248,8 @@ def _add_work_options(parser: argparse.ArgumentParser, kind: str) -> None:
     group.add_argument(
         "--chunk-size",
         type=int,
-        default=8 if kind == "videos" else 64,
         metavar="N",
-        help="files that a kill costs at most (64 pictures, 8 videos)",
+        help="files that a kill costs at most (8 videos, or 64 pictures for each size)",
     )
     group.add_argument(
         "--shard-size", type=int, default=8192, metavar="N", help="examples to a shard (8192)"
@@ -309,16 +308,21 @@ def make_settings(args: argparse.Namespace, device: str) -> CacheSettings:
         )
         values["flow"] = _parse_flow(args.flow)
         values["decoder"] = args.decoder
+    sizes = _choose_sizes(args)
+    chunk_size = args.chunk_size
+    if chunk_size is None:  # at the end of a chunk, the last batch of each size is filled up
+        chunk_size = 8 if args.kind == "videos" else 64 * len(sizes)
     columns = ("media", "caption", "text", "label", "flow")
     same = (
         "kind source output vae format split root resize max_upscale max_pixels flip labels "
-        "empty_captions max_caption text_encoder text_length batch_size workers chunk_size "
-        "shard_size on_error time_limit update"
+        "empty_captions max_caption text_encoder text_length batch_size workers shard_size "
+        "on_error time_limit update"
     ).split()
     return CacheSettings(
         **{name: getattr(args, name) for name in same},
         **values,
-        sizes=_choose_sizes(args),
+        sizes=sizes,
+        chunk_size=chunk_size,
         columns=Columns(**{name: getattr(args, f"{name}_column") for name in columns}),
         dtype=args.dtype or ("float32" if device == "cpu" else "float16"),
         device=device,

@@ -61,6 +61,8 @@ def open(file, *args, **kwargs):
     elif content == b"once" and not os.path.exists(os.environ["ONCE"]):
         os.mkdir(os.environ["ONCE"])
         os.kill(os.getpid(), signal.SIGKILL)
+    elif content.endswith(b"changes"):
+        os.utime(file.fileno(), (1, 1))
     return real_open(file, *args, **kwargs)
 
 av.open = open
@@ -103,6 +105,9 @@ def test_decoders_that_hang_crash_or_take_all_memory_cost_one_item(tmp_path, mon
     for number, content in enumerate(BAD_DECODERS):
         (source / f"{'bny'[number % 3]}{number}.mp4").write_text(content)
         (source / f"{'bny'[number % 3]}{number}.txt").write_text(content)
+    changing = (source / "a.mp4").read_bytes() + b"changes"
+    (source / "c.mp4").write_bytes(changing)
+    (source / "c.txt").write_text("c")
     fake = tmp_path / "fake"
     fake.mkdir()
     (fake / "av.py").write_text(FAKE_AV)
@@ -111,11 +116,12 @@ def test_decoders_that_hang_crash_or_take_all_memory_cost_one_item(tmp_path, mon
     start = time.monotonic()
     report = build_cache(make_settings(source, tmp_path / "bad", video_vae, **changes))
     assert time.monotonic() - start < 60
-    assert report.skipped == len(BAD_DECODERS) and report.examples == 3
+    assert report.skipped == len(BAD_DECODERS) + 1 and report.examples == 3
     lines = map(json.loads, (tmp_path / "bad" / "skipped.jsonl").read_text().splitlines())
     reasons = {line["source"]: line["reason"] for line in lines}
     for number, (content, reason) in enumerate(BAD_DECODERS.items()):
         assert reason in reasons[f"{'bny'[number % 3]}{number}.mp4"], content
+    assert reasons["c.mp4"] == "was changed while it was read"
     assert read_records(tmp_path / "bad") == read_records(tmp_path / "good")
     assert not [p for p in psutil.Process().children() if "readers" in " ".join(p.cmdline())]
 
