@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +15,9 @@ DESCRIPTION = """\
 Look into a record dataset, check it, or make others of it.
 
   inspect_cache.py show img_dataset                   counts, shapes, some captions
+  inspect_cache.py show img_dataset --source          where each record came from, with its hash
   inspect_cache.py check img_dataset                  reads every record; exit code 1 if one is bad
+  inspect_cache.py verify img_dataset                 compares every record with its checksum
   inspect_cache.py sheet img_dataset sheet.png --vae nova/vae   decoded, with captions
   inspect_cache.py split img_dataset train test --share 0.99
   inspect_cache.py merge one two --output both
@@ -24,6 +26,7 @@ Look into a record dataset, check it, or make others of it.
 MAX_PROBLEMS = 20  # shown
 CAPTION_WIDTH = 100
 MEGABYTE = 1e6
+OLD_FLOW_UNIT = "hundredths of the short side (an earlier version's unit)"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -55,11 +58,18 @@ def build_parser() -> argparse.ArgumentParser:
     show = commands.add_parser("show", help="counts, shapes, some captions")
     show.add_argument("dataset", type=Path, help="folder of a dataset, or of several sizes")
     show.add_argument("--captions", type=int, default=5, metavar="N", help="captions shown (5)")
+    show.add_argument(
+        "--source", action="store_true", help="a line for each record: number, source, hash"
+    )
     show.set_defaults(run=_show)
 
     check = commands.add_parser("check", help="read every record")
     check.add_argument("dataset", type=Path, help="folder of a dataset, or of several sizes")
     check.set_defaults(run=_check)
+
+    verify = commands.add_parser("verify", help="compare every record with its checksum")
+    verify.add_argument("dataset", type=Path, help="folder of a dataset, or of several sizes")
+    verify.set_defaults(run=_verify)
 
     sheet = commands.add_parser("sheet", help="draw decoded examples")
     sheet.add_argument("dataset", type=Path)
@@ -97,6 +107,9 @@ def _show(args: argparse.Namespace) -> int:
 
     for folder in find_datasets(args.dataset):
         print(f"{folder}")
+        if args.source:
+            _print_sources(folder)
+            continue
         _print_summary(summarize(folder))
         _print_captions(folder, args.captions)
     return 0
@@ -115,7 +128,8 @@ def _print_summary(summary: Summary) -> None:
     if summary.labels:
         print(f"  labels    {len(summary.labels)}: {min(summary.labels)} to {max(summary.labels)}")
     if summary.flows.count:
-        print(f"  flow      {summary.flows}")
+        known = summary.manifest and (summary.manifest.flow_unit or OLD_FLOW_UNIT)
+        print(f"  flow      {summary.flows}{f' {known}' if known else ''}")
     if summary.manifest is None:
         print("  manifest  none: training cannot tell which autoencoder made it")
         return
@@ -140,13 +154,31 @@ def _print_captions(folder: Path, count: int) -> None:
                 print(f"  {index:>8}  {' '.join(caption.split())[:CAPTION_WIDTH]}")
 
 
+def _print_sources(folder: Path) -> None:
+    from diffnext.data.caching.inspection import list_sources
+
+    for index, (source, digest) in enumerate(list_sources(folder)):
+        print(f"{index}\t{source}\t{digest or 'no hash'}")
+
+
 def _check(args: argparse.Namespace) -> int:
     from diffnext.data.caching.inspection import find_problems
+
+    return _print_problems(args.dataset, find_problems)
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from diffnext.data.records import find_damage
+
+    return _print_problems(args.dataset, find_damage)
+
+
+def _print_problems(dataset: Path, find: Callable[[Path], Iterable[str]]) -> int:
     from diffnext.data.records import find_datasets
 
     count = 0
-    for folder in find_datasets(args.dataset):
-        for problem in find_problems(folder):
+    for folder in find_datasets(dataset):
+        for problem in find(folder):
             count += 1
             if count <= MAX_PROBLEMS:
                 print(problem)

@@ -19,6 +19,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 
 from diffnext.config.targets import import_target
+from diffnext.data.dataset_folders import parse_folders
 from diffnext.utils.profiler import parse_duration
 
 USAGE = """usage: {program} config=FILE.yaml [key.path=value ...] [+new.key=value ...] [~key ...]
@@ -76,6 +77,11 @@ def _mask_ratios(value: tuple[float, float, float]) -> tuple[float, float, float
     return value
 
 
+def _dataset(value: Any) -> Any:
+    parse_folders(value)
+    return value
+
+
 def not_empty(value: tuple[Any, ...]) -> tuple[Any, ...]:
     """Require something in a list."""
     if not value:
@@ -104,6 +110,9 @@ Precision = Annotated[
     Literal["no", "fp16", "bf16"], BeforeValidator(precision_name), "no, fp16 or bf16"
 ]
 Name = Annotated[str, Field(pattern=r"^\w[\w.-]*$"), "plain name"]
+Dataset = Annotated[
+    str | list[Any], AfterValidator(_dataset), "str | list of str or {folder: str, weight: float}"
+]
 Target = Annotated[str, AfterValidator(_importable), "dotted path"]
 Duration = Annotated[str, AfterValidator(_duration), "duration"]
 
@@ -308,7 +317,10 @@ class LRSchedulerConfig(Section):
 class DataLoaderParams(Section):
     """Arguments of the loader."""
 
-    dataset: str = key("Folder of records.")
+    dataset: Dataset = key(
+        "Folder of records, or of records of several sizes; or several of them, each with the "
+        "weight of its batches (by default its number of examples)."
+    )
     batch_size: Count = key("Examples per batch.", 1)
     seed: Natural = key("Seed of order and caption choice; the shard number is added.", 1337)
     shuffle: bool = key("Shuffle the examples.", True)
@@ -381,7 +393,7 @@ class ValidationConfig(Section):
         "Latent frames to draw; null: one, or for video models as many as trained on.", None
     )
     holdout: Holdout | str | None = key(
-        "Share of the dataset (its end) kept from training, or a folder of records, for the "
+        "Share of each dataset (its end) kept from training, or a folder of records, for the "
         "held-out loss; null for none.",
         None,
     )

@@ -1,8 +1,9 @@
-"""The order in which a shard of a dataset is read, for ever."""
+"""The order in which a shard of a dataset, or of several datasets, is read, for ever."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import lcm
 
 import numpy as np
 
@@ -56,7 +57,7 @@ class ExampleOrder:
             raise ValueError(
                 f"shard_id must lie in [0, num_shards), got {self.shard_id} of {self.num_shards}"
             )
-        used_shards = -(-self.num_examples // self.shard_size)
+        used_shards = filled_shards(self.num_examples, self.num_shards)
         if used_shards < self.num_shards:
             raise ValueError(
                 f"{self.num_examples} examples in shards of {self.shard_size} fill only "
@@ -116,3 +117,64 @@ class ExampleOrder:
                 continue
             remaining = size - np.arange(start, stop)
             yield generator.randint(0, np.minimum(remaining, self.window))
+
+
+def filled_shards(num_examples: int, num_shards: int) -> int:
+    """How many of ``num_shards`` shards of ceil(N / P) consecutive examples have any."""
+    shard_size = -(-num_examples // num_shards)
+    return -(-num_examples // shard_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchOrder:
+    """An endless, reproducible sequence of batches, each from one of several datasets.
+
+    Batch k = 0, 1, ... of a dataset of weight w is due at (k + 1/2) / w, and what is due first
+    comes first. So each dataset has its share of the batches, exactly whenever that is a whole
+    number of each and to a batch or so in between. Chance has no part in it: all processes of a
+    run read from the same dataset at a time. Inside a dataset the examples come in its own order.
+
+    Attributes:
+        orders: Of the examples of each dataset.
+        weights: Of the datasets: in which proportion batches come from them.
+        batch_size: Examples in a batch.
+    """
+
+    orders: tuple[ExampleOrder, ...]
+    weights: tuple[int, ...]
+    batch_size: int
+
+    def start_at(self, position: int) -> Iterator[tuple[int, list[int]]]:
+        """Yield the batches after the first ``position`` examples.
+
+        Each is the number of its dataset, and the places of its examples there. A position inside
+        a batch counts for the dataset of that batch.
+        """
+        number, rest = divmod(position, self.batch_size)
+        batches = self._batches_before(number)
+        starts = [count * self.batch_size for count in batches]
+        starts[self._next_dataset(batches)] += rest
+        indices = [order.start_at(start) for order, start in zip(self.orders, starts, strict=True)]
+        while True:
+            dataset = self._next_dataset(batches)
+            batches[dataset] += 1
+            yield dataset, list(itertools.islice(indices[dataset], self.batch_size))
+
+    def _batches_before(self, number: int) -> list[int]:
+        """Batches of each dataset among the first ``number``."""
+        total = sum(self.weights)
+        # Surely all that is due by then is among them; the few others are counted one by one.
+        time = max(number - len(self.weights), 0)
+        batches = [(2 * weight * time + total) // (2 * total) for weight in self.weights]
+        for _ in range(number - sum(batches)):
+            batches[self._next_dataset(batches)] += 1
+        return batches
+
+    def _next_dataset(self, batches: Sequence[int]) -> int:
+        """The dataset whose next batch is due first, after so many batches of each."""
+        scale = lcm(*self.weights)
+        due = [
+            (2 * count + 1) * (scale // weight)
+            for count, weight in zip(batches, self.weights, strict=True)
+        ]
+        return due.index(min(due))

@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from numbers import Integral, Real
 from types import TracebackType
@@ -18,7 +18,8 @@ import numpy as np
 import torch
 import torch.utils.data
 
-from diffnext.data.example_order import ExampleOrder
+from diffnext.data.dataset_folders import DatasetFolder, Folders, batch_weights, list_folders
+from diffnext.data.example_order import BatchOrder, ExampleOrder, filled_shards
 from diffnext.data.flex_pipelines import FeatureWorker, Worker
 from diffnext.data.flex_transforms import check_features
 from diffnext.data.records import RecordDataset, RecordError, RecordSubset
@@ -26,7 +27,8 @@ from diffnext.data.records import RecordDataset, RecordError, RecordSubset
 logger = logging.getLogger(__name__)
 
 Batch: TypeAlias = dict[str, Any]
-Samples: TypeAlias = list[tuple[int, int]]  # (position in the stream, index in the dataset)
+# Number of a dataset, position of the first example in the stream, places in the dataset.
+Samples: TypeAlias = tuple[int, int, list[int]]
 
 EXAMPLE_BYTES = 1024  # of Python objects around the data of an example
 
@@ -45,12 +47,12 @@ class LoaderOptions:
             means to do so in ``next()``. Batches are the same for any number.
         queue_depth: Batches each process prepares ahead.
         contiguous: Stack the latents into one array; otherwise leave a list of arrays.
-        initial_fill: Size of the shuffling window, in examples.
+        initial_fill: Size of the shuffling window, in examples of one dataset.
         stick_to_partition: Read the same shard in every pass, instead of the next one.
-        dataset_getter: Opens the dataset, called as ``dataset_getter(path=path)``;
+        dataset_getter: Opens a dataset, called as ``dataset_getter(path=path)``;
             ``RecordDataset`` by default. The result needs ``len()`` and ``[index]``, and must be
             picklable if processes are spawned.
-        max_examples: Number of examples the dataset is known to have; checked if given.
+        max_examples: Number of examples there are known to be; checked if given.
         prefetch_count: Accepted and ignored: nothing is gained from filling a large buffer before
             the first batch.
         start_method: How to start the processes. By default ``fork`` where there is such a thing:
@@ -106,16 +108,31 @@ class LoaderOptions:
                 raise TypeError(f"unknown loader argument {name!r}; {hint}")
         return cls(**keywords)
 
-    def make_order(self, num_examples: int) -> ExampleOrder:
-        """The order of the examples of a dataset.
+    def make_orders(self, counts: Sequence[int]) -> tuple[ExampleOrder, ...]:
+        """The orders of the examples of datasets.
+
+        One of several that has too few examples has fewer shards, each for several processes.
+
+        Args:
+            counts: Examples of each dataset.
 
         Raises:
-            ValueError: If a shard would be empty.
+            ValueError: If the shard of an only dataset would be empty.
         """
+        orders = []
+        for count in counts:
+            shard_id, num_shards = self.shard_id, self.num_shards
+            if len(counts) > 1 and filled_shards(count, num_shards) < num_shards:
+                num_shards = filled_shards(count, num_shards)
+                shard_id %= num_shards
+            orders.append(self._make_order(count, shard_id, num_shards))
+        return tuple(orders)
+
+    def _make_order(self, num_examples: int, shard_id: int, num_shards: int) -> ExampleOrder:
         return ExampleOrder(
             num_examples=num_examples,
-            shard_id=self.shard_id,
-            num_shards=self.num_shards,
+            shard_id=shard_id,
+            num_shards=num_shards,
             shuffle=self.shuffle,
             initial_fill=self.initial_fill,
             seed=self.seed + self.shard_id,
@@ -149,6 +166,10 @@ class DataLoaderBase(ABC):
     def last_examples(self, count: int) -> list[int]:
         """Return the places in the dataset of the last ``count`` examples, oldest first."""
 
+    def describe_last(self, count: int) -> str:
+        """Name the last ``count`` examples, for messages."""
+        return f"examples {self.last_examples(count)} of the dataset"
+
     @abstractmethod
     def close(self) -> None:
         """Stop the processes and release the files."""
@@ -176,49 +197,47 @@ class DataLoaderBase(ABC):
 
 
 class DataLoader(DataLoaderBase):
-    """Batches of a record dataset.
+    """Batches of a record dataset, or of several.
 
     Position n of the stream of examples has the same example and the same random choices for
     whatever number of processes, so the number of examples consumed is all there is to save. A
     batch that fails does not count: the next call tries it again.
 
+    Each batch is from one dataset, and at a time all shards have theirs from the same one; see
+    :class:`~diffnext.data.example_order.BatchOrder`.
+
     Args:
-        dataset: Dataset folder.
+        dataset: Dataset folder, or several; see :mod:`diffnext.data.dataset_folders`. A dataset
+            among several that has too few examples for all shards has fewer shards.
         worker: Class of the example pipeline.
         **kwargs: See ``LoaderOptions``.
+
+    Attributes:
+        datasets: What is read, in the order of the folders.
 
     Raises:
         FileNotFoundError: If there is no dataset.
         TypeError: If an argument is unknown, or has the wrong type.
-        ValueError: If an argument is out of range, the dataset is malformed or has another size
-            than ``max_examples``, a shard would be empty, or a batch would not fit in memory.
+        ValueError: If an argument is out of range, a dataset is malformed or there are other
+            numbers of examples than ``max_examples``, a shard would be empty, or a batch would
+            not fit in memory.
     """
 
-    def __init__(
-        self, dataset: str | os.PathLike[str], worker: Callable[[], Worker], **kwargs: Any
-    ) -> None:
+    def __init__(self, dataset: Folders, worker: Callable[[], Worker], **kwargs: Any) -> None:
         self.options = LoaderOptions.from_keywords(kwargs)
+        folders = list_folders(dataset)
+        self._paths = [folder.path for folder in folders]
         open_dataset = self.options.dataset_getter or RecordDataset
-        self.dataset = open_dataset(path=dataset)
-        self._path = os.fspath(dataset)
-        self._order = self.options.make_order(len(self.dataset))
+        self.datasets = [open_dataset(path=path) for path in self._paths]
+        self._order = self._make_order(folders)
         self._worker = worker()
-        self._worker.seed = self._order.seed
+        self._worker.seed = self._order.orders[0].seed
         self._consumed = 0
         self._batches: Iterator[Batch] | None = None
         self._closed = False
         self._check_size()
         self._check_memory()
-        logger.info(
-            "%s: shard %d of %d has up to %d of %d examples, shuffling window %d, %d processes",
-            self._path,
-            self._order.shard_id,
-            self._order.num_shards,
-            self._order.shard_size,
-            self._order.num_examples,
-            self._order.window,
-            self._num_processes,
-        )
+        self._log_order()
 
     def next(self) -> list[Batch]:
         """Return the next batch, in a list of its own.
@@ -232,7 +251,7 @@ class DataLoader(DataLoaderBase):
             RuntimeError: If a process died or took too long, or the loader is closed.
         """
         if self._closed:
-            raise RuntimeError(f"cannot read {self._path}: the loader is closed")
+            raise RuntimeError(f"cannot read {self._name}: the loader is closed")
         if self._batches is None:
             self._batches = self._start()
         try:
@@ -241,7 +260,7 @@ class DataLoader(DataLoaderBase):
         except RuntimeError as error:
             self._batches = None
             raise RuntimeError(
-                f"{self._path}: no batch at position {self._consumed} of the stream: {error}"
+                f"{self._name}: no batch at position {self._consumed} of the stream: {error}"
             ) from error
         except Exception as error:
             self._batches = None
@@ -256,49 +275,107 @@ class DataLoader(DataLoaderBase):
         Returns:
             Plain numbers: ``consumed``, the examples handed out so far, and ``order``.
         """
-        return {"consumed": self._consumed, "order": asdict(self._order)}
+        return {"consumed": self._consumed, "order": self._describe_order()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where ``state`` was saved; another batch size is fine.
 
         Raises:
-            ValueError: If the state belongs to another stream: other dataset size, seed, shard or
-                shuffling.
+            ValueError: If the state belongs to another stream: other dataset sizes, weights, seed,
+                shard or shuffling.
         """
         saved = state.get("order", {})
-        current = asdict(self._order)
+        current = self._describe_order()
         differing = [name for name in current if saved.get(name) != current[name]]
         if differing:
             changes = ", ".join(f"{n} {saved.get(n)!r} -> {current[n]!r}" for n in differing)
-            raise ValueError(f"cannot resume {self._path} in another order of examples: {changes}")
+            raise ValueError(f"cannot resume {self._name} in another order of examples: {changes}")
         self._consumed = int(state["consumed"])
         self._batches = None
 
     def last_examples(self, count: int) -> list[int]:
-        """Return the places in the dataset of the last ``count`` examples, oldest first."""
-        count = min(count, self._consumed)
-        return list(itertools.islice(self._order.start_at(self._consumed - count), count))
+        """Return the places in their dataset of the last ``count`` examples, oldest first."""
+        return [index for _, index in self._last(count)]
+
+    def describe_last(self, count: int) -> str:
+        """Name the last ``count`` examples, for messages."""
+        if len(self.datasets) == 1:
+            return super().describe_last(count)
+        names = [
+            _describe(self.datasets[number], self._paths[number], index)
+            for number, index in self._last(count)
+        ]
+        return ", ".join(names)
 
     def close(self) -> None:
         """Stop the processes and release the files."""
         self._closed = True
         self._batches = None  # its destructor stops the processes
-        if hasattr(self.dataset, "close"):
-            self.dataset.close()
+        for dataset in self.datasets:
+            if hasattr(dataset, "close"):
+                dataset.close()
+
+    @property
+    def dataset(self) -> Any:
+        """What is read; of several datasets the first."""
+        return self.datasets[0]
 
     @property
     def shard_size(self) -> int:
         """Examples in one pass over the shard; the last shard may have fewer."""
-        return self._order.shard_size
+        return sum(order.shard_size for order in self._order.orders)
+
+    @property
+    def _name(self) -> str:
+        return ", ".join(self._paths)
 
     @property
     def _num_processes(self) -> int:
         return min(self.options.num_workers, _count_cpus())
 
+    def _last(self, count: int) -> list[tuple[int, int]]:
+        """Dataset and place of the last examples."""
+        count = min(count, self._consumed)
+        batches = self._order.start_at(self._consumed - count)
+        examples = ((number, index) for number, indices in batches for index in indices)
+        return list(itertools.islice(examples, count))
+
+    def _make_order(self, folders: Sequence[DatasetFolder]) -> BatchOrder:
+        counts = [len(dataset) for dataset in self.datasets]
+        return BatchOrder(
+            orders=self.options.make_orders(counts),
+            weights=batch_weights(folders, counts),
+            batch_size=self.options.batch_size,
+        )
+
+    def _log_order(self) -> None:
+        weights = self._order.weights
+        for path, order, weight in zip(self._paths, self._order.orders, weights, strict=True):
+            share = f"; {weight / sum(weights):.2%} of the batches" if len(weights) > 1 else ""
+            logger.info(
+                "%s: shard %d of %d has up to %d of %d examples, shuffling window %d, "
+                "%d processes%s",
+                path,
+                order.shard_id,
+                order.num_shards,
+                order.shard_size,
+                order.num_examples,
+                order.window,
+                self._num_processes,
+                share,
+            )
+
+    def _describe_order(self) -> dict[str, Any]:
+        orders = [asdict(order) for order in self._order.orders]
+        if len(orders) == 1:
+            return orders[0]
+        return {"datasets": orders, "weights": list(self._order.weights)}
+
     def _start(self) -> Iterator[Batch]:
         """Return the batches from the current position on."""
-        samples = _SampleStream(self._order, self._consumed, self.options.batch_size)
-        batches = _BatchDataset(self.dataset, self._path, self._worker, self.options.contiguous)
+        samples = _SampleStream(self._order, self._consumed)
+        options = (self._worker, self.options.contiguous)
+        batches = _BatchDataset(self.datasets, self._paths, *options)
         if self._num_processes == 0:
             return map(batches.__getitem__, samples)
         return iter(
@@ -317,18 +394,19 @@ class DataLoader(DataLoaderBase):
         )
 
     def _check_size(self) -> None:
-        size = len(self.dataset)
+        size = sum(map(len, self.datasets))
         if self.options.max_examples not in (None, size):
             raise ValueError(
-                f"max_examples must be the {size} examples of {self._path}, "
+                f"max_examples must be the {size} examples of {self._name}, "
                 f"got {self.options.max_examples}"
             )
 
     def _check_memory(self) -> None:
         """Check that the batches that are prepared at once do not exceed all memory."""
-        mean = getattr(self.dataset, "num_bytes", 0) // len(self.dataset) + EXAMPLE_BYTES
+        largest = max(getattr(part, "num_bytes", 0) // len(part) for part in self.datasets)
         depth = self.options.queue_depth
-        needed = mean * self.options.batch_size * (1 + self._num_processes * depth)
+        batches = 1 + self._num_processes * depth
+        needed = (largest + EXAMPLE_BYTES) * self.options.batch_size * batches
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         if needed > memory:
             raise ValueError(
@@ -345,23 +423,24 @@ class FeatureDataLoader(DataLoader):
     (B, 2C, ...), B captions, cached states or labels, and B floats if the dataset has flows.
 
     Args:
-        dataset: Dataset folder.
+        dataset: As of ``DataLoader``.
         **kwargs: See ``LoaderOptions``.
 
     Raises:
-        ValueError: If the dataset holds VQ codes or declares other types than the loader reads,
+        ValueError: If a dataset holds VQ codes or declares other types than the loader reads,
             and for what ``DataLoader`` lists.
     """
 
-    def __init__(self, dataset: str | os.PathLike[str], **kwargs: Any) -> None:
+    def __init__(self, dataset: Folders, **kwargs: Any) -> None:
         super().__init__(dataset, FeatureWorker, **kwargs)
-        features = getattr(self.dataset, "features", {})
-        check_features(features, self._path)
-        if "codes" in features and "moments" not in features:
-            raise ValueError(
-                f"{self._path} holds VQ 'codes', which no training pipeline can use; "
-                "it needs VAE 'moments'"
-            )
+        for path, dataset in zip(self._paths, self.datasets, strict=True):
+            features = getattr(dataset, "features", {})
+            check_features(features, path)
+            if "codes" in features and "moments" not in features:
+                raise ValueError(
+                    f"{path} holds VQ 'codes', which no training pipeline can use; "
+                    "it needs VAE 'moments'"
+                )
 
 
 def _own_message(error: RecordError) -> str:
@@ -375,73 +454,89 @@ def _own_message(error: RecordError) -> str:
 class _SampleStream:
     """The samples of one batch after the other."""
 
-    def __init__(self, order: ExampleOrder, start: int, batch_size: int) -> None:
+    def __init__(self, order: BatchOrder, start: int) -> None:
         self._order = order
         self._start = start
-        self._batch_size = batch_size
 
     def __iter__(self) -> Iterator[Samples]:
-        indices = self._order.start_at(self._start)
         position = self._start
-        while True:
-            yield [(position + i, next(indices)) for i in range(self._batch_size)]
-            position += self._batch_size
+        for number, indices in self._order.start_at(position):
+            yield number, position, indices
+            position += len(indices)
 
 
 class _BatchDataset(torch.utils.data.Dataset):
     """Reads and transforms a batch of samples; works in any process."""
 
-    def __init__(self, dataset: Any, path: str, worker: Worker, contiguous: bool) -> None:
-        self._dataset = dataset
-        is_ours = type(dataset) in (RecordDataset, RecordSubset)
-        self._read = dataset.view if is_ours else dataset.__getitem__  # views are copied below
-        self._path = path
+    def __init__(
+        self, datasets: Sequence[Any], paths: Sequence[str], worker: Worker, contiguous: bool
+    ) -> None:
+        self._datasets = datasets
+        self._paths = paths
         self._worker = worker
         self._contiguous = contiguous
 
     def __getitem__(self, samples: Samples) -> Batch:
-        outputs = [self._load(position, index) for position, index in samples]
-        self._check_alike(samples, outputs)
+        # Each example is copied into the batch before the next one is read, into the same memory.
+        number, position, indices = samples
         batch: Batch = {}
-        for name in outputs[0]:
-            values = [value for output in outputs for value in output[name]]
-            if name == "latents" and self._contiguous:
-                batch[name] = np.stack(values)
-            else:
-                batch[name] = [_own(value) for value in values]
+        for place, index in enumerate(indices):
+            outputs = self._load(number, index, position + place)
+            if place == 0:
+                batch = self._empty_batch(outputs, len(indices))
+            self._check_alike(batch, outputs, number, (indices[0], index))
+            for name, values in outputs.items():
+                if name == "latents" and self._contiguous:
+                    batch[name][place] = values[0]
+                else:
+                    batch[name] += [_own(value) for value in values]
         return batch
 
-    def _load(self, position: int, index: int) -> dict[str, list[Any]]:
-        example = self._read(index)
+    def _empty_batch(self, outputs: Mapping[str, list[Any]], size: int) -> Batch:
+        batch: Batch = {name: [] for name in outputs}
+        if self._contiguous:
+            latents = outputs["latents"][0]
+            batch["latents"] = np.empty((size, *latents.shape), latents.dtype)
+        return batch
+
+    def _load(self, number: int, index: int, position: int) -> dict[str, list[Any]]:
+        dataset = self._datasets[number]
+        is_ours = type(dataset) in (RecordDataset, RecordSubset)
+        example = dataset.view(index) if is_ours else dataset[index]  # views are copied
         try:
             return self._worker.process(example, position)
         except (LookupError, TypeError, ValueError) as error:
-            raise RecordError(f"{self._describe(index)}: {error}") from error
+            name = _describe(dataset, self._paths[number], index)
+            raise RecordError(f"{name}: {error}") from error
 
-    def _check_alike(self, samples: Samples, outputs: list[dict[str, list[Any]]]) -> None:
-        """Check that the examples of a batch have the same outputs and latents of one shape."""
-        names = outputs[0].keys()
-        first_shape = outputs[0]["latents"][0].shape
-        for (_, index), output in zip(samples, outputs, strict=True):
-            if output.keys() != names:
-                raise RecordError(
-                    f"{self._describe_pair(samples[0][1], index)} differ: {sorted(names)} and "
-                    f"{sorted(output)} in one batch"
-                )
-            shape = output["latents"][0].shape
-            if self._contiguous and shape != first_shape:
-                raise RecordError(
-                    f"{self._describe_pair(samples[0][1], index)} have latents of the shapes "
-                    f"{first_shape} and {shape} in one batch; pass contiguous=False to get a list"
-                )
+    def _check_alike(
+        self, batch: Batch, outputs: Mapping[str, list[Any]], number: int, pair: tuple[int, int]
+    ) -> None:
+        """Check that an example has the outputs of the first one, and latents of its shape."""
+        if outputs.keys() != batch.keys():
+            raise RecordError(
+                f"{self._describe_pair(number, pair)} differ: {sorted(batch)} and "
+                f"{sorted(outputs)} in one batch"
+            )
+        if not self._contiguous:
+            return
+        first_shape, shape = batch["latents"].shape[1:], outputs["latents"][0].shape
+        if shape != first_shape:
+            raise RecordError(
+                f"{self._describe_pair(number, pair)} have latents of the shapes {first_shape} and "
+                f"{shape} in one batch; pass contiguous=False to get a list"
+            )
 
-    def _describe_pair(self, first: int, second: int) -> str:
-        return f"{self._describe(first)} and {self._describe(second)}"
+    def _describe_pair(self, number: int, pair: tuple[int, int]) -> str:
+        dataset, path = self._datasets[number], self._paths[number]
+        return " and ".join(_describe(dataset, path, index) for index in pair)
 
-    def _describe(self, index: int) -> str:
-        if hasattr(self._dataset, "describe"):
-            return self._dataset.describe(index)
-        return f"example {index} of {self._path}"
+
+def _describe(dataset: Any, path: str, index: int) -> str:
+    """Name an example for messages."""
+    if hasattr(dataset, "describe"):
+        return dataset.describe(index)
+    return f"example {index} of {path}"
 
 
 def _own(value: Any) -> Any:

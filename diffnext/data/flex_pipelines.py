@@ -3,7 +3,7 @@
 import functools
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from diffnext.data.flex_transforms import ParseAnnotations, ParseLatents
@@ -30,8 +30,13 @@ class Worker(ABC):
 
     def process(self, example: Mapping[str, Any], position: int) -> dict[str, list[Any]]:
         """Transform the example that is number ``position`` of the stream."""
-        generator = functools.cache(lambda: random.Random((self.seed << 64) + position))
-        return self.get_outputs(example, lambda: generator().random())
+        return self.get_outputs(example, self._draw(position).__next__)
+
+    def _draw(self, position: int) -> Iterator[float]:
+        """Numbers in [0, 1); the generator is made when the first one is asked for."""
+        generator = random.Random((self.seed << 64) + position)
+        while True:
+            yield generator.random()
 
 
 class FeaturePipe:

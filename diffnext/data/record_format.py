@@ -20,6 +20,7 @@ descriptors. What is absent from a record reads as the default of its type.
 Source: https://protobuf.dev/programming-guides/encoding
 """
 
+import functools
 import math
 import operator
 import struct
@@ -50,6 +51,7 @@ VARINT = 0
 FIXED64 = 1
 DELIMITED = 2
 FIXED32 = 5
+FIXED_SIZES = {FIXED32: 4, FIXED64: 8}  # bytes
 
 STRING_FIELD = 1
 FLOAT_FIELD = 2
@@ -77,9 +79,15 @@ SCALAR_FIELDS = {
     "INT64": INTEGER_FIELD,
 }
 MAX_DEPTH = 16  # of lists and maps in each other
+MAX_KNOWN = 64  # bytes of a list of integers, such as a shape, that is remembered
 CONTAINER_FIELD = 1
 KEY_FIELD = 1
 VALUE_FIELD = 2
+# In front of a field stand its number and its wire type.
+CONTAINER_KEY = CONTAINER_FIELD << 3 | DELIMITED
+KEY_KEY = KEY_FIELD << 3 | DELIMITED
+VALUE_KEY = VALUE_FIELD << 3 | DELIMITED
+MEMBER_KEYS = {field: field << 3 | wire_type for field, wire_type in FIELD_WIRE_TYPES.items()}
 
 
 class RecordError(FileError):
@@ -307,37 +315,42 @@ class _Decoder:
 
     def _read_entry(self, span: Span) -> tuple[str, Span]:
         name = ""
-        value_span = (span[1], span[1])
-        for field, wire_type, content in self._read_fields(span):
-            if field not in (KEY_FIELD, VALUE_FIELD):
-                continue
-            if wire_type != DELIMITED:
-                raise RecordError(f"map field {field} has wire type {wire_type}")
-            if field == KEY_FIELD:
-                name = self._read_text(content)
-            else:
-                value_span = content
+        position, end = span
+        value_span = (end, end)
+        while position < end:
+            key, start, position = _read_field(self.buffer, position, end)
+            if key == KEY_KEY:
+                name = self._read_text((start, position))
+            elif key == VALUE_KEY:
+                value_span = (start, position)
+            elif key >> 3 in (KEY_FIELD, VALUE_FIELD):
+                raise RecordError(f"map field {key >> 3} has wire type {key & 7}")
         return name, value_span
 
     def _read_feature(self, span: Span, kind: Descriptor, path: str) -> Any:
         content = self._read_member(span, _field_of(kind), path)
         if content is None:
             return _default(kind)
-        if isinstance(kind, dict):
-            return self.read_map(content, kind, path)
-        if isinstance(kind, list):
-            items = self._read_repeated(content)
-            return [
-                self._read_feature(item, kind[0], f"{path}[{i}]") for i, item in enumerate(items)
-            ]
         if kind == "BYTES":
             return self._read_bytes(content)
         if kind == "STRING":
             return self._read_text(content)
+        if kind == "INT64":
+            number, _ = _read_varint(self.buffer, *content)
+            return number - 2**64 if number >= 2**63 else number
         if kind == "FLOAT32":
             return struct.unpack_from("<f", self.buffer, content[0])[0]
-        number, _ = _read_varint(self.buffer, *content)
-        return number - 2**64 if number >= 2**63 else number
+        if isinstance(kind, dict):
+            return self.read_map(content, kind, path)
+        start, end = content
+        if kind == ["INT64"] and end - start <= MAX_KNOWN:
+            return list(_read_integers(bytes(self.buffer[start:end]), path))
+        return self.read_list(content, kind[0], path)
+
+    def read_list(self, span: Span, kind: Descriptor, path: str) -> list[Any]:
+        """Decode a FeatureList."""
+        items = self._read_repeated(span)
+        return [self._read_feature(item, kind, f"{path}[{i}]") for i, item in enumerate(items)]
 
     def _read_bytes(self, span: Span) -> bytes | memoryview:
         start, end = span
@@ -348,54 +361,29 @@ class _Decoder:
     def _read_member(self, span: Span, expected: int, path: str) -> Span | None:
         """Return the content of the one member a Feature holds, None for an empty Feature."""
         member = None
-        for field, wire_type, content in self._read_fields(span):
-            if field not in FIELD_NAMES:
-                continue
-            if field != expected:
+        position, end = span
+        while position < end:
+            key, start, position = _read_field(self.buffer, position, end)
+            if key == MEMBER_KEYS[expected]:
+                member = (start, position)
+            elif key >> 3 == expected:
+                raise RecordError(f"feature {path!r} has wire type {key & 7}")
+            elif key >> 3 in FIELD_NAMES:
                 raise RecordError(
-                    f"feature {path!r} holds {FIELD_NAMES[field]}, "
+                    f"feature {path!r} holds {FIELD_NAMES[key >> 3]}, "
                     f"but METADATA declares {FIELD_NAMES[expected]}"
                 )
-            if wire_type != FIELD_WIRE_TYPES[field]:
-                raise RecordError(f"feature {path!r} has wire type {wire_type}")
-            member = content
         return member
 
     def _read_repeated(self, span: Span) -> Iterator[Span]:
         """Yield the items of a FeatureList or the entries of a FeatureMap."""
-        for field, wire_type, content in self._read_fields(span):
-            if field != CONTAINER_FIELD:
-                continue
-            if wire_type != DELIMITED:
-                raise RecordError(f"container item has wire type {wire_type}")
-            yield content
-
-    def _read_fields(self, span: Span) -> list[tuple[int, int, Span]]:
-        """Return (field number, wire type, span of the content) of each field of a message."""
-        buffer = self.buffer
         position, end = span
-        fields: list[tuple[int, int, Span]] = []
         while position < end:
-            key = buffer[position]
-            position += 1
-            if key > 0x7F:
-                key, position = _read_varint(buffer, position - 1, end)
-            wire_type = key & 7
-            if wire_type == DELIMITED and position < end and buffer[position] < 0x80:
-                size = buffer[position]  # most sizes take one byte
-                position += 1
-            elif wire_type == VARINT:
-                start = position
-                _, position = _read_varint(buffer, start, end)
-                fields.append((key >> 3, wire_type, (start, position)))
-                continue
-            else:
-                size, position = _read_size(buffer, position, end, wire_type)
-            if size > end - position:
-                raise RecordError(f"field {key >> 3} needs {size} bytes, {end - position} are left")
-            fields.append((key >> 3, wire_type, (position, position + size)))
-            position += size
-        return fields
+            key, start, position = _read_field(self.buffer, position, end)
+            if key == CONTAINER_KEY:
+                yield start, position
+            elif key >> 3 == CONTAINER_FIELD:
+                raise RecordError(f"container item has wire type {key & 7}")
 
     def _read_text(self, span: Span) -> str:
         try:
@@ -404,14 +392,33 @@ class _Decoder:
             raise RecordError(f"text is not UTF-8: {error}") from error
 
 
-def _read_size(buffer: Any, position: int, end: int, wire_type: int) -> tuple[int, int]:
-    if wire_type == DELIMITED:
-        return _read_varint(buffer, position, end)
-    if wire_type == FIXED32:
-        return 4, position
-    if wire_type == FIXED64:
-        return 8, position
-    raise RecordError(f"unknown wire type {wire_type}")
+@functools.lru_cache(maxsize=256)
+def _read_integers(content: bytes, path: str) -> tuple[int, ...]:
+    """Decode a FeatureList of integers, most often the same shape in one record after the other."""
+    return tuple(_Decoder(content, copies=True).read_list((0, len(content)), "INT64", path))
+
+
+def _read_field(buffer: Any, position: int, end: int) -> tuple[int, int, int]:
+    """The field at a position: its key (number and wire type), first byte and the one past it."""
+    key = buffer[position]
+    position += 1
+    if key > 0x7F:
+        key, position = _read_varint(buffer, position - 1, end)
+    wire_type = key & 7
+    if wire_type == DELIMITED and position < end and buffer[position] < 0x80:
+        size = buffer[position]  # most sizes take one byte, and are read most often
+        position += 1
+    elif wire_type == DELIMITED:
+        size, position = _read_varint(buffer, position, end)
+    elif wire_type == VARINT:
+        return key, position, _read_varint(buffer, position, end)[1]
+    elif wire_type in FIXED_SIZES:
+        size = FIXED_SIZES[wire_type]
+    else:
+        raise RecordError(f"unknown wire type {wire_type}")
+    if size > end - position:
+        raise RecordError(f"field {key >> 3} needs {size} bytes, {end - position} are left")
+    return key, position, position + size
 
 
 def _read_varint(buffer: Any, position: int, end: int) -> tuple[int, int]:
@@ -428,11 +435,9 @@ def _read_varint(buffer: Any, position: int, end: int) -> tuple[int, int]:
 
 
 def _field_of(kind: Descriptor) -> int:
-    if isinstance(kind, dict):
-        return MAP_FIELD
-    if isinstance(kind, list):
-        return LIST_FIELD
-    return SCALAR_FIELDS[kind]
+    if isinstance(kind, str):
+        return SCALAR_FIELDS[kind]
+    return LIST_FIELD if isinstance(kind, list) else MAP_FIELD
 
 
 def _default(kind: Descriptor) -> Any:

@@ -5,6 +5,7 @@ A dataset is a flat folder in the format of the ``codewithgpu`` package, version
     METADATA        JSON object: entries, features, version
     00000.index     one line "<byte offset> <byte length>" for each example
     00000.data      the records back to back
+    00000.xxh3      a checksum of each record; optional, and unknown to ``codewithgpu``
     00001.index     further shards, if there are more than ``max_examples`` examples
     ...
 
@@ -12,31 +13,36 @@ Neither ``codewithgpu`` nor ``protobuf`` is needed to write or to read one.
 """
 
 import bisect
-import contextlib
 import itertools
 import json
-import mmap
 import operator
 import os
-import re
-from array import array
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from io import BufferedWriter
 from pathlib import Path
 from types import TracebackType
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, BinaryIO, Literal
 
-import numpy as np
+import xxhash
 from pydantic import AfterValidator, Field, TypeAdapter
 
-from diffnext.data.plain_files import open_plain, read_typed
+from diffnext.data.plain_files import read_typed
 from diffnext.data.record_format import (
     Descriptor,
     RecordError,
     decode_example,
     encode_example,
     normalize_features,
+)
+from diffnext.data.shards import (
+    CHECKSUM,
+    CHECKSUM_SUFFIX,
+    DATA_SUFFIX,
+    INDEX_SUFFIX,
+    SUFFIXES,
+    Shard,
+    open_shard,
 )
 
 __all__ = [
@@ -47,16 +53,15 @@ __all__ = [
     "RecordWriter",
     "Shard",
     "copy_records",
+    "find_damage",
     "find_datasets",
-    "open_subset",
+    "is_dataset",
     "read_metadata",
     "write_metadata",
 ]
 
 METADATA_NAME = "METADATA"
-MAX_INDEX_LINE = 64  # bytes
-# Numbers of 18 digits and their sums fit in 64 bits.
-INDEX_LINE = re.compile(rb"\s*(\d{1,18})\s+(\d{1,18})\s*")
+MAX_OPEN_FILES = 256  # of a dataset; systems allow 1024 to a process
 
 
 @dataclass(frozen=True)
@@ -94,6 +99,11 @@ def read_metadata(path: str | os.PathLike[str]) -> Metadata:
         ) from None
 
 
+def is_dataset(path: str | os.PathLike[str]) -> bool:
+    """Whether a folder holds a dataset itself, sound or not."""
+    return os.path.lexists(Path(path) / METADATA_NAME)
+
+
 def find_datasets(path: str | os.PathLike[str]) -> list[Path]:
     """The dataset in a folder, or those of several sizes in its folders.
 
@@ -101,7 +111,7 @@ def find_datasets(path: str | os.PathLike[str]) -> list[Path]:
         FileNotFoundError: If there is none.
     """
     folder = Path(path)
-    if os.path.lexists(folder / METADATA_NAME):
+    if is_dataset(folder):
         return [folder]
     found = _nested_datasets(folder)
     if not found:
@@ -127,6 +137,7 @@ class RecordWriter:
             nested mapping.
         max_examples: Examples per shard.
         zfill_width: Digits of a shard name.
+        checksums: Whether to write a checksum of each record, for readers to compare with.
 
     Raises:
         FileNotFoundError: If the folder does not exist.
@@ -139,6 +150,7 @@ class RecordWriter:
         features: Mapping[str, Any],
         max_examples: int = 2**63 - 1,
         zfill_width: int = 5,
+        checksums: bool = False,
     ) -> None:
         if max_examples < 1:
             raise ValueError(f"max_examples must be at least 1, got {max_examples}")
@@ -146,8 +158,9 @@ class RecordWriter:
         self.features = normalize_features(features)
         self.max_examples = max_examples
         self.zfill_width = zfill_width
+        self.suffixes = SUFFIXES if checksums else (DATA_SUFFIX, INDEX_SUFFIX)
         self._entries = 0
-        self._files: tuple[BufferedWriter, BufferedWriter] | None = None  # data and index
+        self._files: dict[str, BufferedWriter] = {}  # of the current shard, by suffix
         self._closed = False
         _check_new_dataset(self.path)
 
@@ -178,12 +191,14 @@ class RecordWriter:
         """
         if self._closed:
             raise RuntimeError(f"cannot write to {self.path}: the writer is closed")
-        if self._files is None or self._entries % self.max_examples == 0:
-            self._files = self._open_shard(self._entries // self.max_examples)
-        data, index = self._files
-        offset = data.tell()
-        data.write(record)
-        index.write(b"%d %d\n" % (offset, len(record)))
+        if self._entries % self.max_examples == 0:
+            self._open_shard(self._entries // self.max_examples)
+        offset = self._files[DATA_SUFFIX].tell()
+        self._files[DATA_SUFFIX].write(record)
+        self._files[INDEX_SUFFIX].write(b"%d %d\n" % (offset, len(record)))
+        if CHECKSUM_SUFFIX in self._files:
+            checksum = CHECKSUM.type(xxhash.xxh3_64_intdigest(record))
+            self._files[CHECKSUM_SUFFIX].write(checksum.astype(CHECKSUM).tobytes())
         self._entries += 1
 
     def close(self) -> None:
@@ -206,25 +221,26 @@ class RecordWriter:
     ) -> None:
         self.close()
 
-    def _open_shard(self, number: int) -> tuple[BufferedWriter, BufferedWriter]:
+    def _open_shard(self, number: int) -> None:
         self._close_shard()
         stem = str(number).zfill(self.zfill_width)
         try:
-            data = open(self.path / f"{stem}.data", "xb")
-            return data, open(self.path / f"{stem}.index", "xb")
+            for suffix in self.suffixes:
+                self._files[suffix] = open(self.path / f"{stem}{suffix}", "xb")
         except FileExistsError as error:
             raise RecordError(f"{error.filename} already exists") from error
 
     def _close_shard(self) -> None:
-        for file in self._files or ():
+        for file in self._files.values():
             file.close()
-        self._files = None
+        self._files = {}
 
 
 def copy_records(
     records: Iterable[tuple["RecordDataset", int]],
     path: str | os.PathLike[str],
     max_examples: int = 2**63 - 1,
+    checksums: bool = False,
 ) -> int:
     """Write records of datasets with the same features to a new one, as they are.
 
@@ -232,6 +248,7 @@ def copy_records(
         records: Dataset and number of each.
         path: Existing empty folder.
         max_examples: Examples per shard.
+        checksums: As of ``RecordWriter``.
 
     Returns:
         The number of records.
@@ -239,7 +256,7 @@ def copy_records(
     writer = None
     count = 0
     for dataset, index in records:
-        writer = writer or RecordWriter(path, dataset.features, max_examples)
+        writer = writer or RecordWriter(path, dataset.features, max_examples, checksums=checksums)
         writer.write_record(dataset.record(index))
         count += 1
     if writer is not None:
@@ -270,30 +287,16 @@ def _check_new_dataset(path: Path) -> None:
     if not path.is_dir():
         raise FileNotFoundError(f"the dataset folder {path} does not exist")
     for name in sorted(os.listdir(path)):
-        if name == METADATA_NAME or name.endswith((".index", ".data")):
+        if name == METADATA_NAME or name.endswith(SUFFIXES):
             raise RecordError(f"{path} already holds records ({name}); write to an empty folder")
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One pair of files.
-
-    Attributes:
-        data_path: The file of the records.
-        data_size: Its bytes.
-        spans: Byte offset and length of each record, (examples, 2) of int64.
-    """
-
-    data_path: Path
-    data_size: int
-    spans: np.ndarray
 
 
 class RecordDataset:
     """Reads the examples of a dataset, in any order.
 
-    The dataset has a cursor, which ``read()``, iteration and ``dataset[i]`` move, and can be
-    pickled: the copy opens the files anew, with the cursor at the first example.
+    The dataset has a cursor, which ``read()``, iteration and ``dataset[i]`` move. A copy, also one
+    that was pickled, is open, with the cursor at the first example; it takes the content of the
+    indexes along instead of reading them again.
 
     Args:
         path: Dataset folder.
@@ -305,22 +308,21 @@ class RecordDataset:
     Raises:
         FileNotFoundError: If METADATA is missing.
         RecordError: If METADATA or an index is malformed, the number of index lines is not the
-            one in METADATA, a data file is missing or shorter than its index says, or one of
-            these files is a link or something else than a plain file.
+            one in METADATA, a data file is missing or shorter than its index says, there is not a
+            checksum for each record, or one of these files is a link or something else than a
+            plain file. Reading raises it if a record is corrupt, or its file was changed since.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         metadata = read_metadata(self.path)
         self._entries, self.features = metadata.entries, metadata.features
-        self.shards = [_read_shard(index_path) for index_path in _index_paths(self.path)]
-        sizes = [len(shard.spans) for shard in self.shards]
-        self._ends = list(itertools.accumulate(sizes))
-        self._maps: dict[int, mmap.mmap] = {}
+        self.shards = [open_shard(index_path) for index_path in _index_paths(self.path)]
+        self._ends = list(itertools.accumulate(map(len, self.shards)))
+        self._files: dict[int, BinaryIO] = {}  # open data files by number of the shard
         self._cursor = 0
         self._closed = False
         self._check_entries()
-        self._check_spans()
 
     @property
     def size(self) -> int:
@@ -383,7 +385,7 @@ class RecordDataset:
     def view(self, index: int) -> dict[str, Any]:
         """Example ``index`` with read-only memory views in place of bytes; the cursor stays.
 
-        Views keep the file's pages in use after ``close()``.
+        Views outlive ``close()``.
 
         Raises:
             IndexError: If there is no such example.
@@ -397,18 +399,15 @@ class RecordDataset:
 
         Raises:
             IndexError: If there is no such example.
+            RecordError: If its record is not the one that was written.
             RuntimeError: If the dataset is closed.
         """
-        buffer, start, end = self._find(self._check_index(index))
-        return bytes(buffer[start:end])
+        return self._read_record(self._check_index(index))
 
     def close(self) -> None:
-        """Release the files; those that views look at go with the last view."""
+        """Release the files."""
         self._closed = True
-        for data in self._maps.values():
-            with contextlib.suppress(BufferError):
-                data.close()
-        self._maps.clear()
+        self._close_files()
 
     def describe(self, index: int) -> str:
         """Return file and number of an example, for messages."""
@@ -427,12 +426,12 @@ class RecordDataset:
     ) -> None:
         self.close()
 
-    def __reduce__(self) -> tuple[type["RecordDataset"], tuple[Path]]:
-        return RecordDataset, (self.path,)  # memory maps cannot travel to another process
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_files": {}, "_cursor": 0, "_closed": False}
 
     def _locate(self, index: int) -> tuple[int, int]:
         shard_number = bisect.bisect_right(self._ends, index)
-        shard_start = self._ends[shard_number] - len(self.shards[shard_number].spans)
+        shard_start = self._ends[shard_number] - len(self.shards[shard_number])
         return shard_number, index - shard_start
 
     def _check_index(self, index: int) -> int:
@@ -444,27 +443,33 @@ class RecordDataset:
         return position
 
     def _decode(self, index: int, copies: bool = True) -> dict[str, Any]:
-        buffer, start, end = self._find(index)
+        record = self._read_record(index)
         try:
-            return decode_example(buffer, (start, end), self.features, copies)
+            return decode_example(record, (0, len(record)), self.features, copies)
         except RecordError as error:
             raise RecordError(f"{self.describe(index)} is corrupt: {error}") from error
 
-    def _find(self, index: int) -> tuple[mmap.mmap | bytes, int, int]:
-        """The buffer that holds an example, its first byte and the one past its last."""
+    def _read_record(self, index: int) -> bytes:
         if self._closed:
             raise RuntimeError(f"cannot read {self.path}: the dataset is closed")
         shard_number, local_index = self._locate(index)
-        offset, length = self.shards[shard_number].spans[local_index].tolist()
-        return self._open_map(shard_number), offset, offset + length
+        try:
+            file = self._open_file(shard_number)
+            return self.shards[shard_number].read(local_index, file.fileno())
+        except RecordError as error:
+            raise RecordError(f"{self.describe(index)} cannot be used: {error}") from error
 
-    def _open_map(self, shard_number: int) -> mmap.mmap | bytes:
-        shard = self.shards[shard_number]
-        if shard.data_size == 0:
-            return b""  # an empty file cannot be mapped
-        if shard_number not in self._maps:
-            self._maps[shard_number] = _map_file(shard.data_path, shard.data_size)
-        return self._maps[shard_number]
+    def _open_file(self, shard_number: int) -> BinaryIO:
+        if shard_number not in self._files:
+            if len(self._files) == MAX_OPEN_FILES:
+                self._close_files()
+            self._files[shard_number] = self.shards[shard_number].open_data()
+        return self._files[shard_number]
+
+    def _close_files(self) -> None:
+        for file in self._files.values():
+            file.close()
+        self._files.clear()
 
     def _check_entries(self) -> None:
         indexed = self._ends[-1] if self._ends else 0
@@ -473,19 +478,6 @@ class RecordDataset:
                 f"{self.path}: METADATA lists {self._entries} examples, "
                 f"its {len(self.shards)} index files {indexed}"
             )
-
-    def _check_spans(self) -> None:
-        for shard, shard_end in zip(self.shards, self._ends, strict=True):
-            ends = shard.spans.sum(axis=1)
-            beyond = np.flatnonzero(ends > shard.data_size)
-            if len(beyond):
-                local_index = int(beyond[0])
-                index = shard_end - len(shard.spans) + local_index
-                raise RecordError(
-                    f"{shard.data_path} is truncated: example {index} (number {local_index} in "
-                    f"the file) ends at byte {ends[local_index]}, the file has "
-                    f"{shard.data_size} bytes"
-                )
 
 
 @dataclass(frozen=True)
@@ -496,6 +488,9 @@ class RecordSubset:
         dataset: The dataset.
         start: Its first example that belongs to the subset.
         stop: The first one after it.
+
+    Raises:
+        ValueError: If there are no such examples.
     """
 
     dataset: RecordDataset
@@ -511,6 +506,13 @@ class RecordSubset:
     def num_bytes(self) -> int:
         """Share of the subset in the data files, as if all examples had one size."""
         return self.dataset.num_bytes * len(self) // len(self.dataset)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.start < self.stop <= len(self.dataset):
+            raise ValueError(
+                f"{self.dataset.path} has {len(self.dataset)} examples, none from {self.start} to "
+                f"{self.stop}"
+            )
 
     def __len__(self) -> int:
         return self.stop - self.start
@@ -535,56 +537,36 @@ class RecordSubset:
         self.dataset.close()
 
 
-def open_subset(path: str | os.PathLike[str], start: int, stop: int) -> RecordSubset:
-    """Open the examples ``start`` to ``stop`` (exclusive) of a dataset.
+def find_damage(path: str | os.PathLike[str]) -> Iterator[str]:
+    """Compare every record of a dataset with its checksum.
+
+    Args:
+        path: Dataset folder.
+
+    Yields:
+        What is wrong, a line each, and which files have no checksums.
 
     Raises:
-        ValueError: If there are no such examples, and for what ``RecordDataset`` lists.
+        FileNotFoundError: If there is no dataset.
+        RecordError: If it cannot be opened.
     """
-    dataset = RecordDataset(path)
-    if not 0 <= start < stop <= len(dataset):
-        raise ValueError(f"{path} has {len(dataset)} examples, none from {start} to {stop}")
-    return RecordSubset(dataset, start, stop)
-
-
-def _map_file(path: Path, size: int) -> mmap.mmap:
-    with open_plain(path) as file:
-        try:
-            return mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
-        except (OSError, OverflowError, ValueError) as error:
-            raise RecordError(f"{path} cannot be read as {size} bytes: {error}") from error
+    with RecordDataset(path) as dataset:
+        for shard in dataset.shards:
+            if shard.checksums is None:
+                yield f"{shard.data_path} has no checksums: it cannot be verified"
+        for index in range(len(dataset)):
+            try:
+                dataset.record(index)
+            except RecordError as error:
+                yield str(error)
 
 
 def _index_paths(path: Path) -> list[Path]:
     """Return the index files by shard number: 99999 before 100000."""
-    return sorted(path.glob("*.index"), key=_shard_order)
+    return sorted(path.glob(f"*{INDEX_SUFFIX}"), key=_shard_order)
 
 
 def _shard_order(path: Path) -> tuple[bool, int, str]:
     if path.stem.isdecimal():
         return False, int(path.stem), path.stem
     return True, 0, path.stem  # names that are no numbers come last, by letter
-
-
-def _read_shard(index_path: Path) -> Shard:
-    data_path = index_path.with_suffix(".data")
-    try:
-        with open_plain(data_path) as file:
-            data_size = os.fstat(file.fileno()).st_size
-    except FileNotFoundError:
-        raise RecordError(f"{index_path} has no data file {data_path.name} beside it") from None
-    return Shard(data_path, data_size, _read_spans(index_path))
-
-
-def _read_spans(index_path: Path) -> np.ndarray:
-    spans = array("q")
-    with open_plain(index_path) as file:
-        for line in iter(lambda: file.readline(MAX_INDEX_LINE), b""):
-            match = INDEX_LINE.fullmatch(line)
-            if match is None:
-                raise RecordError(
-                    f"{index_path}, example {len(spans) // 2}: expected '<offset> <length>', got "
-                    f"{line!r}"
-                )
-            spans.extend((int(match[1]), int(match[2])))
-    return np.array(spans, dtype=np.int64).reshape(-1, 2)

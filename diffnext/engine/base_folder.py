@@ -206,10 +206,25 @@ class TransformerFacts:
         height, width = [size] * 2 if isinstance(size, int) else size
         return height // stride, width // stride
 
+    @property
+    def largest_patch(self) -> int:
+        """Latents along the side of a token of the video encoder."""
+        return 1 if self.model is None else self.model.video_encoder.patch_embed.patch_size
+
+    def takes(self, latent_size: tuple[int, ...]) -> bool:
+        """Whether the model can be trained on latents of a size.
+
+        Rotary positions go on as far as needed; a table has those of one size.
+        """
+        if latent_size == self.latent_size:
+            return True
+        is_whole = all(side % self.largest_patch == 0 for side in latent_size)
+        return bool(self.sizes.get("rotary_pos_embed")) and is_whole
+
     def fits(self, moments: tuple[int, ...]) -> bool:
-        """Whether latents have the size the model is built for."""
+        """Whether the model can be trained on moments of a shape."""
         has_channels = moments[:1] == (2 * self.sizes.get("image_dim", 0),)
-        return len(moments) in (3, 4) and has_channels and moments[-2:] == self.latent_size
+        return len(moments) in (3, 4) and has_channels and self.takes(moments[-2:])
 
 
 def inspect_transformer(

@@ -1,17 +1,18 @@
-"""The dataset of a run: what a few records tell about it, and whether they fit the model.
+"""The datasets of a run: what a few records tell about them, and whether they fit the model.
 
 Shapes: C latent channels, T latent frames, h w latent size, L text tokens, D width.
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import inspect
 import itertools
 import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,9 +21,10 @@ import numpy as np
 from diffnext.config.schema import TrainConfig
 from diffnext.config.targets import import_target
 from diffnext.data.caching.manifest import MANIFEST_NAME, Manifest, read_manifest
-from diffnext.data.flex_pipelines import FeaturePipe
+from diffnext.data.dataset_folders import DatasetFolder, Folders, batch_weights, list_folders
+from diffnext.data.flex_pipelines import all_outputs
 from diffnext.data.flex_transforms import check_features
-from diffnext.data.records import RecordDataset, RecordError, read_metadata
+from diffnext.data.records import RecordDataset, RecordError, RecordSubset, read_metadata
 from diffnext.engine.base_folder import COMPONENTS, OVERLAY, BaseFolder, TransformerFacts
 from diffnext.models.embeddings import LabelEmbed
 from diffnext.utils.weights_files import hash_weights, weights_files
@@ -46,6 +48,10 @@ class DatasetFacts:
         dtype: Of the moments.
         prompt: What the model is conditioned on, in words.
         record_bytes: Mean size of a record's arrays and captions.
+        num_held_out: Examples at the end that are kept for validation.
+        weight: In which proportion batches come from the datasets of a run.
+        records: The dataset, opened once. Other processes of a run open their own, which may be a
+            copy on another machine.
     """
 
     folder: Path
@@ -55,6 +61,29 @@ class DatasetFacts:
     dtype: str = ""
     prompt: str = ""
     record_bytes: int = 0
+    num_held_out: int = 0
+    weight: int = 1
+    records: RecordDataset | None = field(default=None, compare=False, repr=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "records": None}
+
+    @property
+    def has_single_frames(self) -> bool:
+        """Whether its examples are pictures, or clips of one latent frame."""
+        return len(self.shape) == 3 or self.shape[1:2] == (1,)
+
+    @property
+    def num_train(self) -> int:
+        """Examples to train on."""
+        return self.num_examples - self.num_held_out
+
+    def open(self, start: int = 0, stop: int | None = None) -> RecordDataset | RecordSubset:
+        """The dataset, or the examples ``start`` to ``stop`` (exclusive) of it, to be closed."""
+        dataset = RecordDataset(self.folder) if self.records is None else copy.copy(self.records)
+        stop = self.num_examples if stop is None else stop
+        is_whole = (start, stop) == (0, len(dataset))
+        return dataset if is_whole else RecordSubset(dataset, start, stop)
 
 
 class Sample(NamedTuple):
@@ -74,35 +103,84 @@ class Sample(NamedTuple):
 
 
 class Records(NamedTuple):
-    """A dataset and some of its records; none if they cannot be looked at."""
+    """A dataset and some of its records; none if they cannot be looked at.
+
+    Attributes:
+        key: That names the dataset.
+        facts: About it.
+        samples: Some of its records.
+        is_alone: Whether it is the only one, so that it must have the size the model is built for.
+    """
 
     key: str
     facts: DatasetFacts
     samples: Sequence[Sample] = ()
+    is_alone: bool = True
 
 
-def open_records(key: str, folder: str, is_ours: bool, problems: list[str]) -> Records:
-    """Read some records, evenly spaced, as the loader does.
+def open_datasets(
+    key: str, dataset: Folders, share: float, is_ours: bool, problems: list[str]
+) -> list[Records]:
+    """Open the datasets that a key names.
 
     Args:
-        key: That names the dataset.
-        folder: Of the dataset.
-        is_ours: Whether the package's loader reads it; the records of others are not looked at.
+        key: The key.
+        dataset: A folder, or several with or without weights.
+        share: Of the examples of each that are held out.
+        is_ours: Whether the package's loader reads them; the records of others are not looked at.
         problems: Gets a line for what is wrong.
+
+    Returns:
+        Those that could be found.
     """
+    try:
+        folders = list_folders(dataset)
+    except (ValueError, OSError) as error:
+        problems.append(f"{key}: {error}")
+        return []
+    found = []
+    for folder in folders:
+        is_alone = len(folders) == 1 and not folder.is_size
+        name = key if is_alone else f"{key}, {folder.path}"
+        records = _open_records(name, folder.path, is_ours, problems)
+        held_out = round(share * records.facts.num_examples)
+        facts = replace(records.facts, num_held_out=held_out)
+        found.append(records._replace(facts=facts, is_alone=is_alone))
+    return _weighted(folders, found)
+
+
+def _weighted(folders: Sequence[DatasetFolder], found: list[Records]) -> list[Records]:
+    counts = [records.facts.num_train for records in found]
+    if 0 in counts:  # they cannot be read
+        return found
+    return [
+        records._replace(facts=replace(records.facts, weight=weight))
+        for records, weight in zip(found, batch_weights(folders, counts), strict=True)
+    ]
+
+
+def joint_fingerprint(datasets: Sequence[DatasetFacts]) -> str:
+    """Tells the datasets of a run from those of another."""
+    if len(datasets) == 1:
+        return datasets[0].fingerprint
+    return _digest([[facts.fingerprint, facts.weight] for facts in datasets])
+
+
+def _open_records(key: str, folder: str, is_ours: bool, problems: list[str]) -> Records:
+    """Read some records, evenly spaced, as the loader does."""
     facts = DatasetFacts(folder=Path(folder))
     try:
-        metadata = read_metadata(folder)
-        content = [metadata.entries, metadata.features]
-        facts = replace(facts, num_examples=metadata.entries, fingerprint=_digest(content))
         if not is_ours:
+            metadata = read_metadata(folder)
+            fingerprint = _digest([metadata.entries, metadata.features])
+            facts = replace(facts, num_examples=metadata.entries, fingerprint=fingerprint)
             return Records(key, facts)
         with RecordDataset(folder) as dataset:
+            facts = replace(facts, num_examples=len(dataset), records=dataset)
+            content: list[Any] = [len(dataset), dataset.features]
             check_features(dataset.features, folder)
             if "codes" in dataset.features and "moments" not in dataset.features:
                 raise RecordError(f"{folder} holds VQ codes, training needs VAE moments")
-            if not len(dataset):
-                raise RecordError(f"{folder} has no examples")
             count = min(SAMPLES, len(dataset))
             indices = np.linspace(0, len(dataset) - 1, count).astype(int).tolist()
             samples = [_read_sample(dataset, index) for index in indices]
@@ -127,14 +205,8 @@ def open_records(key: str, folder: str, is_ours: bool, problems: list[str]) -> R
 
 
 def _read_sample(dataset: RecordDataset, index: int) -> Sample:
-    example = dataset[index]
     name = dataset.describe(index)
-    pipe = FeaturePipe()
-    try:
-        # The short caption is chosen below a half.
-        outputs = [pipe.get_outputs(example, lambda: draw) for draw in (0.0, 0.9)]  # noqa: B023
-    except (LookupError, TypeError, ValueError) as error:
-        raise RecordError(f"{name}: {error}") from error
+    outputs = all_outputs(dataset[index], name)
     prompts = [prompt for output in outputs for prompt in output["prompt"]]
     moments = outputs[0]["latents"][0]
     return Sample(name, moments.shape, moments.dtype, prompts)
@@ -185,7 +257,7 @@ def wrong_records(
         return
     yield from _wrong_frames(config, first)
     channels = list(_wrong_channels(first, model, base))
-    size = list(_wrong_size(first, model))
+    size = list(_wrong_size(first, model, records.is_alone))
     yield from (*channels, *size)
     lines = (wrong_prompt(s.name, p, model, base) for s in records.samples for p in s.prompts)
     yield from itertools.islice(filter(None, lines), 1)
@@ -197,7 +269,7 @@ def wrong_records(
     if manifest is None:
         return
     yield from _wrong_manifest(records.facts, manifest)
-    if not size:
+    if not size and records.is_alone:
         yield from _wrong_pixels(manifest, model)
     if not channels:
         yield from _other_weights("vae", manifest.vae_hash, base)
@@ -237,14 +309,26 @@ def _wrong_channels(
         yield f"{sample.name} has {found} latent channels, but those of the VAE are {made}"
 
 
-def _wrong_size(sample: Sample, model: TransformerFacts) -> Iterator[str]:
+def _wrong_size(sample: Sample, model: TransformerFacts, is_alone: bool) -> Iterator[str]:
     """Compare the size of the latents with the model."""
-    wanted = model.latent_size
-    if wanted is not None and sample.shape[-2:] != wanted:
+    wanted, found = model.latent_size, sample.shape[-2:]
+    if wanted is None or found == wanted:
+        return
+    if is_alone:
         yield (
-            f"{sample.name} has latents of {_times(sample.shape[-2:])}, but {OVERLAY}.image_size "
+            f"{sample.name} has latents of {_times(found)}, but {OVERLAY}.image_size "
             f"{model.sizes['image_size']} at image_stride {model.sizes['image_stride']} means "
             f"{_times(wanted)}"
+        )
+    elif not model.sizes.get("rotary_pos_embed"):
+        yield (
+            f"{sample.name} has latents of {_times(found)}, but the model has a table of positions "
+            f"for {_times(wanted)} alone: only one with rotary_pos_embed learns from several sizes"
+        )
+    elif not model.takes(found):
+        yield (
+            f"{sample.name} has latents of {_times(found)}: the sides must be multiples of "
+            f"{model.largest_patch}"
         )
 
 

@@ -7,6 +7,7 @@ to, what fits on which number of GPUs, and what would keep the run from starting
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import math
 import os
@@ -25,9 +26,10 @@ from torch import nn
 
 from diffnext.config.schema import TrainConfig
 from diffnext.config.targets import ConfigError, config_to_object, import_target
-from diffnext.data.example_order import ExampleOrder
+from diffnext.data.example_order import ExampleOrder, filled_shards
 from diffnext.engine.base_folder import TransformerFacts, read_shapes
 from diffnext.engine.control import Agreement
+from diffnext.engine.dataset_facts import DatasetFacts
 from diffnext.engine.engine_utils import synchronize_device
 from diffnext.engine.memory import (
     ENGINES,
@@ -41,11 +43,12 @@ from diffnext.engine.memory import (
     make_meta_model,
     simulate_step,
 )
-from diffnext.engine.resume import find_resume_point
+from diffnext.engine.resume import find_mismatches, find_resume_point
 from diffnext.engine.run_inputs import Findings, RunInputs, inspect_inputs
 from diffnext.engine.snapshot import RunFolder
 from diffnext.engine.train_engine import Trainer
 from diffnext.models.transformers.transformer_nova import NOVATransformer3DModel
+from diffnext.models.vision_transformer import VisionTransformer
 from diffnext.utils.accelerate_utils import precision_to_dtype
 
 logger = logging.getLogger(__name__)
@@ -117,6 +120,11 @@ def _inspect(
         start = "afresh" if resume is None else f"from {resume.checkpoint}"
     except ConfigError as error:
         problems += error.problems
+    else:
+        inputs = findings.inputs()
+        if resume is not None and inputs is not None:
+            differing = find_mismatches(config, inputs, resume)
+            problems += [text for text, can_continue in differing if not can_continue]
     device = accelerator.device
     dtype = str(precision_to_dtype(config.training.mixed_precision)).removeprefix("torch.")
     report(
@@ -260,17 +268,18 @@ class ModelPlan:
         """The shapes of a micro-batch.
 
         Args:
-            moments: Shape of the dataset's; without them, or if they do not fit the model, a video
-                has the usual number of frames.
+            moments: Shape of the dataset's; without them, or if they do not fit the model, it is
+                the model's, and a video has the usual number of frames.
         """
         is_video = self.transformer.sizes["video_base_size"][0] > 1
         frames = DEFAULT_VIDEO_FRAMES if is_video else 1
-        if self.transformer.fits(moments):
-            frames = moments[1] if len(moments) == 4 else 1
-        size = self.config.training.batch_size
         latent_size = self.transformer.latent_size
         if latent_size is None:
             raise LookupError("image_size or image_stride")
+        if self.transformer.fits(moments):
+            frames = moments[1] if len(moments) == 4 else 1
+            latent_size = (moments[-2], moments[-1])
+        size = self.config.training.batch_size
         return BatchShape(size=size, frames=frames, latent_size=latent_size)
 
 
@@ -395,7 +404,8 @@ class _Paragraphs:
         self.accelerator = accelerator
         self.findings = findings
         self.plan = ModelPlan.of(config, findings)
-        self.batch = self.plan.batch_shape(findings.dataset.shape)
+        shapes = [facts.shape for facts in findings.datasets] or [()]
+        self.batches = [self.plan.batch_shape(shape) for shape in shapes]
         self.model = self.plan.make()
         self.counts = ParameterCounts.of(self.model)
 
@@ -422,58 +432,100 @@ class _Paragraphs:
             lines.append(f"  {name + ', frozen':<22}{count / 1e6:>9.2f}")
         return "\n".join([*lines, *(f"  note: {note}" for note in self.plan.notes)])
 
-    def data(self) -> str:
-        """The dataset, and how it is shared out."""
-        dataset, num_held_out = self.findings.dataset, self.findings.num_held_out
-        if not dataset.shape:
-            return "Data: not readable"
-        lines = [
-            f"Data: {dataset.num_examples} examples; moments {dataset.shape} {dataset.dtype}; "
-            f"{dataset.prompt}; {dataset.record_bytes / MB:.2f} MB each"
-        ]
-        if num_held_out:
-            lines.append(f"  {num_held_out} of them, the last, are held out for validation")
-        number = self.accelerator.num_processes
-        try:
-            size, last = shard_sizes(dataset.num_examples - num_held_out, number)
-        except ValueError:  # of the problems
-            return lines[0]
+    @property
+    def shares(self) -> list[float]:
+        """Of the batches, for each dataset."""
+        weights = [facts.weight for facts in self.findings.datasets] or [1]
+        return [weight / sum(weights) for weight in weights]
+
+    @property
+    def samples_per_step(self) -> int:
+        """Of one process."""
         options = self.config.training
-        per_step = options.batch_size * options.gradient_accumulation_steps
-        steps = options.max_train_steps
-        lines += [
-            f"  {number} shards of {size} examples{f', the last of {last}' * (last != size)}",
-            f"  {math.ceil(size / per_step)} steps an epoch; {steps} steps are "
-            f"{steps * per_step / size:.2f} epochs",
-            f"  each process reads {per_step * dataset.record_bytes / MB:.2f} MB a step",
-        ]
+        return options.batch_size * options.gradient_accumulation_steps
+
+    def data(self) -> str:
+        """The datasets, and how they are shared out."""
+        datasets = self.findings.datasets
+        if not datasets or not all(facts.shape for facts in datasets):
+            return "Data: not readable"
+        lines: list[str] = []
+        for facts, share in zip(datasets, self.shares, strict=True):
+            name = "Data"
+            if len(datasets) > 1:
+                name = f"Data, {share:.2%} of the batches from {facts.folder}"
+            lines += self.dataset(name, facts, share)
+        read = sum(
+            facts.record_bytes * share for facts, share in zip(datasets, self.shares, strict=True)
+        )
+        lines.append(f"  each process reads {self.samples_per_step * read / MB:.2f} MB a step")
         return "\n".join(lines)
+
+    def dataset(self, name: str, dataset: DatasetFacts, share: float) -> Iterator[str]:
+        """One of the datasets, with so large a share of the batches."""
+        yield (
+            f"{name}: {dataset.num_examples} examples; moments {dataset.shape} {dataset.dtype}; "
+            f"{dataset.prompt}; {dataset.record_bytes / MB:.2f} MB each"
+        )
+        if dataset.num_held_out:
+            yield f"  {dataset.num_held_out} of them, the last, are held out for validation"
+        number = self.accelerator.num_processes
+        if share < 1:
+            number = filled_shards(dataset.num_train, number)
+        try:
+            size, last = shard_sizes(dataset.num_train, number)
+        except ValueError:  # of the problems
+            return
+        steps = self.config.training.max_train_steps
+        per_step = self.samples_per_step * share
+        yield f"  {number} shards of {size} examples{f', the last of {last}' * (last != size)}"
+        yield (
+            f"  {math.ceil(size / per_step)} steps an epoch; {steps} steps are "
+            f"{steps * per_step / size:.2f} epochs"
+        )
 
     def step(self) -> str:
         """Tokens and samples."""
-        model, batch = self.model, self.batch
-        rows, columns = batch.latent_size
-        tokens = {}
-        for name, encoder in (("video", model.video_encoder), ("image", model.image_encoder)):
-            patch = encoder.patch_embed.patch_size
-            tokens[name] = batch.frames * (rows // patch) * (columns // patch)
-        accumulation = self.config.training.gradient_accumulation_steps
-        processes = self.accelerator.num_processes
-        samples = batch.size * accumulation * processes
-        condition = model.text_embed.num_tokens if model.text_embed is not None else 1
-        is_assumed = not self.plan.transformer.fits(self.findings.dataset.shape)
+        samples = self.samples_per_step * self.accelerator.num_processes
+        image_tokens = [self.tokens(batch, self.model.image_encoder) for batch in self.batches]
+        mean = sum(n * share for n, share in zip(image_tokens, self.shares, strict=True))
+        options = self.config.training
         return "\n".join(
             [
-                f"A sample: {batch.frames} x {rows} x {columns} latents"
-                + ", assumed, as no fitting records can be read" * is_assumed,
-                f"Tokens a sample: {tokens['video']} in the video encoder and {tokens['image']} in "
-                f"the image encoder, {condition} of condition; "
-                f"{tokens['image'] * model.loss_repeat} in the loss ({model.loss_repeat} noise "
-                "levels)",
-                f"Optimizer step: {samples} samples ({batch.size} x {accumulation} micro-batches x "
-                f"{processes} processes), {samples * tokens['image']} image tokens",
+                *itertools.chain.from_iterable(map(self.sample, range(len(self.batches)))),
+                f"Optimizer step: {samples} samples ({options.batch_size} x "
+                f"{options.gradient_accumulation_steps} micro-batches x "
+                f"{self.accelerator.num_processes} processes), {samples * mean:.0f} image tokens",
             ]
         )
+
+    def sample(self, number: int) -> Iterator[str]:
+        """The size of a sample of a dataset."""
+        model, batch = self.model, self.batches[number]
+        rows, columns = batch.latent_size
+        datasets = self.findings.datasets
+        is_assumed = not datasets or not self.plan.transformer.fits(datasets[number].shape)
+        condition = model.text_embed.num_tokens if model.text_embed is not None else 1
+        video, image = (
+            self.tokens(batch, part) for part in (model.video_encoder, model.image_encoder)
+        )
+        of = f" of {datasets[number].folder}" if len(datasets) > 1 else ""
+        yield (
+            f"A sample{of}: {batch.frames} x {rows} x {columns} latents"
+            + ", assumed, as no fitting records can be read" * is_assumed
+        )
+        yield (
+            f"Tokens a sample: {video} in the video encoder and {image} in the image encoder, "
+            f"{condition} of condition; {image * model.loss_repeat} in the loss "
+            f"({model.loss_repeat} noise levels)"
+        )
+
+    @staticmethod
+    def tokens(batch: BatchShape, encoder: VisionTransformer) -> int:
+        """Of a sample in an encoder."""
+        patch = encoder.patch_embed.patch_size
+        rows, columns = batch.latent_size
+        return batch.frames * (rows // patch) * (columns // patch)
 
     def memory(self, problems: list[str]) -> str:
         """Memory of this launch and of others."""
@@ -485,7 +537,8 @@ class _Paragraphs:
         usable = int(USABLE_SHARE * device_bytes(self.accelerator.device))
         if device == "cpu":  # the processes of this machine share its memory
             usable //= int(os.environ.get("LOCAL_WORLD_SIZE", number))
-        own = memory_table(self.plan, self.batch, device, [number], [engine])[engine, number]
+        largest = max(self.batches, key=lambda batch: self.tokens(batch, self.model.image_encoder))
+        own = memory_table(self.plan, largest, device, [number], [engine])[engine, number]
         if own.peak > usable:
             problems.append(
                 f"does not fit: {own.peak / GIB:.1f} GiB are needed on each {device}, "
@@ -493,11 +546,13 @@ class _Paragraphs:
                 "model.gradient_checkpointing, another engine)"
             )
         processes = sorted({*SHOWN_PROCESSES, number})
-        estimates = memory_table(self.plan, self.batch, "cuda", processes)
+        estimates = memory_table(self.plan, largest, "cuda", processes)
+        frames, (rows, columns) = largest.frames, largest.latent_size
+        of = f" of {frames} x {rows} x {columns} latents" if len(self.batches) > 1 else ""
         lines = [
             f"Memory: {own.peak / GIB:.2f} GiB on each {device} of this launch, "
             f"{usable / GIB:.1f} GiB can be used",
-            f"Memory of a GPU in GiB, batch {self.batch.size}, checkpointing level "
+            f"Memory of a GPU in GiB, batch {largest.size}{of}, checkpointing level "
             f"{self.config.model.gradient_checkpointing}:",
             format_memory(estimates, usable if device == "cuda" else None),
         ]

@@ -121,17 +121,19 @@ class Reporter:
             return
         last = self.window[-1]
         seconds = (time.perf_counter() - self._window_started) / len(self.window)
+        num_tokens = sum(result.num_tokens for result in self.window) / len(self.window)
         columns = self._reduce_window()
         self.logger.info("Iteration %d, lr = %.8f, time = %.2fs", last.step, last.lr, seconds)
-        for name in last.metrics:
-            self.logger.info("    Train net output(%s): %s", name, columns[name])
-        self.logger.info("    Gradient norm: %s", columns["grad_norm"])
         values = {name: column.median for name, column in columns.items()}
+        norms = columns.pop("grad_norm")
+        for name, column in columns.items():
+            self.logger.info("    Train net output(%s): %s", name, column)
+        self.logger.info("    Gradient norm: %s", norms)
         values |= {
             "lr": last.lr,
             "time": seconds,
             "samples_per_s": self.samples_per_step / seconds,
-            "tokens_per_s": last.num_tokens * self.accelerator.num_processes / seconds,
+            "tokens_per_s": num_tokens * self.accelerator.num_processes / seconds,
             "memory_gb": peak_memory(self.accelerator.device) / 2**30,
         }
         self.track(values, last.step)
@@ -168,13 +170,18 @@ class Reporter:
             self.window.append(StepResult(**{**item, "metrics": metrics, "grad_norm": grad_norm}))
 
     def _reduce_window(self) -> dict[str, SmoothedValue]:
-        """The metrics of the window's steps, averaged over the processes."""
+        """The metrics of the window's steps, averaged over the processes.
+
+        Steps on other datasets may have other metrics, but all processes have the same.
+        """
+        names = sorted({name for result in self.window for name in result.metrics})
+        columns = {name: SmoothedValue() for name in (*names, "grad_norm")}
         rows = [{**result.metrics, "grad_norm": result.grad_norm} for result in self.window]
-        table = torch.stack([torch.stack(list(row.values())) for row in rows])  # (steps, metrics)
-        columns = {name: SmoothedValue() for name in rows[0]}
-        for row in self.accelerator.reduce(table, reduction="mean").tolist():
-            for column, value in zip(columns.values(), row, strict=True):
-                column.update(value)
+        flat = torch.stack([value for row in rows for value in row.values()])
+        means = iter(self.accelerator.reduce(flat, reduction="mean").tolist())
+        for row in rows:
+            for name in row:
+                columns[name].update(next(means))
         return columns
 
     def _show(self, values: Mapping[str, float]) -> None:

@@ -15,6 +15,7 @@ import torch
 from diffnext.config.schema import TrainConfig
 from diffnext.config.targets import ConfigError
 from diffnext.engine import snapshot
+from diffnext.engine.dataset_facts import joint_fingerprint
 from diffnext.engine.run_inputs import RunInputs
 from diffnext.engine.snapshot import DamagedCheckpoint, RunFolder, TrainerState
 from diffnext.pipelines.release_folder import LORA_FILE
@@ -196,7 +197,16 @@ def find_mismatches(
     schedule = _describe_schedule(config)
     if saved.schedule not in (None, schedule):
         yield f"lr_scheduler was {saved.schedule}, from here on it is {schedule}", True
-    fingerprint = inputs.dataset.fingerprint
+    holdout = _describe_holdout(config, inputs)
+    if saved.holdout not in (None, holdout):
+        yield (
+            f"validation.holdout keeps {_in_words(holdout)} from training, but in "
+            f"{resume.checkpoint.name} it was {_in_words(saved.holdout)}: the held-out loss would "
+            "be that of examples it has learnt. Keep the same, or start from its weights in a new "
+            "folder",
+            False,
+        )
+    fingerprint = joint_fingerprint(inputs.datasets)
     if saved.dataset not in (None, fingerprint):
         yield f"the dataset was {saved.dataset}, from here on it is {fingerprint}", True
 
@@ -220,7 +230,8 @@ def describe_run(
         optimizer=config.optimizer.target,
         pipeline=config.pipeline.target,
         schedule=_describe_schedule(config),
-        dataset=inputs.dataset.fingerprint,
+        dataset=joint_fingerprint(inputs.datasets),
+        holdout=_describe_holdout(config, inputs),
         wandb_run_id=wandb_run_id,
         versions={
             "diffnext": __version__,
@@ -228,6 +239,20 @@ def describe_run(
             "accelerate": accelerate.__version__,
         },
     )
+
+
+def _describe_holdout(config: TrainConfig, inputs: RunInputs) -> dict[str, Any]:
+    """What is kept from training: a share, or a dataset of its own."""
+    holdout = config.validation.holdout
+    if holdout is None:
+        return {}
+    if isinstance(holdout, float):
+        return {"share": holdout}
+    return {"dataset": joint_fingerprint(inputs.holdout)}
+
+
+def _in_words(holdout: dict[str, Any] | None) -> str:
+    return ", ".join(f"the {name} {value}" for name, value in (holdout or {}).items()) or "nothing"
 
 
 def _describe_schedule(config: TrainConfig) -> dict[str, Any]:

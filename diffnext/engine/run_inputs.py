@@ -1,4 +1,4 @@
-"""What a run reads, its base folder and its dataset: opened once, by one process, and checked.
+"""What a run reads, its base folder and its datasets: opened once, by one process, and checked.
 
 :func:`open_inputs` finds everything that keeps a run from starting before it raises.
 """
@@ -10,7 +10,7 @@ import logging
 import math
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,8 @@ from torch import nn
 
 from diffnext.config.schema import TrainConfig
 from diffnext.config.targets import ConfigError, config_to_object, import_target
-from diffnext.data.example_order import ExampleOrder
-from diffnext.data.flex_loaders import FeatureDataLoader
+from diffnext.data.flex_loaders import FeatureDataLoader, LoaderOptions
+from diffnext.data.records import RecordDataset, RecordSubset
 from diffnext.engine.base_folder import (
     BaseFolder,
     TransformerFacts,
@@ -32,7 +32,7 @@ from diffnext.engine.base_folder import (
 from diffnext.engine.dataset_facts import (
     DatasetFacts,
     Records,
-    open_records,
+    open_datasets,
     wrong_prompt,
     wrong_records,
 )
@@ -56,20 +56,26 @@ class RunInputs:
         paths: Arguments of :func:`diffnext.pipelines.builder.get_pipeline_path`, all local.
         components: Where each component comes from; those left out are not in it.
         transformer: Arguments of the transformer: its config.json with the overlay.
-        dataset: The training data.
+        datasets: The training data.
         holdout: The held-out data if it is a folder of its own.
-        num_train: Examples to train on: the dataset without its held-out end.
-        num_held_out: Examples at the end of the dataset that are kept for validation.
     """
 
     base_folder: Path
     paths: dict[str, Any]
     components: Mapping[str, Path]
     transformer: dict[str, Any]
-    dataset: DatasetFacts
-    holdout: DatasetFacts | None
-    num_train: int
-    num_held_out: int
+    datasets: tuple[DatasetFacts, ...]
+    holdout: tuple[DatasetFacts, ...]
+
+    @property
+    def num_train(self) -> int:
+        """Examples to train on: the datasets without their held-out ends."""
+        return sum(facts.num_train for facts in self.datasets)
+
+    def open_training(self, path: str | os.PathLike[str]) -> RecordDataset | RecordSubset:
+        """The examples of a dataset to train on, for the loader."""
+        facts = next(facts for facts in self.datasets if facts.folder == Path(path))
+        return facts.open(stop=facts.num_train)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,17 +85,15 @@ class Findings:
     Attributes:
         base: None if there is no such folder on this machine.
         transformer: The model, as far as the configuration tells of it if there is no base.
-        dataset: The training data, as far as it can be read.
+        datasets: The training data, as far as it can be read.
         holdout: The held-out data if it is a folder of its own.
-        num_held_out: See :class:`RunInputs`.
         problems: Everything that keeps the run from starting, a line each.
     """
 
     base: BaseFolder | None
     transformer: TransformerFacts
-    dataset: DatasetFacts
-    holdout: DatasetFacts | None
-    num_held_out: int
+    datasets: tuple[DatasetFacts, ...]
+    holdout: tuple[DatasetFacts, ...]
     problems: tuple[str, ...]
 
     def inputs(self) -> RunInputs | None:
@@ -101,10 +105,8 @@ class Findings:
             paths=self.base.paths,
             components=self.base.components,
             transformer=self.transformer.arguments,
-            dataset=self.dataset,
+            datasets=self.datasets,
             holdout=self.holdout,
-            num_train=self.dataset.num_examples - self.num_held_out,
-            num_held_out=self.num_held_out,
         )
 
 
@@ -141,27 +143,26 @@ def inspect_inputs(config: TrainConfig, num_processes: int = 1, download: bool =
     model = inspect_transformer(config, base, problems)
     loader = config.train_dataloader
     is_ours = import_target(loader.target) is FeatureDataLoader
-    data = open_records(DATASET, loader.params.dataset, is_ours, problems)
     holdout = config.validation.holdout
-    kept = open_records(HOLDOUT, holdout, True, problems) if isinstance(holdout, str) else None
-    num_held_out = round(holdout * data.facts.num_examples) if isinstance(holdout, float) else 0
-    count = data.facts.num_examples
-    if isinstance(holdout, float) and count and not num_held_out:
+    share = holdout if isinstance(holdout, float) else 0.0
+    data = open_datasets(DATASET, loader.params.dataset, share, is_ours, problems)
+    kept = open_datasets(HOLDOUT, holdout, 0.0, True, problems) if isinstance(holdout, str) else []
+    datasets = tuple(records.facts for records in data)
+    count = sum(facts.num_examples for facts in datasets)
+    if share and count and not any(facts.num_held_out for facts in datasets):
         problems.append(f"{HOLDOUT}={holdout} keeps none of the {count} examples")
-    if is_ours and count:
-        problems += _wrong_shares(config, num_processes, count - num_held_out)
-    problems += _oversized(config, data.facts, model)
+    if is_ours:
+        problems += _wrong_shares(config, num_processes, datasets)
+    problems += _oversized(config, datasets, model)
     problems += _wrong_validation(config, data, model, base)
-    for records in (data, kept):
-        if records is not None:
-            lines = wrong_records(config, records, model, base)
-            problems += [f"{records.key}: {line}" for line in lines]
+    for records in (*data, *kept):
+        lines = wrong_records(config, records, model, base)
+        problems += [f"{records.key}: {line}" for line in lines]
     return Findings(
         base=base,
         transformer=model,
-        dataset=data.facts,
-        holdout=None if kept is None else kept.facts,
-        num_held_out=num_held_out,
+        datasets=datasets,
+        holdout=tuple(records.facts for records in kept),
         problems=tuple(dict.fromkeys(problems)),
     )
 
@@ -205,38 +206,46 @@ def _wrong_output_dir(output_dir: str) -> Iterator[str]:
         yield f"experiment.output_dir={output_dir} cannot be made or written to: {reason}"
 
 
-def _wrong_shares(config: TrainConfig, num_processes: int, num_train: int) -> Iterator[str]:
+def _wrong_shares(
+    config: TrainConfig, num_processes: int, datasets: Sequence[DatasetFacts]
+) -> Iterator[str]:
     """Check that every process has something to read."""
     params = config.train_dataloader.params
     shards = num_processes if params.shard_id is None else params.num_shards or 1
+    shard_id = shards - 1 if params.shard_id is None else params.shard_id
+    counts = [facts.num_train for facts in datasets]
+    if not counts or 0 in counts:  # they cannot be read
+        return
     try:
-        order = ExampleOrder(
-            num_examples=num_train,
-            shard_id=shards - 1 if params.shard_id is None else params.shard_id,
-            num_shards=shards,
-            seed=params.seed + shards - 1,
-        )
+        options = LoaderOptions(shard_id=shard_id, num_shards=shards, seed=params.seed)
+        orders = options.make_orders(counts)
     except ValueError as error:
         yield f"{LOADER}: {error}"
         return
-    smallest = num_train - order.shard_size * (shards - 1)
     unusual = []
-    if params.batch_size > smallest:
-        unusual.append(f"a process has only {smallest} examples, which repeat inside a batch")
+    for facts, order in zip(datasets, orders, strict=True):
+        smallest = facts.num_train - order.shard_size * (order.num_shards - 1)
+        if params.batch_size > smallest:
+            place = "" if len(datasets) == 1 else f" of {facts.folder}"
+            unusual.append(
+                f"a process has only {smallest} examples{place}, which repeat inside a batch"
+            )
     if params.batch_size != config.training.batch_size:
         unusual.append(f"training.batch_size is {config.training.batch_size}, as reports assume")
     for reason in unusual:
         logger.warning("%s.batch_size is %d, but %s", LOADER, params.batch_size, reason)
 
 
-def _oversized(config: TrainConfig, data: DatasetFacts, model: TransformerFacts) -> Iterator[str]:
+def _oversized(
+    config: TrainConfig, datasets: Sequence[DatasetFacts], model: TransformerFacts
+) -> Iterator[str]:
     """Compare the least that a step can need with the memory there is."""
-    if model.model is None or not data.shape:
+    positions = max((math.prod(facts.shape[1:]) for facts in datasets if facts.shape), default=0)
+    if model.model is None or not positions:
         return
     batch = config.train_dataloader.params.batch_size
     repeat = config.model.loss_repeat
     hidden_share = (config.model.mask_ratios or model.model.mask_embed.mask_ratios)[0]
-    positions = math.prod(data.shape[1:])
     tokens = int(hidden_share * positions) // model.model.image_encoder.patch_embed.patch_size**2
     width = model.model.image_decoder.head.in_features
     itemsize = precision_to_dtype(config.training.mixed_precision).itemsize
@@ -250,11 +259,12 @@ def _oversized(config: TrainConfig, data: DatasetFacts, model: TransformerFacts)
 
 
 def _wrong_validation(
-    config: TrainConfig, data: Records, model: TransformerFacts, base: BaseFolder | None
+    config: TrainConfig, data: Sequence[Records], model: TransformerFacts, base: BaseFolder | None
 ) -> Iterator[str]:
     """Check that there is something to validate, and that the prompts suit the model."""
     options = config.validation
-    drawn = [prompt for sample in data.samples for prompt in sample.prompts]
+    samples = [sample for records in data for sample in records.samples]
+    drawn = [prompt for sample in samples for prompt in sample.prompts]
     is_cached = bool(drawn) and all(isinstance(prompt, np.ndarray) for prompt in drawn)
     if options.every is not None and options.prompts is None and options.holdout is None:
         if is_cached:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import logging
 from collections.abc import Mapping
@@ -23,7 +22,6 @@ from diffnext.config.targets import (
     config_to_object,
     target_parameters,
 )
-from diffnext.data.records import open_subset
 from diffnext.engine import snapshot as snapshots
 from diffnext.engine.model_ema import ModelEMA
 from diffnext.engine.resume import ResumePoint
@@ -102,13 +100,13 @@ def build_ema(config: TrainConfig, model: nn.Module, resume: ResumePoint | None)
 
 
 def build_loader(config: TrainConfig, inputs: RunInputs, accelerator: Accelerator) -> Any:
-    """Open the training examples of this process: the dataset without what validation holds out."""
+    """Open the training examples of this process: the datasets without what is held out."""
     target = config.train_dataloader.target
     params = {**asdict(config.train_dataloader.params), "max_examples": inputs.num_train or None}
     if params["shard_id"] is None:
         params |= get_ddp_shards(accelerator)
-    if inputs.num_held_out:
-        params["dataset_getter"] = functools.partial(open_subset, start=0, stop=inputs.num_train)
+    if any(facts.records is not None or facts.num_held_out for facts in inputs.datasets):
+        params["dataset_getter"] = inputs.open_training
     taken = target_parameters(target) or params
     given = {name: value for name, value in params.items() if value is not None and name in taken}
     return config_to_object({"target": target, "params": given})

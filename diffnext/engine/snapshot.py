@@ -92,6 +92,7 @@ class TrainerState:
         pipeline: Its class.
         schedule: The learning rate's class and parameters.
         dataset: Tells one dataset from another.
+        holdout: What was kept from training; empty if nothing was.
         wandb_run_id: Of the tracker's run.
         versions: Of the packages that decide on numbers.
         files: Every other file of the checkpoint, by its name relative to it.
@@ -107,6 +108,7 @@ class TrainerState:
     pipeline: str | None = None
     schedule: dict[str, Any] | None = None
     dataset: str | None = None
+    holdout: dict[str, Any] | None = None
     wandb_run_id: str | None = None
     versions: dict[str, str] = field(default_factory=dict)
     files: dict[str, FileMark] = field(default_factory=dict)

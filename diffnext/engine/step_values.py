@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -33,6 +33,11 @@ def detach_metrics(outputs: Mapping[str, Any], device: torch.device) -> dict[str
         for name, value in outputs.items()
         if "loss" in name or "metric" in name
     }
+
+
+def mean_of(values: Sequence[Tensor]) -> Tensor:
+    """The mean of some scalars."""
+    return sum((value / len(values) for value in values[1:]), values[0] / len(values))
 
 
 def find_nonfinite(metrics: Mapping[str, Tensor]) -> str | None:

@@ -11,7 +11,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 from omegaconf import DictConfig
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -53,6 +53,7 @@ from diffnext.engine.step_values import (
     detach_metrics,
     find_nonfinite,
     find_nonfinite_gradient,
+    mean_of,
     total_loss,
 )
 from diffnext.engine.validation import Validator
@@ -119,6 +120,9 @@ class Trainer:
         self.lr_scheduler = config_to_object(self.config.lr_scheduler)
         self.agreement = Agreement(accelerator)
         self.validator = Validator(self.config, self.inputs, accelerator, self.pipeline, logger)
+        if any(facts.has_single_frames for facts in self.inputs.datasets) and self._makes_videos:
+            # What reads earlier frames has no part in a batch without any.
+            accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
         self.model, self.optimizer = accelerator.prepare(model, self.optimizer)
         if self.uses_deepspeed:
             # Else it checks gradients in fp16 only. A step that is not finite is left out.
@@ -143,6 +147,10 @@ class Trainer:
     def uses_deepspeed(self) -> bool:
         """Whether DeepSpeed keeps the master weights."""
         return self.accelerator.distributed_type == DistributedType.DEEPSPEED
+
+    @property
+    def _makes_videos(self) -> bool:
+        return self.pipeline.model.config.video_base_size[0] > 1
 
     @property
     def max_steps(self) -> int:
@@ -202,11 +210,11 @@ class Trainer:
         )
         lr = self._set_learning_rate()
         num_tokens = sum(self._count_tokens(batch) for batch in batches)
-        totals: dict[str, Tensor] = {}
+        found: dict[str, list[Tensor]] = {}  # one frame has another loss than several
         for batch in batches:
             for name, value in self._run_forward_backward(batch).items():
-                totals[name] = totals.get(name, 0) + value / accum_steps
-        metrics = dict(sorted(totals.items()))
+                found.setdefault(name, []).append(value)
+        metrics = {name: mean_of(values) for name, values in sorted(found.items())}
         norm, applied = self._step_optimizer(metrics)
         return StepResult(self.global_step, lr, metrics, norm, num_tokens, applied)
 
@@ -271,7 +279,7 @@ class Trainer:
         training = self.config.training
         name = find_nonfinite(metrics)
         count = training.batch_size * training.gradient_accumulation_steps
-        examples = f"examples {self.loader.last_examples(count)} of the dataset"
+        examples = self.loader.describe_last(count)
         culprits = self.agreement.collect(None if name is None else f"{name} on {examples}")
         if not culprits and training.mixed_precision == "fp16":
             return

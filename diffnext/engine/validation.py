@@ -23,12 +23,13 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 
 from diffnext.config.schema import TrainConfig
 from diffnext.data.flex_loaders import FeatureDataLoader
-from diffnext.data.records import RecordDataset, open_subset
 from diffnext.engine.control import Agreement, TrainingError
+from diffnext.engine.dataset_facts import DatasetFacts
 from diffnext.engine.engine_state import preserved_random_state
 from diffnext.engine.engine_utils import manual_seed
 from diffnext.engine.model_ema import copy_module
 from diffnext.engine.run_inputs import RunInputs
+from diffnext.engine.step_values import mean_of
 from diffnext.utils.accelerate_utils import Logger, precision_to_dtype, warn_on_error
 from diffnext.utils.export_utils import export_to_image, export_to_video
 
@@ -43,7 +44,7 @@ class Validator:
 
     Args:
         config: Training configuration; its ``validation`` section has the settings.
-        inputs: The dataset, and what of it is held out.
+        inputs: The datasets, and what of them is held out.
         accelerator: Knows processes and trackers.
         pipeline: The training pipeline, whose components are used. Its model is not yet prepared
             for the engine, which may shard it.
@@ -135,10 +136,10 @@ class Validator:
 
     @functools.cached_property
     def _prompts(self) -> Sequence[Any]:
-        """The configured prompts, or the first different ones of the dataset."""
+        """The configured prompts, or the first different ones of the (first) dataset."""
         if self.options.prompts is not None:
             return self.options.prompts
-        with RecordDataset(self.inputs.dataset.folder) as records:
+        with contextlib.closing(self.inputs.datasets[0].open()) as records:
             examples = [records[index] for index in range(min(len(records), 64))]
         found = [example.get("label", example.get("caption")) for example in examples]
         if any(isinstance(prompt, dict) for prompt in found):
@@ -207,42 +208,47 @@ class Validator:
         if not batches:
             return {}
         manual_seed(0, (self.accelerator.device, self.accelerator.process_index))
-        sums: dict[str, Tensor] = {}
+        found: dict[str, list[Tensor]] = {}  # one frame has another loss than several
         for batch in batches:
             with self.accelerator.autocast():
                 outputs = model(self.pipeline.preprocess(batch))
             for name, value in outputs.items():
                 if "loss" in name:
-                    mean = value.detach().float().mean() / len(batches)
-                    sums[name] = sums[name] + mean if name in sums else mean
-        values = self.accelerator.reduce(torch.stack(list(sums.values())), reduction="mean")
-        losses = dict(zip(sums, values.tolist(), strict=True))
+                    found.setdefault(name, []).append(value.detach().float().mean())
+        means = torch.stack([mean_of(values) for values in found.values()])
+        means = self.accelerator.reduce(means, reduction="mean")
+        losses = dict(zip(found, means.tolist(), strict=True))
         for name, value in losses.items():
             self.logger.info("    Validation(%s): %.4f", name, value)
         return {f"{FOLDER}/{name}": value for name, value in losses.items()}
 
     def _read_holdout(self) -> list[dict[str, Any]]:
         """The held-out examples of this process, or the first of them; as many on every process."""
-        folder, getter, count = self.inputs.dataset.folder, None, self.inputs.num_held_out
-        if self.inputs.holdout is not None:
-            folder, count = self.inputs.holdout.folder, self.inputs.holdout.num_examples
-        elif count > 0:
-            stop = self.inputs.dataset.num_examples
-            getter = functools.partial(open_subset, start=stop - count, stop=stop)
-        else:
-            return []
+        parts = [(facts, 0, facts.num_examples) for facts in self.inputs.holdout] or [
+            (facts, facts.num_train, facts.num_examples)
+            for facts in self.inputs.datasets
+            if facts.num_held_out
+        ]
+        limit = MAX_BATCHES // max(len(parts), 1) or 1
+        return [batch for part in parts for batch in self._read_part(*part, limit)]
+
+    def _read_part(
+        self, facts: DatasetFacts, start: int, stop: int, limit: int
+    ) -> list[dict[str, Any]]:
+        """At most ``limit`` batches of the examples ``start`` to ``stop`` of a dataset."""
+        count = stop - start
         shards = self.accelerator.num_processes
         share = {"shard_id": self.accelerator.process_index, "num_shards": shards}
         loader = FeatureDataLoader(
-            folder,
-            dataset_getter=getter,
+            facts.folder,
+            dataset_getter=lambda path: facts.open(start, stop),
             batch_size=min(self.batch_size, count),
             shuffle=False,
             **(share if count >= shards**2 else {}),  # few examples are read by every process
         )
         with loader:
             num_batches = -(-loader.shard_size // self.batch_size)
-            return [loader.next()[0] for _ in range(min(MAX_BATCHES, num_batches))]
+            return [loader.next()[0] for _ in range(min(limit, num_batches))]
 
 
 def make_grid(pictures: np.ndarray) -> np.ndarray:

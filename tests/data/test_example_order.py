@@ -6,7 +6,7 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from diffnext.data.example_order import ExampleOrder
+from diffnext.data.example_order import BatchOrder, ExampleOrder, filled_shards
 
 
 def first(order, count, start=0):
@@ -147,3 +147,75 @@ def test_a_pass_longer_than_one_draw_is_a_permutation():
 def test_an_impossible_order_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
         ExampleOrder(**options)
+
+
+# Several datasets
+
+
+def batch_order(weights, sizes=None, batch_size=2, **options):
+    sizes = sizes or [7 + 3 * number for number in range(len(weights))]
+    orders = tuple(ExampleOrder(num_examples=size, **options) for size in sizes)
+    return BatchOrder(orders=orders, weights=weights, batch_size=batch_size)
+
+
+def datasets_of(order, count, start=0):
+    """Which dataset each of some batches comes from."""
+    batches = islice(order.start_at(start * order.batch_size), count)
+    return [dataset for dataset, _ in batches]
+
+
+WEIGHTS = [(2, 1, 1), (1,), (1, 1), (5, 3), (1, 1000), (7, 1, 1, 1, 2), (131_071, 65_537, 9)]
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_each_dataset_has_its_share_of_any_stretch(weights):
+    chosen = datasets_of(batch_order(weights), 1200)
+    total = sum(weights)
+    for number, weight in enumerate(weights):
+        taken = np.cumsum(np.array(chosen) == number)
+        expected = np.arange(1, 1201) * weight / total
+        assert np.abs(taken - expected).max() < 1.1
+        if 1200 % total == 0:
+            assert taken[-1] == 1200 * weight // total
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("start", [0, 1, 2, 3, 10, 97, 12_345])
+def test_any_batch_can_be_reached_directly(weights, start):
+    order = batch_order(weights, batch_size=3, initial_fill=4)
+    following = list(islice(order.start_at(3 * start), 40))
+    before = max(start - 50, 0)
+    assert following == list(islice(order.start_at(3 * before), start - before + 40))[-40:]
+
+
+def test_batches_of_one_dataset_are_its_order_in_pieces():
+    order = batch_order((5,), [11], batch_size=4, initial_fill=3)
+    for start in (0, 3, 4, 30, 45):
+        batches = islice(order.start_at(start), 6)
+        assert [index for _, batch in batches for index in batch] == first(
+            order.orders[0], 24, start
+        )
+
+
+def test_examples_of_each_dataset_come_in_its_own_order():
+    order = batch_order((2, 1, 1), [5, 9, 4], batch_size=2)
+    batches = list(islice(order.start_at(0), 40))
+    for number in range(3):
+        own = [index for dataset, batch in batches if dataset == number for index in batch]
+        assert own == first(order.orders[number], len(own))
+
+
+@pytest.mark.parametrize(
+    ("num_examples", "num_shards", "expected"), [(8, 4, 4), (5, 4, 3), (3, 8, 3), (1, 1, 1)]
+)
+def test_shards_that_are_filled_can_all_be_read(num_examples, num_shards, expected):
+    filled = filled_shards(num_examples, num_shards)
+    assert filled == expected
+    found = [
+        index
+        for shard_id in range(filled)
+        for index in set(
+            first(ExampleOrder(num_examples=num_examples, num_shards=filled, shard_id=shard_id), 20)
+        )
+    ]
+    assert sorted(found) == list(range(num_examples))

@@ -98,6 +98,14 @@ def test_both_captions_are_chosen(make_dataset):
     assert 10 < short < 30
 
 
+def test_the_choice_of_captions_depends_on_the_seed(make_dataset):
+    folder, prompts = make_dataset(16), []
+    for seed in (1, 2):
+        with FeatureDataLoader(folder, batch_size=16, shuffle=False, seed=seed) as loader:
+            prompts.append(loader.next()[0]["prompt"])
+    assert prompts[0] != prompts[1]
+
+
 @pytest.mark.parametrize("num_workers", [1, 2, 8])
 def test_batches_do_not_depend_on_the_number_of_processes(make_dataset, num_workers):
     folder = make_dataset(11)
@@ -415,3 +423,226 @@ def test_another_dataset_can_be_loaded(tmp_path):
         loader.dataset[1]["moments"] = b""
         with pytest.raises(RecordError, match="example 1 of .*: 'moments' of shape"):
             loader.next()
+
+
+# Several datasets
+
+SHAPES = [(2, 3, 4), (2, 4, 3), (2, 6, 6)]
+SIZES = [12, 8, 5]
+MIXED = {"batch_size": 2, "initial_fill": 5}
+
+
+@pytest.fixture
+def three(make_dataset):
+    """Folders of datasets of three shapes; the number of an example tells its dataset, too."""
+    return [
+        make_dataset([make_example(100 * place + n, shape) for n in range(size)])
+        for place, (shape, size) in enumerate(zip(SHAPES, SIZES, strict=True))
+    ]
+
+
+def weighted(folders, *weights):
+    return [{"folder": f, "weight": w} for f, w in zip(folders, weights, strict=True)]
+
+
+def datasets_of(batches):
+    """The place of the dataset that each batch is from."""
+    places = [{number // 100 for number in numbers_of([batch])} for batch in batches]
+    for batch, place in zip(batches, places, strict=True):
+        assert len(place) == 1 and batch["latents"].shape[1:] == SHAPES[min(place)]
+    return [min(place) for place in places]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_batches_of_one_shape_come_in_the_proportion_of_the_weights(three, two_cpus, num_workers):
+    with FeatureDataLoader(weighted(three, 2, 1, 1), num_workers=num_workers, **MIXED) as loader:
+        places = datasets_of(take(loader, 400))
+    assert [places.count(place) for place in range(3)] == [200, 100, 100]
+    assert [places[:200].count(place) for place in range(3)] == [100, 50, 50]
+
+
+@pytest.mark.parametrize(
+    ("weights", "expected"),
+    [
+        (None, [12, 8, 5]),
+        ((0.25, 0.25, 0.5), [25, 25, 50]),
+        ((1e-3, 0.003, 1e-3), [20, 60, 20]),
+        ((3, 1, 1), [60, 20, 20]),
+    ],
+)
+def test_weights_are_the_numbers_of_examples_unless_given(three, weights, expected):
+    folders = three if weights is None else weighted(three, *weights)
+    with FeatureDataLoader(folders, **MIXED) as loader:
+        places = datasets_of(take(loader, sum(expected)))
+    assert [places.count(place) for place in range(3)] == expected
+
+
+def test_each_dataset_is_passed_over_in_its_own_order(three):
+    with FeatureDataLoader(weighted(three, 2, 1, 1), **MIXED) as loader:
+        numbers = [number for _ in range(80) for number in numbers_of(loader.next())]
+    for place, (folder, size) in enumerate(zip(three, SIZES, strict=True)):
+        own = [number for number in numbers if number // 100 == place]
+        with FeatureDataLoader(folder, **MIXED) as alone:
+            expected = [number for _ in range(80) for number in numbers_of(alone.next())]
+        assert own == expected[: len(own)]
+        assert len(set(own[:size])) == size
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("taken", [0, 1, 2, 7, 40])
+def test_a_restored_loader_continues_with_the_next_dataset(three, two_cpus, num_workers, taken):
+    options = {**MIXED, "num_workers": num_workers}
+    with FeatureDataLoader(weighted(three, 2, 1, 1), **options) as loader:
+        take(loader, taken)
+        state = json.loads(json.dumps(loader.state_dict()))
+        expected = take(loader, 9)
+        assert loader.last_examples(2) == loader.last_examples(4)[2:]
+    with FeatureDataLoader(weighted(three, 2.0, 1, 1.0), **MIXED) as restored:
+        restored.load_state_dict(state)
+        assert restored.state_dict() == state
+        assert_same_batches(take(restored, 9), expected)
+
+
+def test_all_shards_read_from_the_same_dataset_at_a_time(three):
+    options = {**MIXED, "num_shards": 2}
+    places, seen = [], []
+    for shard_id in range(2):
+        with FeatureDataLoader(weighted(three, 2, 1, 1), shard_id=shard_id, **options) as loader:
+            batches = take(loader, 60)
+        places.append(datasets_of(batches))
+        seen.append({number for batch in batches for number in numbers_of([batch])})
+    assert places[0] == places[1]
+    assert not seen[0] & seen[1]
+    expected = {100 * place + number for place, size in enumerate(SIZES) for number in range(size)}
+    assert seen[0] | seen[1] == expected
+
+
+def test_a_dataset_of_fewer_examples_than_shards_is_read_by_several(three):
+    seen = set()
+    for shard_id in range(8):
+        options = {**MIXED, "shard_id": shard_id, "num_shards": 8}
+        with FeatureDataLoader(weighted(three, 2, 1, 1), **options) as loader:
+            seen |= {number for batch in take(loader, 40) for number in numbers_of([batch])}
+    assert {number for number in seen if number >= 200} == {200, 201, 202, 203, 204}
+
+
+def test_a_list_of_one_dataset_is_that_dataset(make_dataset, caplog):
+    folder = make_dataset(11)
+    logs, states = [], []
+    for dataset in (folder, Path(folder), [folder], weighted([folder], 3)):
+        caplog.clear()
+        with (
+            caplog.at_level("INFO"),
+            FeatureDataLoader(folder, batch_size=3) as expected,
+            FeatureDataLoader(dataset, batch_size=3) as loader,
+        ):
+            assert_same_batches(take(expected, 6), take(loader, 6))
+            states.append(loader.state_dict())
+        logs.append(caplog.messages[1])
+    assert states == [states[0]] * 4 and logs == [logs[0]] * 4
+    assert list(states[0]["order"])[:2] == ["num_examples", "shard_id"]
+
+
+@pytest.fixture
+def sizes_folder(three, tmp_path):
+    """A folder of two datasets as the cache builder leaves it."""
+    folder = tmp_path / "sizes"
+    folder.mkdir()
+    for name, source in zip(("24x32", "32x24"), three, strict=False):
+        Path(source).rename(folder / name)
+    (folder / "manifest.json").write_text(
+        json.dumps({"datasets": {"24x32": 12, "32x24": 8}, "counts": {"items": 20}})
+    )
+    return folder
+
+
+def test_a_folder_of_several_sizes_stands_for_all_of_them(sizes_folder, three):
+    with FeatureDataLoader(sizes_folder, **MIXED) as loader:
+        places = datasets_of(take(loader, 20))
+        assert [places.count(place) for place in range(3)] == [12, 8, 0]
+        assert [len(dataset) for dataset in loader.datasets] == [12, 8]
+    both = weighted([sizes_folder, three[2]], 1, 3)
+    with FeatureDataLoader(both, **MIXED) as loader:
+        places = datasets_of(take(loader, 80))
+    assert [places.count(place) for place in range(3)] == [12, 8, 60]
+
+
+@pytest.mark.parametrize(
+    ("datasets", "message"),
+    [
+        (lambda a, b: [], "must name a dataset"),
+        (lambda a, b: [a, 5], "must list folders, or {folder: ..., weight: ...}, not 5"),
+        (lambda a, b: [{"path": a}], "must list folders"),
+        (lambda a, b: [{"folder": a, "weigth": 1}], "must list folders"),
+        (lambda a, b: [{"folder": a, "weight": 0}, b], "must have weights above 0, not 0 for"),
+        (lambda a, b: [{"folder": a, "weight": float("nan")}], "weights above 0, not nan"),
+        (lambda a, b: [{"folder": a, "weight": "2"}], "must have weights above 0, not '2'"),
+        (lambda a, b: [{"folder": a, "weight": 1}, b], "a weight for each dataset, or for none"),
+        (lambda a, b: [a, b, f"{a}/../{Path(a).name}"], "is named twice"),
+        (lambda a, b: [a, f"{b}/none"], "/none is not a dataset"),
+        (lambda a, b: f"{a}/METADATA", "/METADATA is not a dataset"),
+    ],
+)
+def test_a_wrong_list_of_datasets_is_refused_at_construction(make_dataset, datasets, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        FeatureDataLoader(datasets(make_dataset(3), make_dataset(3)))
+
+
+@pytest.mark.parametrize("name", ["../24x32", "/etc", "linked", "", ".", ".."])
+def test_a_manifest_cannot_lead_out_of_its_folder(sizes_folder, name):
+    (sizes_folder / "linked").symlink_to(sizes_folder / "24x32")
+    (sizes_folder / "manifest.json").write_text(json.dumps({"datasets": {name: 3}}))
+    with pytest.raises(RecordError, match="its manifest lists .*, which is no folder in it"):
+        FeatureDataLoader(sizes_folder)
+
+
+def test_the_state_of_other_weights_or_of_one_dataset_is_refused(three):
+    with FeatureDataLoader(weighted(three, 2, 1, 1), **MIXED) as loader:
+        for other in (weighted(three, 1, 1, 1), weighted(three[:2], 2, 1), three[0]):
+            with FeatureDataLoader(other, **MIXED) as changed:
+                with pytest.raises(ValueError, match="another order of examples"):
+                    loader.load_state_dict(changed.state_dict())
+                with pytest.raises(ValueError, match="another order of examples"):
+                    changed.load_state_dict(loader.state_dict())
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_errors_name_the_dataset_among_several(three, two_cpus, num_workers):
+    data = Path(three[1]) / "00000.data"
+    data.write_bytes(b"\xff" * data.stat().st_size)
+    with FeatureDataLoader(weighted(three, 2, 1, 1), num_workers=num_workers, **MIXED) as loader:
+        loader.next()
+        with pytest.raises(RecordError, match=rf"^example \d \(number \d in {data}\) is corrupt"):
+            loader.next()
+
+
+def test_examples_of_several_datasets_are_named(three):
+    with FeatureDataLoader(weighted(three, 2, 1, 1), shuffle=False, batch_size=1) as loader:
+        take(loader, 3)
+        assert loader.last_examples(3) == [0, 0, 0]
+        assert loader.describe_last(2) == ", ".join(
+            f"example 0 (number 0 in {folder}/00000.data)" for folder in three[1:]
+        )
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_dataset_cut_short_while_it_is_read_is_an_error(make_dataset, two_cpus, num_workers):
+    folder = make_dataset([make_example(number, (2, 64, 64)) for number in range(30)])
+    options = {"num_workers": num_workers, "shuffle": False, "queue_depth": 1}
+    with FeatureDataLoader(folder, **options) as loader:
+        take(loader, 2)
+        os.truncate(f"{folder}/00000.data", 4096)
+        with pytest.raises(RecordError, match=f"{folder}/00000.data was changed, replaced or"):
+            take(loader, 25)
+
+
+@pytest.mark.slow
+def test_spawned_processes_do_not_read_the_index_again(make_dataset, two_cpus):
+    folder = make_dataset(11)
+    with FeatureDataLoader(folder, batch_size=3) as here:
+        expected = take(here, 3)
+    options = {"batch_size": 3, "num_workers": 1, "start_method": "spawn"}
+    with FeatureDataLoader(folder, **options) as loader:
+        (Path(folder) / "00000.index").unlink()
+        (Path(folder) / "METADATA").unlink()
+        assert_same_batches(take(loader, 3), expected)

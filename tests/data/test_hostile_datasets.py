@@ -47,7 +47,7 @@ def link(name):
 
     def change(folder):
         other = write_dataset(folder.parent / "other")
-        (folder / name).unlink()
+        (folder / name).unlink(missing_ok=True)
         (folder / name).symlink_to(other / name)
 
     return change
@@ -63,7 +63,12 @@ def pipe(name):
 
 def hole(name):
     """Make a file very long without using the disk."""
-    return lambda folder: os.truncate(folder / name, 2**40)
+
+    def change(folder):
+        (folder / name).touch()
+        os.truncate(folder / name, 2**40)
+
+    return change
 
 
 def cut(name, size):
@@ -102,15 +107,45 @@ UNREADABLE = {
     "a link as METADATA": (link("METADATA"), "METADATA is a link"),
     "a pipe as METADATA": (pipe("METADATA"), "METADATA is not a regular file"),
     "a folder as METADATA": (folder_in_place("METADATA"), "METADATA is not a regular file"),
-    "one number in a line": (index("0"), "00000.index, example 1: expected '<offset> <length>'"),
-    "a word in a line": (index("0 x"), "00000.index, example 1: .* got b'0 x"),
-    "three numbers in a line": (index("0 5 7"), "00000.index, example 1: expected"),
-    "a negative offset": (index("-1 5"), "00000.index, example 1: .* got b'-1 5"),
-    "a fraction": (index("0 5.0"), "00000.index, example 1: expected"),
-    "an offset beyond 64 bits": (index(f"{10**19} 5"), "00000.index, example 1: expected"),
-    "an offset beyond the file": (index(f"{10**17} 5"), "00000.data is truncated: example 1"),
-    "a line of a megabyte": (index("1" * 2**20), "00000.index, example 1: expected"),
-    "an index of a terabyte": (hole("00000.index"), "00000.index, example 2: expected"),
+    "one number in a line": (index("0"), "00000.index, line 2: expected '<offset> <length>'"),
+    "a word in a line": (index("0 x"), "00000.index, line 2: .* got b'0 x'"),
+    "three numbers in a line": (index("0 5 7"), "00000.index, line 2: .* got b'0 5 7'"),
+    "numbers of two lines in one": (index("0 5 7 8"), "00000.index, line 2: .* got b'0 5 7 8'"),
+    "an empty line": (index("\n0 5"), "00000.index, line 2: .* got b''"),
+    "a line in the wrong half": (index("0\n5 0 5"), "00000.index, line 2: .* got b'0'"),
+    "no length": (index("0 "), "00000.index, line 2: .* got b'0 '"),
+    "two blanks": (index("0  5"), "00000.index, line 2: expected"),
+    "a blank in front": (index(" 0 5"), "00000.index, line 2: expected"),
+    "a negative offset": (index("-1 5"), "00000.index, line 2: .* got b'-1 5'"),
+    "a negative length": (index("0 -5"), "00000.index, line 2: .* got b'0 -5'"),
+    "a fraction": (index("0 5.0"), "00000.index, line 2: expected"),
+    "an offset beyond 64 bits": (index(f"{10**19} 5"), "line 2: .* 1 to 18 digits, got"),
+    "a sum beyond 64 bits": (index(f"{2**63 - 1} 1"), "line 2: .* 1 to 18 digits, got"),
+    "a length beyond 64 bits": (index(f"0 {2**64}"), "line 2: .* 1 to 18 digits, got"),
+    "a sum that just fits": (
+        index(f"{'9' * 18} {'9' * 18}"),
+        "example 1 .* byte 19{17}8, the file",
+    ),
+    "an offset beyond the file": (
+        index(f"{10**17} 5"),
+        "00000.data is truncated: example 1 .* ends at byte 1.*5, the file .*00000.index, line 2",
+    ),
+    "a line of a megabyte": (index("1" * 2**20), "00000.index, line 2: expected"),
+    "an index of a terabyte": (hole("00000.index"), "00000.index, line 3: expected"),
+    "a record of a terabyte": (
+        lambda folder: (hole("00000.data")(folder), index(f"0 {2**40}")(folder)),
+        "00000.index, line 2: a record must have at most 2147479552 bytes, got 1099511627776",
+    ),
+    "checksums of other records": (
+        content("00000.xxh3", b"x" * 24),
+        "00000.xxh3 must have 8 bytes",
+    ),
+    "a terabyte of checksums": (
+        hole("00000.xxh3"),
+        "00000.xxh3 must have 8 bytes for each of 2 rec",
+    ),
+    "a link as checksums": (link("00000.xxh3"), "00000.xxh3 is a link"),
+    "wrong checksums": (content("00000.xxh3", b"x" * 16), "example 0 .* not the one in .*0.xxh3"),
     "a lost line": (content("00000.index", "0 5\n"), "METADATA lists 2 examples, its 1 .* files 1"),
     "a line too many": (index("0 5\n0 5"), "METADATA lists 2 examples, its 1 .* files 3"),
     "a link as index": (link("00000.index"), "00000.index is a link"),

@@ -1,12 +1,17 @@
 """Datasets of records on disk."""
 
+import copy
 import json
+import os
 import pickle
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from diffnext.cli.inspect_cache import main as inspect
+from diffnext.data.caching.reshaping import merge, reshard, split
 from diffnext.data.records import RecordDataset, RecordError, RecordWriter
 
 
@@ -243,3 +248,197 @@ def test_views_are_the_bytes_without_a_copy(tmp_path):
     assert bytes(views[0]["data"]) == bytes([2] * 300)  # outlives the dataset
     with pytest.raises(RuntimeError, match="closed"):
         dataset.view(0)
+
+
+# Files that change while they are read
+
+
+def write_long(folder, count=6, **options):
+    """Records of 300 bytes, written an hour ago."""
+    folder.mkdir(parents=True)
+    with RecordWriter(folder, {"data": "bytes", "number": "int"}, **options) as writer:
+        for number in range(count):
+            writer.write({"data": bytes([number] * 300), "number": number})
+    for path in folder.iterdir():
+        os.utime(path, (path.stat().st_mtime - 3600,) * 2)
+    return folder
+
+
+def replace_by_another(path):
+    shutil.copy(path, f"{path}.new")
+    os.replace(f"{path}.new", path)
+
+
+CHANGES = {
+    "cut to nothing": lambda path: os.truncate(path, 0),
+    "cut by a byte": lambda path: os.truncate(path, path.stat().st_size - 1),
+    "longer": lambda path: os.truncate(path, 10**6),
+    "the same size": lambda path: path.write_bytes(path.read_bytes()[::-1]),
+    "replaced": replace_by_another,
+    "replaced by a link": lambda path: (path.unlink(), path.symlink_to("/dev/zero")),
+    "deleted": Path.unlink,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+@pytest.mark.parametrize("begun", [True, False], ids=["begun", "not begun"])
+def test_a_file_that_changes_while_it_is_read_is_an_error_that_names_it(tmp_path, change, begun):
+    folder = write_long(tmp_path / "dataset")
+    dataset = RecordDataset(folder)
+    if begun:
+        assert dataset[2]["number"] == 2
+    path = folder / "00000.data"
+    change(path)
+    readers = [dataset] if begun else [dataset, copy.copy(dataset)]
+    for reader in readers:
+        for read in (reader.view, reader.record, reader.__getitem__):
+            with pytest.raises(RecordError, match=str(path)):
+                read(5)
+
+
+def test_reading_a_file_leaves_its_time_of_change_alone(tmp_path):
+    dataset = RecordDataset(write_long(tmp_path / "dataset"))
+    os.utime(tmp_path / "dataset" / "00000.index")
+    assert numbers(dataset) == list(range(6))
+
+
+@pytest.mark.parametrize("make", [copy.copy, lambda dataset: pickle.loads(pickle.dumps(dataset))])
+def test_a_copy_of_a_dataset_does_not_read_its_index_again(tmp_path, make):
+    dataset = RecordDataset(write_long(tmp_path / "dataset", max_examples=4))
+    dataset.seek(3)
+    dataset.close()
+    for path in (tmp_path / "dataset").glob("*.index"):
+        path.unlink()
+    (tmp_path / "dataset" / "METADATA").unlink()
+    twin = make(dataset)
+    assert numbers(twin) == list(range(6))
+    with pytest.raises(RuntimeError, match="closed"):
+        dataset[0]
+
+
+def test_few_files_of_many_shards_are_open(tmp_path, monkeypatch):
+    monkeypatch.setattr("diffnext.data.records.MAX_OPEN_FILES", 3)
+    dataset = RecordDataset(write_numbers(tmp_path, 9, max_examples=1))
+    for number in (0, 5, 1, 8, 5, 2, 7, 7, 0):
+        assert dataset[number] == {"number": number}
+        names = [os.readlink(path) for path in Path("/proc/self/fd").iterdir() if path.exists()]
+        assert 1 <= sum(name.startswith(str(tmp_path)) for name in names) <= 3
+
+
+# The index
+
+
+def write_index(folder, text, data_size, entries):
+    folder.mkdir(exist_ok=True)
+    (folder / "00000.index").write_bytes(text)
+    with open(folder / "00000.data", "wb") as file:
+        file.truncate(data_size)
+    content = {"entries": entries, "features": {}, "version": 1}
+    (folder / "METADATA").write_text(json.dumps(content))
+    return folder
+
+
+def test_an_index_of_many_lines_holds_what_numpy_reads_of_it(tmp_path):
+    rng = np.random.default_rng(0)
+    spans = np.stack([10 ** rng.uniform(0, 12, 400_000), 10 ** rng.uniform(0, 9, 400_000)], axis=1)
+    spans = spans.astype(np.int64)
+    text = "".join(f"{offset} {length}\n" for offset, length in spans.tolist()).encode()
+    assert len(text) > 2**22  # more than is parsed at a time
+    folder = write_index(tmp_path / "dataset", text, 2**40, len(spans))
+    (shard,) = RecordDataset(folder).shards
+    expected = np.loadtxt(folder / "00000.index", np.int64)
+    assert shard.spans.dtype == np.int64 and np.array_equal(shard.spans, expected)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b"12 34 56", "line 600001: expected .* got b'12 34 56'"),
+        (b"0 1234567", "00000.data is truncated: example 600000 of it ends at byte 1234567"),
+    ],
+)
+def test_a_wrong_line_far_down_is_named(tmp_path, line, message):
+    lines = [b"123 456"] * 600_000 + [line] + [b"0 0"] * 3
+    folder = write_index(tmp_path / "dataset", b"\n".join(lines) + b"\n", 2**20, len(lines))
+    with pytest.raises(RecordError, match=message) as failure:
+        RecordDataset(folder)
+    assert "line 600001" in str(failure.value)
+
+
+def test_the_last_line_need_not_end(tmp_path):
+    folder = write_numbers(tmp_path, 3)
+    index = folder / "00000.index"
+    index.write_bytes(index.read_bytes()[:-1])
+    assert numbers(RecordDataset(folder)) == [0, 1, 2]
+
+
+# Checksums
+
+
+def flip_bit(folder, number):
+    """Damage that the format itself does not show: inside of the bytes of a record."""
+    path = folder / "00000.data"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 6 * number + 150] ^= 1
+    path.write_bytes(content)
+
+
+def test_checksums_lie_beside_records_that_stay_as_they_are(tmp_path):
+    plain = write_long(tmp_path / "plain", max_examples=4)
+    summed = write_long(tmp_path / "summed", max_examples=4, checksums=True)
+    sizes = {path.name: path.stat().st_size for path in summed.glob("*.xxh3")}
+    assert sizes == {"00000.xxh3": 8 * 4, "00001.xxh3": 8 * 2}
+    for path in plain.iterdir():
+        assert path.read_bytes() == (summed / path.name).read_bytes()
+    assert numbers(RecordDataset(summed)) == list(range(6))
+    with pytest.raises(RecordError, match="already holds records"):
+        shutil.copy(summed / "00000.xxh3", tmp_path)
+        RecordWriter(tmp_path, {"a": "int"})
+
+
+def test_a_flipped_bit_is_noticed_where_there_are_checksums(tmp_path, capsys):
+    folder = write_long(tmp_path / "dataset", checksums=True)
+    assert inspect(["verify", str(folder)]) == 0
+    assert capsys.readouterr().out == "no problems\n"
+    flip_bit(folder, 4)
+    dataset = RecordDataset(folder)
+    assert [dataset[number]["number"] for number in (0, 3, 5)] == [0, 3, 5]
+    message = f"example 4 .*00000.data\\) cannot be used: .* not the one in {folder}/00000.xxh3$"
+    for read in (dataset.view, dataset.record, dataset.__getitem__):
+        with pytest.raises(RecordError, match=message):
+            read(4)
+    for command in ("verify", "check"):
+        assert inspect([command, str(folder)]) == 1
+        assert "example 4 " in capsys.readouterr().out
+
+
+def test_records_without_checksums_are_read_but_not_verified(tmp_path, capsys):
+    folder = write_long(tmp_path / "dataset")
+    flip_bit(folder, 4)
+    assert numbers(RecordDataset(folder)) == list(range(6))
+    assert inspect(["verify", str(folder)]) == 1
+    printed = capsys.readouterr().out
+    assert printed == f"{folder}/00000.data has no checksums: it cannot be verified\n1 problems\n"
+
+
+@pytest.mark.parametrize(
+    "copy_to",
+    [
+        lambda folder, out: reshard(folder, out, 4),
+        lambda folder, out: merge([folder], out),
+        lambda folder, out: split(folder, [out, out.with_name("rest")], 0.5),
+    ],
+)
+@pytest.mark.parametrize("checksums", [True, False])
+def test_copies_of_records_get_checksums_unless_a_record_is_damaged(tmp_path, copy_to, checksums):
+    folder = write_long(tmp_path / "dataset", checksums=checksums)
+    copy_to(folder, tmp_path / "out")
+    assert inspect(["verify", str(tmp_path / "out")]) == 0
+    if checksums:
+        shutil.rmtree(tmp_path / "out")
+        shutil.rmtree(tmp_path / "rest", ignore_errors=True)
+        for number in range(6):
+            flip_bit(folder, number)
+        with pytest.raises(RecordError, match="cannot be used: its checksum"):
+            copy_to(folder, tmp_path / "out")
+        assert not (tmp_path / "out").exists()

@@ -157,7 +157,7 @@ FOLDERS = {
     "damaged METADATA": (write("records/METADATA", b"{"), f"{DATA}{{data}}/METADATA"),
     "no data file": (delete("records/00000.data"), "00000.data"),
     "truncated": (cut("records/00000.data", 10), "is truncated"),
-    "cut index": (cut("records/00000.index", 10), "00000.index, example 11"),
+    "cut index": (cut("records/00000.index", 10), "00000.index, line 12"),
     "corrupt record": (
         write("records/00000.data", b"\xff" * 10**5),
         f"{DATA}example 0 (number 0 in",
@@ -298,10 +298,11 @@ def test_what_a_run_reads_is_told(run):
     assert inputs.base_folder == run.base
     assert inputs.components["vae"] == run.base / "vae"
     assert inputs.transformer["arch"] == ["vit_d2w64", "vit_d4w64", "mlp_d2w64"]
-    assert (inputs.num_train, inputs.num_held_out) == (9, 3)
-    assert (inputs.dataset.shape, inputs.dataset.dtype) == ((8, 8, 8), "float16")
-    assert inputs.dataset.prompt == "captions as text"
-    assert inputs.dataset.record_bytes == pytest.approx(8 * 8 * 8 * 2 + 12, abs=5)
+    (dataset,) = inputs.datasets
+    assert (inputs.num_train, dataset.num_held_out) == (9, 3)
+    assert (dataset.shape, dataset.dtype) == ((8, 8, 8), "float16")
+    assert dataset.prompt == "captions as text"
+    assert dataset.record_bytes == pytest.approx(8 * 8 * 8 * 2 + 12, abs=5)
     assert pickle.loads(pickle.dumps(inputs)) == inputs
 
 
@@ -313,18 +314,18 @@ def test_dataset_of_the_same_autoencoder_is_accepted(run):
 def test_records_of_other_loaders_are_not_looked_at(run):
     write_records(run.dataset, [(3,)] * 5)
     inputs = open_run(run, f"train_dataloader.target={__name__}.OtherLoader", processes=13)
-    assert (inputs.num_train, inputs.dataset.shape) == (5, ())
+    assert (inputs.num_train, inputs.datasets[0].shape) == (5, ())
 
 
 def test_fingerprint_tells_other_records_but_not_another_place(run, tmp_path):
-    first = open_run(run).dataset.fingerprint
+    first = open_run(run).datasets[0].fingerprint
     moved = shutil.copytree(run.dataset, tmp_path / "moved")
-    assert open_run(TinyRun(run.base, moved, run.output)).dataset.fingerprint == first
+    assert open_run(TinyRun(run.base, moved, run.output)).datasets[0].fingerprint == first
     data = moved / "00000.data"
     content = data.read_bytes()
     caption = content.index(b"a red")
     data.write_bytes(content[:caption] + b"a RED" + content[caption + 5 :])
-    assert open_run(TinyRun(run.base, moved, run.output)).dataset.fingerprint != first
+    assert open_run(TinyRun(run.base, moved, run.output)).datasets[0].fingerprint != first
 
 
 def test_paths_below_a_hub_name_are_those_of_its_copy(run, tmp_path, monkeypatch):
