@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["check_options", "compile_static", "pad_ids", "pad_length"]
+__all__ = ["check_options", "compile_static", "pad_tokens", "pad_length"]
 
 MOST_GRAPHS = 256  # of one function; sizes of batches are the only thing that is not bounded
 FEWEST_TOKENS = 8
@@ -52,8 +52,11 @@ def pad_length(length: int, most: int) -> int:
     return min(-(-max(length, 1) // quarter) * quarter, most)
 
 
-def pad_ids(ids: Tensor) -> Tensor:
-    """Token ids (B, n, 1) with the last repeated, up to a power of two of at least 8."""
-    n = ids.size(1)
+def pad_tokens(x: Tensor) -> Tensor:
+    """Tokens or their ids (B, n, ...) with the last repeated, up to a power of two of at least 8.
+
+    What is computed of the repeated ones is the same, so that it may be put in one's place.
+    """
+    n = x.size(1)
     padding = max(FEWEST_TOKENS, 1 << (n - 1).bit_length()) - n
-    return torch.cat([ids, ids[:, -1:].expand(-1, padding, -1)], dim=1) if padding else ids
+    return torch.cat([x, x[:, -1:].expand(-1, padding, -1)], dim=1) if padding else x

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from diffnext.models.compilation import compile_static
 from diffnext.models.embeddings import (
     PatchEmbed,
+    PatchMatrix,
     gather_tokens,
     scatter_tokens,
     timestep_features,
@@ -147,11 +148,13 @@ class DiffusionMLP(nn.Module):
         """Compile :meth:`denoise_modulated`; options of ``torch.compile``."""
         self._compiled = compile_static(type(self).denoise_modulated, **options)
 
-    def denoise_step(self, patches: Tensor, modulations: Sequence[Modulation]) -> Tensor:
+    def denoise_step(
+        self, patches: Tensor, modulations: Sequence[Modulation], matrix: PatchMatrix
+    ) -> Tensor:
         """:meth:`denoise_modulated`, compiled if that was asked for."""
         if self._compiled is None:
-            return self.denoise_modulated(patches, modulations)
-        return self._compiled(self, patches, modulations)
+            return self.denoise_modulated(patches, modulations, matrix)
+        return self._compiled(self, patches, modulations, matrix)
 
     def forward(
         self, x: Tensor, timestep: Tensor, z: Tensor, pred_ids: Tensor | None = None
@@ -206,18 +209,21 @@ class DiffusionMLP(nn.Module):
         norms = [*(block.norm1 for block in self._typed_blocks), self.norm]
         return [_ready(*norm.statistics(activated)) for norm in norms]
 
-    def denoise_modulated(self, patches: Tensor, modulations: Sequence[Modulation]) -> Tensor:
+    def denoise_modulated(
+        self, patches: Tensor, modulations: Sequence[Modulation], matrix: PatchMatrix
+    ) -> Tensor:
         """As :meth:`denoise`, with the statistics of :meth:`prepare_modulations`.
 
         Args:
             patches: (..., n, p*p*C), broadcastable to the statistics: passes of guidance may
                 share their patches.
             modulations: Of (..., n, Dd).
+            matrix: That of ``patch_embed``, made once for all steps.
 
         Returns:
             (..., n, p*p*C) of the statistics' shape.
         """
-        y = self.patch_embed.embed_patches(patches)
+        y = self.patch_embed.embed_patches(patches, matrix)
         *inner, last = modulations
         for block, modulation in zip(self._typed_blocks, inner, strict=True):
             y = block.modulate(y, modulation)

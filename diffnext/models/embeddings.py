@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diffnext.models.text_encoders.encoding import encode_texts
+from diffnext.utils.host_data import send
 
 __all__ = [
     "LabelEmbed",
@@ -222,7 +223,11 @@ class PosEmbed(nn.Module):
         return torch.cat([columns, rows], dim=-1).flatten(0, 1).to(dtype or torch.float32)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Add the table to tokens (..., N, dim).
+        """Add the table to tokens (..., N, dim); raises as :meth:`table_for`."""
+        return x + self.table_for(x)
+
+    def table_for(self, x: Tensor) -> Tensor:
+        """What is added to tokens (..., N, dim): (N, dim).
 
         Raises:
             ValueError: If N is not the number of tokens of the grid.
@@ -232,7 +237,7 @@ class PosEmbed(nn.Module):
                 f"the position table holds {self.base_h}x{self.base_w} tokens, got {x.size(-2)}: "
                 "the latent size must be the one the model was built for"
             )
-        return x + self.get_space_embed(x.device, x.dtype)
+        return self.get_space_embed(x.device, x.dtype)
 
 
 def _value_mlp(dim: int, freq_dim: int = 256) -> nn.Sequential:
@@ -308,18 +313,30 @@ class MotionEmbed(nn.Module):
 
     @staticmethod
     def _features(c: Tensor, values: Sequence[float] | float) -> Tensor:
-        rows = torch.as_tensor(values, dtype=torch.float32, device=c.device).reshape(-1, 1)
-        return sincos(rows, 128).to(c.dtype)  # (B, 1, 256)
+        rows = torch.as_tensor(values, dtype=torch.float32).reshape(-1, 1)
+        return sincos(send(rows, c.device), 128).to(c.dtype)  # (B, 1, 256)
+
+
+class PatchMatrix(NamedTuple):
+    """Projects patches that were cut before.
+
+    Attributes:
+        weight: (D, p*p*C), a rearranged copy of a convolution's.
+        bias: (D,).
+    """
+
+    weight: Tensor
+    bias: Tensor | None
 
 
 class PatchProjection(nn.Conv2d):
     """Projects patches: those of pictures by convolution, patches cut before as vectors."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Pictures (B, C, h, w) to (B, D, h/p, w/p), or patches (..., p*p*C) to (..., D)."""
-        if x.ndim == 4:
+    def forward(self, x: Tensor | None) -> Any:
+        """Pictures (B, C, h, w) to (B, D, h/p, w/p); for None, what projects patches cut before."""
+        if x is not None:
             return super().forward(x)
-        return F.linear(x, self.weight.permute(0, 2, 3, 1).flatten(1), self.bias)
+        return PatchMatrix(self.weight.permute(0, 2, 3, 1).flatten(1), self.bias)
 
 
 class PatchEmbed(nn.Module):
@@ -372,9 +389,13 @@ class PatchEmbed(nn.Module):
         """Token grid (rows, columns) of latents (..., h, w)."""
         return x.size(-2) // self.patch_size, x.size(-1) // self.patch_size
 
-    def embed_patches(self, patches: Tensor) -> Tensor:
-        """Embed patches (B, n, p*p*C) as :meth:`forward` embeds the picture they were cut from."""
-        return self.proj(patches)
+    def matrix(self) -> PatchMatrix:
+        """What projects patches, for many calls of :meth:`embed_patches`."""
+        return self.proj(None)
+
+    def embed_patches(self, patches: Tensor, matrix: PatchMatrix | None = None) -> Tensor:
+        """Embed patches (..., p*p*C) as :meth:`forward` embeds the picture they were cut from."""
+        return F.linear(patches, *(self.matrix() if matrix is None else matrix))
 
     def patchify(self, x: Tensor) -> Tensor:
         """Cut (B, C, h, w) into patches (B, N, p*p*C), channels innermost."""
@@ -458,7 +479,7 @@ class TextEmbed(nn.Module):
         tensors = [self._check_state(state, index) for index, state in enumerate(states)]
         output = self.weight[: self.num_tokens].repeat(len(tensors), 1, 1)
         for row, tensor in zip(output, tensors, strict=True):
-            row[: len(tensor)] = tensor.to(row)
+            row[: len(tensor)] = send(tensor, row.device)
         return output
 
     def _check_state(self, state: Any, index: int) -> Tensor:
@@ -490,7 +511,7 @@ class TextEmbed(nn.Module):
             return states
         is_dropped = torch.from_numpy(np.random.rand(len(states), 1, 1) < self.dropout)
         null = self.weight[: self.num_tokens].to(states)
-        return torch.where(is_dropped.to(states.device), null, states)
+        return torch.where(send(is_dropped, states.device), null, states)
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[Any]) -> Tensor:

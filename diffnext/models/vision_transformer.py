@@ -21,9 +21,10 @@ from diffnext.models.attention import (
     PaddingMask,
     attend,
 )
-from diffnext.models.compilation import compile_static, pad_ids, pad_length
+from diffnext.models.compilation import compile_static, pad_length, pad_tokens
 from diffnext.models.embeddings import (
     PatchEmbed,
+    PosEmbed,
     PositionFunction,
     RotaryEmbed3D,
     RotationTables,
@@ -218,7 +219,7 @@ class VisionTransformer(nn.Module):
         self.image_dim = image_dim
         self.encoder_depth = depth // 2 if encoder_depth is None else encoder_depth
         self.patch_embed = PatchEmbed(image_dim, embed_dim, patch_size)
-        self.pos_embed = nn.Identity()
+        self.pos_embed: nn.Module = nn.Identity()
         self.rope = RotaryEmbed3D(embed_dim // num_heads)
         self.blocks = nn.ModuleList(
             Block(embed_dim, num_heads, mlp_ratio=mlp_ratio) for _ in range(depth)
@@ -253,6 +254,7 @@ class VisionTransformer(nn.Module):
         mask: BlockCausalMask | None = None,
         cache: KVCache | None = None,
         out_ids: Tensor | None = None,
+        table: Tensor | None = None,
     ) -> Tensor:
         """Encode one frame, or several laid end to end.
 
@@ -267,13 +269,15 @@ class VisionTransformer(nn.Module):
             cache: Keys and values of earlier frames, filled on the way.
             out_ids: Tokens that are wanted, (B, n, 1); the last block then works on those alone.
                 All when None, which ``mask`` needs.
+            table: What ``pos_embed`` adds to the tokens, (N, D), for callers who keep it.
 
         Returns:
             (B, N, D), or (B, n, D).
         """
         if isinstance(x, tuple):
             x, prev_ids = x
-        tokens: Tensor = self.pos_embed(self.patch_embed(x))
+        tokens: Tensor = self.patch_embed(x)
+        tokens = self.pos_embed(tokens) if table is None else tokens + table
         c = tokens[:, :0] if c is None else c
         num_condition = c.size(1)
         if isinstance(pos, Tensor):
@@ -302,10 +306,14 @@ class VisionTransformer(nn.Module):
             x = self._run_blocks(x, start, end, pos, mask, cache)
             return self.norm(x[:, num_condition:])
         wanted = out_ids + num_condition
-        wanted = pad_ids(wanted) if self.is_compiled else wanted
+        wanted = pad_tokens(wanted) if self.is_compiled else wanted
         x = self._run_blocks(x, start, end, pos, mask, cache, wanted)
         x = gather_tokens(x, wanted) if start == end else x
         return self.norm(x[:, : out_ids.size(1)])
+
+    def position_table(self, tokens: Tensor) -> Tensor | None:
+        """What ``pos_embed`` adds to tokens (B, N, D), if it is a table: (N, D)."""
+        return self.pos_embed.table_for(tokens) if isinstance(self.pos_embed, PosEmbed) else None
 
     def rotation(self, pos: Tensor, num_condition: int, dtype: torch.dtype) -> RotationTables:
         """What turns condition tokens, at position 0, and tokens at ``pos`` (B or 1, N, 3)."""

@@ -13,6 +13,8 @@ from diffusers.schedulers import scheduling_flow_match_euler_discrete as euler
 from diffusers.schedulers.scheduling_utils import SchedulerMixin as SchedulerMixin
 from torch import Tensor
 
+from diffnext.utils.host_data import send
+
 __all__ = ["FlowMatchEulerDiscreteScheduler", "FlowMatchEulerDiscreteSchedulerOutput"]
 
 
@@ -121,12 +123,12 @@ class FlowMatchEulerDiscreteScheduler(_EulerScheduler):
 
     def _training_levels(self, index: Tensor, sample: Tensor) -> tuple[Tensor, Tensor]:
         """Sigma broadcastable to ``sample``, and timesteps shaped like ``index``, float32."""
-        index = index.to(sample.device)
+        index = send(index, sample.device)
         num = self.config["num_train_timesteps"]
         shift = 1.0 if self.config["use_dynamic_shifting"] else self.config["shift"]
-        levels = torch.arange(num, 0, -1, dtype=torch.float32) / num
+        levels = torch.arange(num, 0, -1, dtype=torch.float32, device=sample.device) / num
         table = shift * levels / (1 + (shift - 1) * levels)  # (K,), descending from 1
-        sigma = table.to(sample.device)[index]
+        sigma = table[index]
         return sigma.reshape(*index.shape, *[1] * (sample.ndim - index.ndim)), sigma * num
 
     def scale_noise(

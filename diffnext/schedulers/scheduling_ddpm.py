@@ -13,8 +13,9 @@ from diffusers.schedulers.scheduling_ddpm import (
     rescale_zero_terminal_snr,
 )
 from diffusers.schedulers.scheduling_utils import SchedulerMixin as SchedulerMixin
-from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
+
+from diffnext.utils.host_data import draw_normal, send
 
 __all__ = [
     "DDPMScheduler",
@@ -75,12 +76,7 @@ class DDPMScheduler(scheduling_ddpm.DDPMScheduler):
         sample_weight = alpha**0.5 * (1 - abar_prev) / (1 - abar)
         prev_sample = x0_weight * x0 + sample_weight * sample
         if t > 0:
-            noise = randn_tensor(
-                model_output.shape,
-                generator=generator,
-                device=model_output.device,
-                dtype=model_output.dtype,
-            )
+            noise = draw_normal(model_output.shape, generator, model_output)
             prev_sample = prev_sample + self._noise_std(t, predicted_variance) * noise
         return DDPMSchedulerOutput(prev_sample=prev_sample) if return_dict else (prev_sample,)
 
@@ -143,7 +139,7 @@ class DDPMScheduler(scheduling_ddpm.DDPMScheduler):
 
     def _training_levels(self, timesteps: Tensor, sample: Tensor) -> tuple[Tensor, Tensor]:
         """sqrt(abar) and sqrt(1 - abar), broadcastable to ``sample`` and in its dtype."""
-        timesteps = timesteps.to(sample.device)
-        abar = self.alphas_cumprod.to(device=sample.device, dtype=sample.dtype)[timesteps]
+        timesteps = send(timesteps, sample.device)
+        abar = send(self.alphas_cumprod.to(sample.dtype), sample.device)[timesteps]
         abar = abar.reshape(*timesteps.shape, *[1] * (sample.ndim - timesteps.ndim))
         return abar**0.5, (1 - abar) ** 0.5

@@ -20,8 +20,9 @@ def fresh_compiler():
 
 
 @pytest.mark.parametrize("options", [{}, {"rotary_pos_embed": True}], ids=["tables", "rotary"])
-def test_compiled_drawings_equal_eager_ones_without_graph_breaks(options):
-    inputs = {"max_latent_length": 3, "motion_flow": 5}
+@pytest.mark.parametrize("guidance", [{}, {"guidance_renorm": 0.5}], ids=["tokens", "frames"])
+def test_compiled_drawings_equal_eager_ones_without_graph_breaks(options, guidance):
+    inputs = {"max_latent_length": 3, "motion_flow": 5, **guidance}
     model = make_model(frames=3, **options)
     eager = model(generation_inputs(**inputs))["x"]
     model.compile_drawing(fullgraph=True, backend="aot_eager")

@@ -12,11 +12,11 @@ import torch
 from diffusers.models.autoencoders import vae
 from diffusers.models.autoencoders.vae import DecoderOutput, IdentityDistribution
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
-from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from diffnext.models.autoencoders.tiling import TilingMixin
 from diffnext.models.modeling_utils import StrictLoadingMixin
+from diffnext.utils.host_data import draw_normal
 
 __all__ = [
     "DecoderOutput",
@@ -80,7 +80,7 @@ class DiagonalGaussianDistribution(vae.DiagonalGaussianDistribution):
                 f"generator must be one or one per sample, got {len(generator)} "
                 f"for {len(self.mean)} samples"
             )
-        eps = randn_tensor(self.mean.shape, generator, device=self.device, dtype=torch.float32)
+        eps = draw_normal(self.mean.shape, generator, self.mean)
         return (self.mean + self.std * eps).to(self.dtype)
 
     def mode(self) -> Tensor:

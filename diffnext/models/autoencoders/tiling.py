@@ -256,9 +256,7 @@ def run_in_spatial_tiles(
                 weights = y.new_zeros(height, width, dtype=torch.float32)
             rows = slice(first_row, first_row + y.size(-2))
             columns = slice(first_column, first_column + y.size(-1))
-            fade = torch.outer(
-                fade_weights(y.size(-2), overlap), fade_weights(y.size(-1), overlap)
-            ).to(weights)
+            fade = torch.outer(*(fade_weights(n, overlap, y.device) for n in y.shape[-2:]))
             result[..., rows, columns] += y * fade.to(y.dtype)
             weights[rows, columns] += fade
     return result / weights.to(result.dtype)
@@ -272,7 +270,9 @@ def tile_starts(length: int, size: int, overlap: float, unit: int) -> list[int]:
     return [*range(0, length - size, stride), length - size]
 
 
-def fade_weights(size: int, overlap: float) -> Tensor:
-    """Weights that rise from and fall to the edges over the overlap, (size,)."""
-    ramp = torch.arange(1, size + 1, dtype=torch.float32) / (round(size * overlap) + 1)
+def fade_weights(size: int, overlap: float, device: torch.device) -> Tensor:
+    """Weights that rise from and fall to the edges over the overlap, (size,), float32."""
+    ramp = torch.arange(1, size + 1, dtype=torch.float32, device=device) / (
+        round(size * overlap) + 1
+    )
     return torch.minimum(ramp, ramp.flip(0)).clamp(max=1.0)

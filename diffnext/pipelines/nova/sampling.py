@@ -18,14 +18,13 @@ from functools import partial
 from typing import Annotated, Any, NamedTuple, TypeVar
 
 import torch
-from diffusers.utils.torch_utils import get_module_execution_device, randn_tensor
+from diffusers.utils.torch_utils import get_module_execution_device
 from pydantic import dataclasses as checked
 from torch import Tensor
-from torch.nn import functional as F
 from tqdm import tqdm
 
 from diffnext.models.attention import KVCache
-from diffnext.models.compilation import pad_ids
+from diffnext.models.compilation import pad_tokens
 from diffnext.models.diffusion_mlp import Modulation
 from diffnext.models.embeddings import (
     RotaryEmbed3D,
@@ -52,6 +51,7 @@ from diffnext.utils.arguments import (
     build_checked,
     take_checked,
 )
+from diffnext.utils.host_data import draw_normal, send
 from diffnext.utils.messages import one_line
 
 __all__ = [
@@ -67,7 +67,8 @@ __all__ = [
 
 T = TypeVar("T")
 
-MAX_MODULATION_BYTES = 2**26  # of all tokens of a set; less only makes more, smaller products
+# Of all tokens of a set; less only makes more, smaller products. A CPU wants them near its caches.
+MAX_MODULATION_BYTES = {"cpu": 2**26, "cuda": 2**28}
 
 
 @checked.dataclass(frozen=True, kw_only=True, config={**CHECKED, "extra": "forbid"})
@@ -86,7 +87,8 @@ class GenerationRequest:
         guidance: Guidance weights.
 
     Raises:
-        ValueError: Naming the part that does not fit.
+        ValueError: Naming the part that does not fit; NaN and infinity are seen on the CPU only, as
+            a GPU would have to be waited for.
     """
 
     latent_shape: tuple[AtLeastOne, AtLeastOne, AtLeastOne, AtLeastOne]
@@ -115,7 +117,7 @@ class GenerationRequest:
                 raise ValueError(f"latents must be {self.latent_shape}, got {tuple(latent.shape)}")
             if not latent.is_floating_point():
                 raise ValueError(f"latents must be floating-point numbers, got {latent.dtype}")
-            if not latent.isfinite().all():
+            if latent.device.type == "cpu" and not latent.isfinite().all():
                 raise ValueError("latents must be finite, got NaN or infinity")
 
 
@@ -171,14 +173,24 @@ class DenoisingStep(NamedTuple):
     Attributes:
         timestep: As the scheduler lists it.
         value: The same as a number.
-        embedding: The same, projected by the diffusion head, (1, 1, Dd).
         update: The scheduler's step, if it is linear.
     """
 
     timestep: Any
     value: float
-    embedding: Tensor
     update: LinearUpdate | None
+
+
+class Schedule(NamedTuple):
+    """All timesteps.
+
+    Attributes:
+        steps: In the order of denoising.
+        embeddings: Their timesteps, projected by the diffusion head, (S, 1, 1, 1, Dd).
+    """
+
+    steps: Sequence[DenoisingStep]
+    embeddings: Tensor
 
 
 class Preparation(NamedTuple):
@@ -186,13 +198,13 @@ class Preparation(NamedTuple):
 
     Attributes:
         condition: Condition tokens of all passes, (P*B, Lc, D).
-        steps: The schedule.
+        schedule: The timesteps.
         time: Embeddings of the frames' times, (T, 1, D), of models with position tables.
         positions: Rotary positions of each frame, (1, Nv, 3), of models without.
     """
 
     condition: Tensor
-    steps: list[DenoisingStep]
+    schedule: Schedule
     time: Tensor | None
     positions: Sequence[Tensor] | None
 
@@ -318,19 +330,18 @@ def prepare(
         positions = model.video_pos_embed.get_pos(num_frames, 1, grid).chunk(num_frames, dim=1)
     else:
         time = model.video_pos_embed.get_time_embed(num_frames, condition.device)
-    return Preparation(condition, embed_steps(model, run.scheduler, condition), time, positions)
+    schedule = embed_steps(model, run.scheduler, condition)
+    return Preparation(condition, schedule, time, positions)
 
 
-def embed_steps(
-    model: Transformer3DModel, scheduler: DenoisingRun, like: Tensor
-) -> list[DenoisingStep]:
+def embed_steps(model: Transformer3DModel, scheduler: DenoisingRun, like: Tensor) -> Schedule:
     """The schedule with its timesteps embedded once, for dtype and device of ``like``."""
     values = [float(timestep) for timestep in scheduler.timesteps]
-    times = torch.tensor(values, device=like.device)
+    times = send(torch.tensor(values), like.device)
     table = model.image_decoder.time_cond_embed.embed_timestep(times, like.dtype)  # (S, 1, Dd)
     updates: Sequence[LinearUpdate | None] = scheduler.updates or [None] * len(values)
-    rows = table.unsqueeze(1).unbind(0)
-    return list(map(DenoisingStep, scheduler.timesteps, values, rows, updates))
+    steps = list(map(DenoisingStep, scheduler.timesteps, values, updates))
+    return Schedule(steps, table[:, None, None])
 
 
 def next_frame(
@@ -361,7 +372,7 @@ def next_frame(
         run.order = draw_order(
             request.latent_shape[0], sum(request.num_preds), run.generator, shared.condition
         )
-    return generate_frame(model, request, run, shared.steps, index, states, run.order)
+    return generate_frame(model, request, run, shared.schedule, index, states, run.order)
 
 
 def read_frame(
@@ -404,7 +415,7 @@ def draw_order(batch: int, num_tokens: int, generator: Generators, like: Tensor)
     device = like.device if generator is None else generator.device
     shape = (batch, num_tokens, 1)
     scores = torch.rand(shape, generator=generator, device=device, dtype=like.dtype)
-    return scores.to(like.device).argsort(dim=1, stable=True)
+    return send(scores, like.device).argsort(dim=1, stable=True)
 
 
 def _grid(encoder: VisionTransformer, latent_shape: Sequence[int]) -> tuple[int, int]:
@@ -420,7 +431,7 @@ def generate_frame(
     model: Transformer3DModel,
     request: GenerationRequest,
     run: GenerationRun,
-    steps: Sequence[DenoisingStep],
+    schedule: Schedule,
     index: int,
     states: Tensor,
     order: Tensor,
@@ -431,7 +442,7 @@ def generate_frame(
         model: The networks.
         request: What to draw.
         run: The drawing.
-        steps: The schedule.
+        schedule: The timesteps.
         index: Of the frame.
         states: The video encoder's states for this frame, (P*B, Nv, D).
         order: Order of prediction, (B, N, 1) token ids.
@@ -446,15 +457,14 @@ def generate_frame(
     tokens = hidden.expand(batch, order.size(1), -1).to(states.dtype)
     patches = states.new_zeros(batch, order.size(1), model.image_decoder.head.out_features)
     sets = [n for n in request.num_preds if n > 0]
-    encoder = SetEncoder(model, states, hw, order, sets, request.guidance)
+    encoder = SetEncoder(model, states, hw, order, tokens, sets, request.guidance)
     done = 0
     for number, n in enumerate(run.bar(sets, run.show_sets)):
         ids = order[:, done : done + n]
         z = encoder.encode(number, tokens)
-        shape = request.latent_shape
-        noise = randn_tensor(shape, run.generator, device=z.device, dtype=z.dtype)
+        noise = draw_normal(request.latent_shape, run.generator, z)
         scale = request.guidance.scale_at((number + 1) / len(sets))
-        predicted = denoise(model, request.guidance, run, steps, z, noise, ids, scale)
+        predicted = denoise(model, request.guidance, run, schedule, z, noise, ids, scale)
         patches = scatter_tokens(patches, ids, predicted.to(patches.dtype))
         done += n
         if run.on_step is not None:
@@ -482,6 +492,7 @@ class SetEncoder:
         states: The video encoder's states for this frame, (P*B, Nv, D).
         hw: Rows and columns of the frame's tokens.
         order: Order of prediction, (B, N, 1) token ids.
+        tokens: The frame before its first set, (B, N, D).
         sets: Tokens of each set.
         guidance: Guidance weights.
     """
@@ -492,13 +503,16 @@ class SetEncoder:
         states: Tensor,
         hw: tuple[int, int],
         order: Tensor,
+        tokens: Tensor,
         sets: Sequence[int],
         guidance: GuidanceScaler,
     ) -> None:
         self.image_encoder = model.image_encoder
         self.states = states
         self.order = order
+        self.guided_order = guidance.expand(order)
         self.guidance = guidance
+        self.table = self.image_encoder.position_table(tokens)
         self.ends = list(itertools.accumulate(sets))
         self.rotation: RotationTables | None = None
         if model.image_pos_embed is not None:
@@ -520,33 +534,28 @@ class SetEncoder:
         end = self.ends[index]
         reuse = self.guidance.guidance_reuse if self.guidance.num_passes > 1 else 1
         if reuse == 1:
-            return self._run(self.guidance.expand, tokens, self.states, begin, end)
+            return self._run(tokens, begin, end)
         batch = len(tokens)
         if self._shared is None or index % reuse == 0:
             last = self.ends[min(index + reuse, len(self.ends)) - 1]
-            z = self._run(self.guidance.expand, tokens, self.states, begin, last)
+            z = self._run(tokens, begin, last)
             own, self._shared = z[:batch, : end - begin], z[batch:]
         else:
-            own = self._run(lambda x: x, tokens, self.states[:batch], begin, end)
+            own = self._run(tokens, begin, end, is_guided=False)
         shared = self._shared[:, : end - begin]
         self._shared = self._shared[:, end - begin :]
         return torch.cat([own, shared])
 
-    def _run(
-        self,
-        expand: Callable[[Tensor], Tensor],
-        tokens: Tensor,
-        states: Tensor,
-        begin: int,
-        end: int,
-    ) -> Tensor:
+    def _run(self, tokens: Tensor, begin: int, end: int, is_guided: bool = True) -> Tensor:
         """One call of the encoder: what was before ``begin`` is known, up to ``end`` is wanted."""
+        order = self.guided_order if is_guided else self.order
         return self.image_encoder(
-            expand(tokens),
-            states,
-            prev_ids=expand(self.order[:, :begin]),
+            self.guidance.expand(tokens) if is_guided else tokens,
+            self.states if is_guided else self.states[: len(tokens)],
+            prev_ids=order[:, :begin],
             pos=self.rotation,
-            out_ids=expand(self.order[:, begin:end]),
+            out_ids=order[:, begin:end],
+            table=self.table,
         )
 
 
@@ -557,7 +566,7 @@ def denoise(
     model: Transformer3DModel,
     guidance: GuidanceScaler,
     run: GenerationRun,
-    steps: Sequence[DenoisingStep],
+    schedule: Schedule,
     z: Tensor,
     noise: Tensor,
     ids: Tensor,
@@ -574,7 +583,7 @@ def denoise(
         model: The networks.
         guidance: Guidance weights.
         run: The drawing.
-        steps: The schedule.
+        schedule: The timesteps.
         z: The image encoder's states of these tokens, (P*B, n, D).
         noise: Start noise of the whole frame, (B, C, h, w).
         ids: Tokens to predict, (B, n, 1).
@@ -585,63 +594,83 @@ def denoise(
     """
     n = ids.size(1)
     if model.image_decoder.is_compiled:
-        ids = pad_ids(ids)
-        z = F.pad(z, (0, 0, 0, ids.size(1) - n))
-    condition = model.image_decoder.time_cond_embed.condition_proj(z)
-    condition = condition.unflatten(0, (guidance.num_passes, -1))  # (P, B, n, Dd)
-    modulated = modulate_steps(model, guidance, steps, condition)
-    is_linear = guidance.guidance_renorm >= 1 and run.scheduler.updates is not None
-    denoise_by = _denoise_tokens if is_linear else _denoise_frame
-    return denoise_by(model, run, modulated, noise, ids, scale)[:, :n]
-
-
-ModulatedStep = tuple[DenoisingStep, GuidanceScaler, list[Modulation]]
+        ids, z = pad_tokens(ids), pad_tokens(z)
+    if guidance.guidance_renorm < 1 or run.scheduler.updates is None:
+        return _denoise_frame(model, guidance, run, schedule, z, noise, ids, scale)[:, :n]
+    embed = model.image_decoder.patch_embed
+    fresh = []
+    sample = gather_tokens(embed.patchify(noise), ids)  # (B, n, p*p*C)
+    for update in run.scheduler.updates:
+        if update.noise_weight:
+            frame = draw_normal(noise.shape, run.generator, noise)
+            fresh.append(gather_tokens(embed.patchify(frame), ids))
+    scale = guidance.guidance_scale if scale is None else scale
+    inputs = [sample, z, schedule.embeddings, *fresh]
+    return _denoise_tokens(model, guidance, schedule.steps, scale, *inputs)[:, :n]
 
 
 def _denoise_tokens(
     model: Transformer3DModel,
-    run: GenerationRun,
-    steps: Iterable[ModulatedStep],
-    noise: Tensor,
-    ids: Tensor,
-    scale: float | None,
+    guidance: GuidanceScaler,
+    steps: Sequence[DenoisingStep],
+    scale: float | Tensor,
+    sample: Tensor,
+    z: Tensor,
+    embeddings: Tensor,
+    *fresh: Tensor,
 ) -> Tensor:
-    embed = model.image_decoder.patch_embed
-    sample = gather_tokens(embed.patchify(noise), ids)  # (B, n, p*p*C)
-    for step, guidance, modulations in steps:
-        predicted = model.image_decoder.denoise_step(sample, modulations).flatten(0, 1)
-        predicted = guidance.scale(predicted, scale)
+    """All steps of a set; of tensors alone, and without a random draw.
+
+    Args:
+        model: The networks.
+        guidance: Guidance weights, but that of the prompt.
+        steps: The schedule; every step is linear.
+        scale: Weight of the prompt.
+        sample: Start noise, (B, n, p*p*C).
+        z: States of the tokens, (P*B, n, D).
+        embeddings: Of the timesteps, (S, 1, 1, 1, Dd).
+        *fresh: Noise of each step that adds some, like ``sample``.
+    """
+    decoder = model.image_decoder
+    matrix = decoder.patch_embed.matrix()
+    noises = iter(fresh)
+    for step, step_guidance, modulations in modulate_steps(
+        model, guidance, Schedule(steps, embeddings), z
+    ):
+        predicted = decoder.denoise_step(sample, modulations, matrix).flatten(0, 1)
+        predicted = step_guidance.scale(predicted, scale)
         update = step.update
         assert update is not None  # as `denoise` asked
         if update.sample_weight != 1:
             sample = sample * update.sample_weight
         sample = torch.add(sample, predicted.to(sample.dtype), alpha=update.prediction_weight)
         if update.noise_weight:
-            fresh = randn_tensor(noise.shape, run.generator, noise.device, noise.dtype)
-            fresh = gather_tokens(embed.patchify(fresh), ids)
-            sample = torch.add(sample, fresh, alpha=update.noise_weight)
+            sample = torch.add(sample, next(noises), alpha=update.noise_weight)
     return sample
 
 
 def _denoise_frame(
     model: Transformer3DModel,
+    guidance: GuidanceScaler,
     run: GenerationRun,
-    steps: Iterable[ModulatedStep],
+    schedule: Schedule,
+    z: Tensor,
     noise: Tensor,
     ids: Tensor,
     scale: float | None,
 ) -> Tensor:
     embed = model.image_decoder.patch_embed
     hw = embed.grid(noise)
+    matrix = embed.matrix()
     run.scheduler.restart()
     sample = run.scheduler.scale_noise(noise)
-    for step, guidance, modulations in steps:
+    for step, step_guidance, modulations in modulate_steps(model, guidance, schedule, z):
         patches = embed.patchify(run.scheduler.model_input(sample, step.timestep))  # (B, N, p*p*C)
         noisy = gather_tokens(patches, ids)  # (B, n, p*p*C)
-        predicted = model.image_decoder.denoise_step(noisy, modulations).flatten(0, 1)
-        rows = guidance.expand(ids)
-        output = scatter_tokens(guidance.expand(patches), rows, predicted.to(patches.dtype))
-        output = embed.unpatchify(guidance.scale(output, scale), hw)
+        predicted = model.image_decoder.denoise_step(noisy, modulations, matrix).flatten(0, 1)
+        rows = step_guidance.expand(ids)
+        output = scatter_tokens(step_guidance.expand(patches), rows, predicted.to(patches.dtype))
+        output = embed.unpatchify(step_guidance.scale(output, scale), hw)
         sample = run.scheduler.step(output, step.timestep, sample, run.generator)
     return gather_tokens(embed.patchify(sample), ids)
 
@@ -649,9 +678,9 @@ def _denoise_frame(
 def modulate_steps(
     model: Transformer3DModel,
     guidance: GuidanceScaler,
-    steps: Sequence[DenoisingStep],
-    condition: Tensor,
-) -> Iterator[ModulatedStep]:
+    schedule: Schedule,
+    z: Tensor,
+) -> Iterator[tuple[DenoisingStep, GuidanceScaler, list[Modulation]]]:
     """All steps with the guidance in force and what the head computes from the condition.
 
     The head's modulations are computed for many steps at once, as memory allows.
@@ -659,22 +688,26 @@ def modulate_steps(
     Args:
         model: The networks.
         guidance: Guidance weights.
-        steps: The schedule.
-        condition: Projected condition of the tokens, (P, B, n, Dd).
+        schedule: The timesteps.
+        z: States of the tokens, (P*B, n, D).
     """
     decoder = model.image_decoder
-    for is_off, group in itertools.groupby(steps, lambda step: guidance.is_off(step.value)):
-        part_steps = list(group)
+    condition = decoder.time_cond_embed.condition_proj(z)
+    condition = condition.unflatten(0, (guidance.num_passes, -1))  # (P, B, n, Dd)
+    most_bytes = MAX_MODULATION_BYTES.get(condition.device.type, 2**26)
+    begin = 0
+    for is_off, group in itertools.groupby(guidance.is_off(step.value) for step in schedule.steps):
+        end = begin + len(list(group))
         part_guidance = GuidanceScaler() if is_off else guidance
         part_condition = condition[:1] if is_off else condition
         numbers = part_condition.numel() * (3 * len(decoder.blocks) + 2)
-        at_once = max(1, MAX_MODULATION_BYTES // (numbers * condition.element_size()))
-        for start in range(0, len(part_steps), at_once):
-            chunk = part_steps[start : start + at_once]
-            times = torch.stack([step.embedding for step in chunk])  # (S, 1, 1, Dd)
-            modulations = decoder.prepare_modulations(part_condition + times.unsqueeze(1))
-            for index, step in enumerate(chunk):
+        at_once = max(1, most_bytes // (numbers * condition.element_size()))
+        for start in range(begin, end, at_once):
+            chunk = slice(start, min(start + at_once, end))
+            modulations = decoder.prepare_modulations(part_condition + schedule.embeddings[chunk])
+            for index, step in enumerate(schedule.steps[chunk]):
                 yield step, part_guidance, [one.select(index) for one in modulations]
+        begin = end
 
 
 # Callers of the model
