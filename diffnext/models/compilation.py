@@ -52,11 +52,16 @@ def pad_length(length: int, most: int) -> int:
     return min(-(-max(length, 1) // quarter) * quarter, most)
 
 
-def pad_tokens(x: Tensor) -> Tensor:
-    """Tokens or their ids (B, n, ...) with the last repeated, up to a power of two of at least 8.
+def repeat_last(x: Tensor, length: int) -> Tensor:
+    """Tokens or their ids (B, n, ...) with the last repeated, up to a length.
 
     What is computed of the repeated ones is the same, so that it may be put in one's place.
     """
+    missing = length - x.size(1)
+    return torch.cat([x, x[:, -1:].expand(-1, missing, -1)], dim=1) if missing else x
+
+
+def pad_tokens(x: Tensor) -> Tensor:
+    """Tokens or ids (B, n, ...) with the last repeated, up to a power of two of at least 8."""
     n = x.size(1)
-    padding = max(FEWEST_TOKENS, 1 << (n - 1).bit_length()) - n
-    return torch.cat([x, x[:, -1:].expand(-1, padding, -1)], dim=1) if padding else x
+    return repeat_last(x, max(FEWEST_TOKENS, 1 << (n - 1).bit_length()))

@@ -119,13 +119,16 @@ class GuidanceScaler:
 
         Args:
             x: (P*B, ...).
-            scale: Weight of the prompt; ``guidance_scale`` when None.
+            scale: Weight of the prompt; ``guidance_scale`` when None. Given as a tensor, float32
+                without dimensions, it is used without rounding to the dtype of ``x``.
 
         Returns:
             (B, ...).
         """
         if self.num_passes == 1:
             return x
+        if isinstance(scale, Tensor) and x.dtype != scale.dtype:
+            return self.scale(x.to(scale.dtype), scale).to(x.dtype)
         g = self.guidance_scale if scale is None else scale
         if self.num_passes == 2:
             cond, uncond = x.chunk(2)

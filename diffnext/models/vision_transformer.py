@@ -255,6 +255,7 @@ class VisionTransformer(nn.Module):
         cache: KVCache | None = None,
         out_ids: Tensor | None = None,
         table: Tensor | None = None,
+        visible: Tensor | None = None,
     ) -> Tensor:
         """Encode one frame, or several laid end to end.
 
@@ -270,6 +271,8 @@ class VisionTransformer(nn.Module):
             out_ids: Tokens that are wanted, (B, n, 1); the last block then works on those alone.
                 All when None, which ``mask`` needs.
             table: What ``pos_embed`` adds to the tokens, (N, D), for callers who keep it.
+            visible: Which condition and known tokens are real, (1, Lc + k), where ``prev_ids`` end
+                with repetitions of the last one; all when None.
 
         Returns:
             (B, N, D), or (B, n, D).
@@ -291,8 +294,8 @@ class VisionTransformer(nn.Module):
             known = torch.cat([c, gather_tokens(tokens, prev_ids)], dim=1)  # (B, Lc + k, D)
             start = self.encoder_depth
             length = known.size(1)
-            known_mask: AttentionMask | None = mask
-            if self.is_compiled:
+            known_mask: AttentionMask | None = mask if visible is None else PaddingMask(visible)
+            if self.is_compiled and visible is None:
                 padding = pad_length(length, num_condition + tokens.size(1)) - length
                 known_mask = PaddingMask.of_length(length, padding, known.device)
                 known = F.pad(known, (0, 0, 0, padding))

@@ -14,6 +14,7 @@ import yaml
 from torch.nn import functional as F
 
 from diffnext.models.autoencoders.tiling import run_in_spatial_tiles
+from diffnext.models.capture import Programs, Recorded
 from diffnext.models.guidance_scaler import GuidanceScaler
 from diffnext.models.transformers.transformer_nova import NOVATransformer3DModel
 from diffnext.pipelines.nova import sampling
@@ -28,6 +29,7 @@ from tests.tiny import make_model
 CONFIGS = Path(__file__).parents[2] / "configs"
 IMAGES, VIDEOS = "nova_d48w1024_sdxl1024", "nova_d48w1024_osp480"
 SETS, STEPS, FRAMES = 64, 25, {IMAGES: 1, VIDEOS: 9}
+MOST_CALLS = {IMAGES: 3_000, VIDEOS: 20_000}
 MOST_LAUNCHES = {IMAGES: 100_500, VIDEOS: 584_500}
 PRECISIONS = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -54,10 +56,10 @@ class MarkedRun(GenerationRun):
         self.marks.append(self.device.total)
 
 
-def draw(model, sets, steps, frames=1, scheduler=None, **options):
+def draw(model, sets, steps, frames=1, scheduler=None, device=None, **options):
     """Draw on the device; what was counted, and the drawing."""
     weight = model.mask_embed.bos_token
-    with FakeCuda() as device, torch.no_grad():
+    with device or FakeCuda() as device, torch.no_grad():
         prompt = torch.empty(2, 256, model.text_embed.token_dim, dtype=weight.dtype, device=DEVICE)
         request = GenerationRequest(
             latent_shape=(1, *model.image_encoder.latent_shape),
@@ -131,6 +133,34 @@ def test_short_drawings_tell_what_a_whole_one_launches():
     sizes = cosine_set_sizes(SETS, math.prod(model.config["image_base_size"])).tolist()
     device, _ = draw(model, sizes, STEPS)
     assert device.total == count_launches(model, IMAGES)
+
+
+class CountingRecorder:
+    """Records programs on the device: a replay is one call, whatever it launches."""
+
+    def __init__(self, device):
+        self.device = device
+
+    def __call__(self, function, pool):
+        before = self.device.launches.copy()
+        output = function()
+        self.device.launches = before
+        return Recorded(lambda: self.device.launches.update(["replay"]), output)
+
+
+@pytest.mark.parametrize("name", MOST_CALLS)
+def test_calls_of_the_host_when_programs_are_replayed(name, monkeypatch):
+    monkeypatch.setattr(Programs, "prepare", lambda *_: None)  # fake weights lie nowhere
+    model, device = load(name, torch.bfloat16), FakeCuda()
+    model.programs = Programs(CountingRecorder(device))
+    sizes = cosine_set_sizes(SETS, math.prod(model.config["image_base_size"])).tolist()
+    frames, num_sets = min(FRAMES[name], 2), sum(n > 0 for n in sizes)
+    _, run = draw(model, sizes, 2, frames, device=device)
+    assert not device.pageable
+    assert device.launches["replay"] == 2 * frames * num_sets
+    assert len(model.programs) <= 14
+    last_frame = run.marks[-1] - run.marks[-num_sets - 3]
+    assert device.total + (FRAMES[name] - frames) * last_frame <= MOST_CALLS[name]
 
 
 def place(dtype=torch.float32, **options):

@@ -309,6 +309,12 @@ def test_a_quantised_pipeline_draws_and_is_not_quantised_again(pipe, kind):
         pipe.transformer.to(torch.bfloat16)
 
 
+def test_graphs_need_a_gpu(pipe):
+    with pytest.raises(ValueError, match="cuda_graphs=True needs a model on a GPU, .* on cpu"):
+        pipe.compile(cuda_graphs=True)
+    assert not pipe.transformer.image_decoder.is_compiled
+
+
 def test_a_prepacked_pipeline_draws_copies_and_saves(pipe, kind, tmp_path):
     expected = draw(pipe, kind)
     pipe.prepack()

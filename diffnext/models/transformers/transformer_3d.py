@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from diffnext.models.attention import BlockCausalMask
+from diffnext.models.capture import Programs
 from diffnext.models.compilation import check_options
 from diffnext.models.diffusion_mlp import DiffusionMLP
 from diffnext.models.embeddings import (
@@ -74,6 +75,8 @@ class Transformer3DModel(nn.Module):
         pipeline_preprocess: Applied to the inputs of :meth:`forward`.
         loss_repeat: How many noise levels each token is trained at in one step, for callers of
             :meth:`forward` who pass no number.
+        programs: Recorded parts of drawings, if they are to be recorded; see
+            :meth:`capture_drawing`.
     """
 
     def __init__(
@@ -104,6 +107,7 @@ class Transformer3DModel(nn.Module):
         self.sample_scheduler = sample_scheduler
         self.pipeline_preprocess: Callable[[dict[str, Any]], dict[str, Any]] = identity
         self.loss_repeat = 4
+        self.programs: Programs | None = None
 
     def forward(self, inputs: Mapping[str, Any] | Callable[[], Any]) -> Any:
         """Train or draw, by the mode the model is in.
@@ -327,6 +331,10 @@ class Transformer3DModel(nn.Module):
         check_options(options)
         self.image_encoder.compile_blocks(**options)
         self.image_decoder.compile_denoising(**options)
+
+    def capture_drawing(self) -> None:
+        """Record what sets of tokens launch as CUDA graphs, and replay them; see ``Programs``."""
+        self.programs = Programs()
 
     def set_gradient_checkpointing(self, level: int) -> None:
         """Trade time for memory in training.

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from accelerate.hooks import CpuOffload
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from diffusers.utils.torch_utils import get_module_execution_device
 from torch import Tensor
 
 from diffnext.image_processor import VaeImageProcessor, full_precision
@@ -153,7 +154,7 @@ class GenerationPipeline(AdapterLoading, PipelineMixin, DiffusionPipeline):
 
     # Settings
 
-    def compile(self, **options: Any) -> None:
+    def compile(self, cuda_graphs: bool = False, **options: Any) -> None:
         """Compile the image encoder's blocks and the denoising step.
 
         The first sample of every batch size, with and without guidance, then takes a while; others
@@ -161,12 +162,19 @@ class GenerationPipeline(AdapterLoading, PipelineMixin, DiffusionPipeline):
         launching operations is what takes the time: small batches on a GPU.
 
         Args:
+            cuda_graphs: Also record them as CUDA graphs, which a host replays by one call a set of
+                tokens each. Recording runs each of them three times, and buffers take memory.
             **options: Of ``torch.compile``, such as ``mode="max-autotune-no-cudagraphs"``.
 
         Raises:
             ValueError: For options that cannot work, with the reason.
         """
+        device = get_module_execution_device(self.transformer)
+        if cuda_graphs and device.type != "cuda":
+            raise ValueError(f"cuda_graphs=True needs a model on a GPU, this one is on {device}")
         self.transformer.compile_drawing(**options)
+        if cuda_graphs:
+            self.transformer.capture_drawing()
 
     def prepack(self) -> None:
         """Lay out the model's weights for the processor: faster or not, by the processor's maker.

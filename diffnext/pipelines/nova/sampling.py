@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import field
+from dataclasses import field, replace
 from functools import partial
 from typing import Annotated, Any, NamedTuple, TypeVar
 
@@ -24,7 +24,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffnext.models.attention import KVCache
-from diffnext.models.compilation import pad_tokens
+from diffnext.models.capture import MOST_ROWS, Programs
+from diffnext.models.compilation import pad_length, pad_tokens, repeat_last
 from diffnext.models.diffusion_mlp import Modulation
 from diffnext.models.embeddings import (
     RotaryEmbed3D,
@@ -140,6 +141,7 @@ class GenerationRun:
         order: Order of prediction, (B, N, 1) token ids; drawn at the first drawn frame.
         cache: Keys and values of earlier frames.
         first_states: The video encoder's states of the first frame, which a mixer modulates.
+        programs: Those of the model, if they can be used.
     """
 
     def __init__(
@@ -161,6 +163,7 @@ class GenerationRun:
         self.order: Tensor | None = None
         self.cache: KVCache | None = None
         self.first_states: Tensor | None = None
+        self.programs: Programs | None = None
 
     def bar(self, iterable: Iterable[T], is_shown: bool) -> Iterable[T]:
         """Iterate, with a progress bar if it is to be shown."""
@@ -316,6 +319,9 @@ def prepare(
     condition = model.encode_condition(
         request.prompt, request.c, request.motion_flow, request.fps, is_guided
     )
+    if model.programs is not None and model.programs.fit(model, condition.device):
+        model.programs.prepare(model)
+        run.programs = model.programs
     num_frames = request.max_latent_length
     condition = guidance.expand_text(condition)
     encoder = model.video_encoder
@@ -457,7 +463,7 @@ def generate_frame(
     tokens = hidden.expand(batch, order.size(1), -1).to(states.dtype)
     patches = states.new_zeros(batch, order.size(1), model.image_decoder.head.out_features)
     sets = [n for n in request.num_preds if n > 0]
-    encoder = SetEncoder(model, states, hw, order, tokens, sets, request.guidance)
+    encoder = SetEncoder(model, states, hw, order, tokens, sets, request.guidance, run.programs)
     done = 0
     for number, n in enumerate(run.bar(sets, run.show_sets)):
         ids = order[:, done : done + n]
@@ -495,6 +501,7 @@ class SetEncoder:
         tokens: The frame before its first set, (B, N, D).
         sets: Tokens of each set.
         guidance: Guidance weights.
+        programs: Recorded parts of drawings, if they can be used.
     """
 
     def __init__(
@@ -506,7 +513,9 @@ class SetEncoder:
         tokens: Tensor,
         sets: Sequence[int],
         guidance: GuidanceScaler,
+        programs: Programs | None = None,
     ) -> None:
+        self.programs = programs
         self.image_encoder = model.image_encoder
         self.states = states
         self.order = order
@@ -549,14 +558,57 @@ class SetEncoder:
     def _run(self, tokens: Tensor, begin: int, end: int, is_guided: bool = True) -> Tensor:
         """One call of the encoder: what was before ``begin`` is known, up to ``end`` is wanted."""
         order = self.guided_order if is_guided else self.order
-        return self.image_encoder(
-            self.guidance.expand(tokens) if is_guided else tokens,
-            self.states if is_guided else self.states[: len(tokens)],
-            prev_ids=order[:, :begin],
-            pos=self.rotation,
-            out_ids=order[:, begin:end],
-            table=self.table,
-        )
+        known, wanted = order[:, :begin], order[:, begin:end]
+        states = self.states if is_guided else self.states[: len(tokens)]
+        tokens = self.guidance.expand(tokens) if is_guided else tokens
+        if self.programs is None:
+            return self.image_encoder(
+                tokens, states, known, pos=self.rotation, out_ids=wanted, table=self.table
+            )
+        if begin:
+            known = repeat_last(known, pad_length(begin, order.size(1)))
+        num_condition = states.size(1)
+        places = torch.arange(num_condition + known.size(1), device=tokens.device)
+        visible = places[None] < num_condition + begin
+        inputs = [tokens, states, known, visible, pad_tokens(wanted)]
+        if self.rotation is not None:
+            inputs += [self.rotation.cos, self.rotation.sin]
+        elif self.table is not None:
+            inputs += [self.table]
+        program = partial(_encode_padded, self.image_encoder)
+        return self.programs.run("encoder", program, inputs)[:, : end - begin]
+
+
+def _encode_padded(
+    encoder: VisionTransformer,
+    tokens: Tensor,
+    states: Tensor,
+    known: Tensor,
+    visible: Tensor,
+    wanted: Tensor,
+    *positions: Tensor,
+) -> Tensor:
+    """A call of the image encoder, of tensors alone, so that it can be recorded.
+
+    Args:
+        encoder: The image encoder.
+        tokens: The frame, (P*B, N, D).
+        states: The video encoder's, (P*B, Nv, D).
+        known: Ids of known tokens, (P*B, k, 1); the last may be repeated.
+        visible: Which states and known tokens are real, (1, Nv + k).
+        wanted: Ids of the tokens to return, (P*B, n, 1).
+        *positions: A table for ``pos_embed``, or cosines and sines of a rotation.
+    """
+    is_rotary = len(positions) == 2
+    return encoder(
+        tokens,
+        states,
+        known,
+        pos=RotationTables(*positions) if is_rotary else None,
+        out_ids=wanted,
+        table=positions[0] if len(positions) == 1 else None,
+        visible=visible,
+    )
 
 
 # Denoising steps
@@ -593,7 +645,7 @@ def denoise(
         Patches of the predicted tokens, (B, n, p*p*C).
     """
     n = ids.size(1)
-    if model.image_decoder.is_compiled:
+    if model.image_decoder.is_compiled or run.programs is not None:
         ids, z = pad_tokens(ids), pad_tokens(z)
     if guidance.guidance_renorm < 1 or run.scheduler.updates is None:
         return _denoise_frame(model, guidance, run, schedule, z, noise, ids, scale)[:, :n]
@@ -606,7 +658,19 @@ def denoise(
             fresh.append(gather_tokens(embed.patchify(frame), ids))
     scale = guidance.guidance_scale if scale is None else scale
     inputs = [sample, z, schedule.embeddings, *fresh]
-    return _denoise_tokens(model, guidance, schedule.steps, scale, *inputs)[:, :n]
+    if run.programs is None or z.size(0) * z.size(1) > MOST_ROWS:
+        return _denoise_tokens(model, guidance, schedule.steps, scale, *inputs)[:, :n]
+    # Recorded once for all weights of the prompt.
+    guidance = replace(
+        guidance,
+        guidance_scale=2 if guidance.num_passes > 1 else 1,
+        min_guidance_scale=None,
+        guidance_reuse=1,
+    )
+    key = ("head", guidance, tuple((step.value, step.update) for step in schedule.steps))
+    program = partial(_denoise_tokens, model, guidance, schedule.steps)
+    weight = torch.full((), scale, dtype=torch.float32, device=z.device)
+    return run.programs.run(key, program, [weight, *inputs])[:, :n]
 
 
 def _denoise_tokens(
@@ -619,7 +683,7 @@ def _denoise_tokens(
     embeddings: Tensor,
     *fresh: Tensor,
 ) -> Tensor:
-    """All steps of a set; of tensors alone, and without a random draw.
+    """All steps of a set; of tensors alone, and without a random draw, so that it can be recorded.
 
     Args:
         model: The networks.
