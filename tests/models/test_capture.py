@@ -48,7 +48,7 @@ def draw(model, **options):
         {"image_guidance_scale": 1.2, "max_latent_length": 2, "motion_flow": 5},
         {"generator": [torch.Generator().manual_seed(seed) for seed in (1, 2)]},
     ],
-    ids=str,
+    ids=lambda options: " ".join(options) or "plain",
 )
 @pytest.mark.parametrize("scheduler", ["flow", "ddpm"])
 def test_recorded_drawings_equal_eager_ones(options, scheduler):
