@@ -18,7 +18,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from diffnext.data.caching.manifest import read_manifest
+from diffnext.data.manifest import read_manifest
 from diffnext.data.record_format import RecordError
 from diffnext.data.records import is_dataset
 

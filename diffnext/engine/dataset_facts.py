@@ -20,10 +20,10 @@ import numpy as np
 
 from diffnext.config.schema import TrainConfig
 from diffnext.config.targets import import_target
-from diffnext.data.caching.manifest import MANIFEST_NAME, Manifest, read_manifest
 from diffnext.data.dataset_folders import DatasetFolder, Folders, batch_weights, list_folders
 from diffnext.data.flex_pipelines import all_outputs
 from diffnext.data.flex_transforms import check_features
+from diffnext.data.manifest import MANIFEST_NAME, Manifest, read_manifest
 from diffnext.data.records import RecordDataset, RecordError, RecordSubset, read_metadata
 from diffnext.engine.base_folder import COMPONENTS, OVERLAY, BaseFolder, TransformerFacts
 from diffnext.models.embeddings import LabelEmbed

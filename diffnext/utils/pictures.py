@@ -14,7 +14,7 @@ from PIL import Image, UnidentifiedImageError
 
 from diffnext.utils.json_files import FileError
 
-__all__ = ["FORMATS", "known_formats", "load_picture", "open_picture", "to_rgb"]
+__all__ = ["FORMATS", "known_formats", "lay_on_white", "load_picture", "open_picture", "to_rgb"]
 
 # Not all that PIL reads: PostScript, for one, would start another program. The last two need a
 # plug-in: pillow-heif and pillow-jxl-plugin.
@@ -63,11 +63,17 @@ def to_rgb(picture: Image.Image, name: str = "image") -> Image.Image:
             got = f"values from {values.min():g} to {values.max():g}"
             raise ValueError(f"{name} must be 0 to {white} in mode {picture.mode}, got {got}")
         picture = Image.fromarray((values * (255 / white)).round().astype(np.uint8))
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        background = Image.new("RGBA", picture.size, "white")
-        picture = Image.alpha_composite(background, picture)
-    return picture.convert("RGB")
+    if not picture.has_transparency_data:
+        return picture.convert("RGB")
+    picture = picture.convert("RGBA")
+    return lay_on_white(picture.convert("RGB"), picture.getchannel("A"))
+
+
+def lay_on_white(picture: Image.Image, opacity: Image.Image) -> Image.Image:
+    """A picture in mode RGB as it looks on white paper, by its opacity in mode L."""
+    paper = Image.new("RGB", picture.size, "white")
+    paper.paste(picture, mask=opacity)
+    return paper
 
 
 @contextmanager

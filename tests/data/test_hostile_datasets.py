@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from diffnext.cli.inspect_cache import main
-from diffnext.data.caching.manifest import read_manifest
 from diffnext.data.flex_loaders import FeatureDataLoader
+from diffnext.data.manifest import read_manifest
 from diffnext.data.records import RecordDataset, RecordError, RecordWriter
 
 FEATURES = {"moments": "bytes", "shape": ["int"], "caption": "string"}

@@ -173,7 +173,7 @@ class _ArchiveReader:
             return tarfile.TarInfo.fromtarfile(self._archive)
         except OSError:
             raise
-        except Exception:  # of damaged headers tarfile raises whatever it stumbles over
+        except Exception:  # tarfile raises errors of any type on damaged headers
             return None
 
     def _take(self, header: tarfile.TarInfo) -> tuple[Member | None, int]:

@@ -32,16 +32,6 @@ from diffnext.data.caching.encoding import (
 from diffnext.data.caching.errors import CacheError, Skipped
 from diffnext.data.caching.examples import Example, Reading
 from diffnext.data.caching.items import Item
-from diffnext.data.caching.manifest import (
-    MOMENTS_DTYPE,
-    Counts,
-    Manifest,
-    TextFacts,
-    VaeFacts,
-    package_versions,
-    read_manifest,
-    write_manifest,
-)
 from diffnext.data.caching.motion import FLOW_UNIT
 from diffnext.data.caching.provenance import (
     SOURCES_NAME,
@@ -55,6 +45,16 @@ from diffnext.data.caching.readers import ItemReaders
 from diffnext.data.caching.settings import CacheSettings, Size, format_size, parse_size
 from diffnext.data.caching.sources import list_items
 from diffnext.data.caching.work_folder import SKIPPED_NAME, ChunkWriter, WorkFolder
+from diffnext.data.manifest import (
+    MOMENTS_DTYPE,
+    Counts,
+    Manifest,
+    TextFacts,
+    VaeFacts,
+    package_versions,
+    read_manifest,
+    write_manifest,
+)
 from diffnext.data.records import RecordDataset, normalize_features, write_metadata
 from diffnext.models.autoencoders.loading import read_autoencoder_config
 from diffnext.utils.weights_files import hash_weights

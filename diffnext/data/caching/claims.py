@@ -1,4 +1,4 @@
-"""Claims: which process of a build does what, told by files in a folder that all of them see.
+"""Claims: files in a shared folder say which process of a build works on what.
 
 The processes may run on other machines that share nothing but the folder. A claim outlives a
 process that was killed and a machine that went down, and is then taken over: a process of this
@@ -19,7 +19,6 @@ import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
 
 import psutil
 
@@ -49,12 +48,7 @@ class Claims:
         threading.Thread(target=self._keep_renewing, name="claims", daemon=True).start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._ended.set()
         for name in list(self._held):
             self.give_back(name)

@@ -14,6 +14,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageCms
 
 from diffnext.data.caching.errors import BadExample
+from diffnext.utils.pictures import lay_on_white
 
 BAD_PROFILE = "taken for sRGB: the colour profile cannot be used"
 NO_PROFILE = "taken for sRGB: other colours without a colour profile"
@@ -61,9 +62,7 @@ def to_srgb(picture: Image.Image, head: bytes) -> tuple[Image.Image, tuple[str, 
         picture = picture if transform is None else transform(picture)
     picture = picture.convert("RGB")
     if opacity is not None:
-        paper = Image.new("RGB", picture.size, "white")
-        paper.paste(picture, mask=opacity)
-        picture = paper
+        picture = lay_on_white(picture, opacity)
     return picture, () if note is None else (note,)
 
 

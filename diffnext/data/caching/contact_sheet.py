@@ -15,8 +15,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from diffnext.data.caching.errors import CacheError
-from diffnext.data.caching.manifest import Manifest, read_manifest
 from diffnext.data.flex_transforms import ParseLatents, check_features
+from diffnext.data.manifest import Manifest, read_manifest
 from diffnext.data.records import RecordDataset, RecordError
 from diffnext.image_processor import VaeImageProcessor
 from diffnext.models.autoencoders.loading import find_autoencoder, load_autoencoder

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from diffnext.data.caching.manifest import Manifest, read_manifest
 from diffnext.data.caching.provenance import SOURCES_NAME, read_facts
 from diffnext.data.flex_pipelines import all_outputs
 from diffnext.data.flex_transforms import check_features
+from diffnext.data.manifest import Manifest, read_manifest
 from diffnext.data.records import RecordDataset, RecordError, Shard
 
 FLOW_EDGES = (0, 0.5, 1, 2, 3, 5, 7, 10, 20, float("inf"))

@@ -7,7 +7,7 @@ import functools
 import io
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -132,7 +132,7 @@ class SideFiles(Mapping[str, Media]):
                 return FileMedia(os.path.splitext(self.path)[0] + written)
         raise KeyError(suffix)
 
-    def __iter__(self):  # noqa: ANN204
+    def __iter__(self) -> Iterator[str]:
         return iter([written.lower() for written in self.suffixes])
 
     def __len__(self) -> int:

@@ -73,7 +73,7 @@ def read_picture(file: BinaryIO, settings: CacheSettings) -> Picture:
         if head.startswith(TIFF_MARKS) and "known format" in str(error):
             raise BadExample("is a TIFF of a kind that Pillow does not read") from error
         raise BadExample(str(error)) from error
-    except Exception as error:  # decoders of damaged files raise whatever they stumble over
+    except Exception as error:  # decoders raise errors of any type on damaged files
         raise BadExample(f"cannot be decoded: {error or type(error).__name__}") from error
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from diffnext.data.caching.errors import CacheError
-from diffnext.data.caching.manifest import Counts, Manifest, read_manifest, write_manifest
+from diffnext.data.manifest import Counts, Manifest, read_manifest, write_manifest
 from diffnext.data.records import RecordDataset, copy_records
 
 UNLIMITED = 2**63 - 1

@@ -67,7 +67,7 @@ def read_clips(
         return _make_clips(frames, sampling)
     except (BadExample, CacheError, MemoryError):
         raise
-    except Exception as error:  # decoders of damaged files raise whatever they stumble over
+    except Exception as error:  # decoders raise errors of any type on damaged files
         message = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
         reason = DECORD_PLACES.sub("", message.splitlines()[0])
         raise BadExample(f"cannot be decoded: {reason}") from error

@@ -30,9 +30,9 @@ from pydantic import TypeAdapter
 
 from diffnext.data.caching.claims import Claims
 from diffnext.data.caching.errors import CacheError, Skipped
-from diffnext.data.caching.manifest import MANIFEST_NAME
 from diffnext.data.caching.provenance import SOURCES_NAME, ItemFacts, read_facts, write_facts
 from diffnext.data.caching.settings import CacheSettings, Size, format_size
+from diffnext.data.manifest import MANIFEST_NAME
 from diffnext.data.plain_files import read_typed
 from diffnext.data.records import METADATA_NAME, RecordDataset, RecordWriter, copy_records
 from diffnext.data.shards import INDEX_SUFFIX, SUFFIXES
