@@ -1,5 +1,8 @@
 """Pictures, clips and autoencoders for tests of the cache builder."""
 
+import os
+import shutil
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 
@@ -92,3 +95,55 @@ def make_settings(source, output, vae, **changes) -> CacheSettings:
     values = {"kind": "images", "sizes": (SIZE,), "batch_size": 2, "chunk_size": 4}
     values |= {"source": str(source), "output": Path(output), "vae": Path(vae), "shard_size": 8}
     return CacheSettings(**{**values, **changes})
+
+
+def read_files(folder: Path) -> dict[str, bytes]:
+    """Name and content of every file."""
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and not path.is_symlink()]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing catches it."""
+
+
+def run_with_kills(monkeypatch, run: Callable[[], object], *others: tuple[object, str]) -> int:
+    """Run something until it is not killed any more, each time a little further.
+
+    Every rename, removal and new folder is a moment to be killed at, before and after it.
+
+    Args:
+        monkeypatch: The fixture.
+        run: What is killed, and goes on when it is called again.
+        *others: Further functions that are such moments: the module of each, and its name.
+
+    Returns:
+        How often it was killed.
+    """
+    calls_left = kills = 0
+
+    def deadly(function):
+        def call(*args, **kwargs):
+            nonlocal calls_left, kills
+            if calls_left == 0:
+                kills += 1
+                if kills % 2:
+                    function(*args, **kwargs)
+                raise Killed
+            calls_left -= 1
+            return function(*args, **kwargs)
+
+        return call
+
+    moments = [(os, name) for name in ("replace", "mkdir", "rename", "remove")]
+    with monkeypatch.context() as patch:
+        for place, name in [*moments, (shutil, "rmtree"), *others]:
+            patch.setattr(place, name, deadly(getattr(place, name)))
+        for attempt in range(200):
+            calls_left = 1 + attempt // 2
+            try:
+                run()
+                return kills
+            except Killed:
+                pass
+    raise AssertionError(f"still killed after {kills} times")

@@ -6,7 +6,14 @@ from pathlib import Path
 import pytest
 
 from diffnext.data.records import RecordWriter
+from tests.data.caching_inputs import save_vae
 from tests.data.guide_examples import FEATURES, make_example
+
+
+@pytest.fixture(scope="session")
+def vae(tmp_path_factory) -> Path:
+    """Folder of an image autoencoder of stride 8 with random weights."""
+    return save_vae(tmp_path_factory.mktemp("vae"))
 
 
 @pytest.fixture

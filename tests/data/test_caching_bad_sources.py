@@ -26,17 +26,16 @@ from diffnext.data.caching.settings import Columns
 from diffnext.data.caching.sources import list_items
 from diffnext.data.records import RecordDataset
 from diffnext.utils import pictures
-from tests.data.caching_inputs import draw_picture, make_settings, save_vae, write_pictures
+from tests.data.caching_inputs import (
+    draw_picture,
+    make_settings,
+    write_pictures,
+)
 
 SECONDS = 5
 BLOCK = tarfile.BLOCKSIZE
 NAMES = ["0000.png", "0001.png", "0002.png"]
 CAPTIONS = [f"Picture {number}. It has a disc." for number in range(3)]
-
-
-@pytest.fixture(scope="module")
-def vae(tmp_path_factory):
-    return save_vae(tmp_path_factory.mktemp("vae"))
 
 
 def picture_bytes(number):

@@ -6,13 +6,14 @@ import shutil
 import struct
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from diffnext.data.caching import building, encoding, work_folder
+from diffnext.data.caching import building, encoding
 from diffnext.data.caching.building import build_cache
 from diffnext.data.caching.errors import CacheError
 from diffnext.data.caching.geometry import nearest_size
@@ -25,16 +26,12 @@ from tests.data.caching_inputs import (
     draw_picture,
     make_settings,
     numbered_frames,
-    save_vae,
+    read_files,
+    run_with_kills,
     save_video_vae,
     write_pictures,
     write_video,
 )
-
-
-@pytest.fixture(scope="module")
-def vae(tmp_path_factory):
-    return save_vae(tmp_path_factory.mktemp("vae"))
 
 
 @pytest.fixture(scope="module")
@@ -45,12 +42,6 @@ def video_vae(tmp_path_factory):
 def read_all(folder):
     with RecordDataset(folder) as dataset:
         return list(dataset)
-
-
-def read_files(folder):
-    """Name and content of every file."""
-    paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and not path.is_symlink()]
-    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
 def skipped_reasons(output):
@@ -203,14 +194,9 @@ def test_several_builds_at_once_write_what_one_writes(tmp_path, vae, monkeypatch
 # --- kills ----------------------------------------------------------------------------------------
 
 
-class Killed(BaseException):
-    """Stands for a kill: nothing catches it."""
-
-
 def test_a_build_killed_at_any_change_of_its_files_continues_to_the_same(
     tmp_path, vae, monkeypatch
 ):
-    """Every rename, new folder and removal is a moment to be killed at, before and after it."""
     write_pictures(tmp_path / "in", 13)
     (tmp_path / "in" / "0005.png").write_bytes(b"")
     build_cache(make_settings(tmp_path / "in", tmp_path / "whole", vae, sizes=((32, 32), (32, 64))))
@@ -220,35 +206,9 @@ def test_a_build_killed_at_any_change_of_its_files_continues_to_the_same(
     settings = make_settings(
         tmp_path / "in", tmp_path / "killed", vae, sizes=((32, 32), (32, 64)), workers=1
     )
-    kills = 0
-    calls_left = 0
-
-    def deadly(function):
-        def call(*args, **kwargs):
-            nonlocal calls_left, kills
-            if calls_left == 0:
-                kills += 1
-                if kills % 2:
-                    function(*args, **kwargs)
-                raise Killed
-            calls_left -= 1
-            return function(*args, **kwargs)
-
-        return call
-
-    monkeypatch.setattr(os, "replace", deadly(os.replace))
-    monkeypatch.setattr(os, "mkdir", deadly(os.mkdir))
-    monkeypatch.setattr(os, "rename", deadly(os.rename))
-    monkeypatch.setattr(work_folder.shutil, "rmtree", deadly(shutil.rmtree))
-    monkeypatch.setattr(building, "make_records", deadly(building.make_records))
-    for attempt in range(200):
-        calls_left = 1 + attempt // 2  # in the end far enough
-        try:
-            build_cache(settings)
-            break
-        except Killed:
-            pass
-    assert kills > 10
+    assert (
+        run_with_kills(monkeypatch, partial(build_cache, settings), (building, "make_records")) > 10
+    )
     assert read_files(tmp_path / "killed") == expected
 
 

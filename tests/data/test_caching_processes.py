@@ -19,7 +19,6 @@ from diffnext.data.caching.settings import FrameSampling
 from tests.data.caching_inputs import (
     make_settings,
     numbered_frames,
-    save_vae,
     save_video_vae,
     write_pictures,
     write_video,
@@ -77,11 +76,6 @@ BAD_DECODERS = {
     "strange": "stranger than fiction",
     "once": "cannot be decoded",  # the second time
 }
-
-
-@pytest.fixture(scope="module")
-def vae(tmp_path_factory):
-    return save_vae(tmp_path_factory.mktemp("vae"))
 
 
 def read_records(folder):

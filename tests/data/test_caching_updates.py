@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import tarfile
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,12 @@ from diffnext.data.caching.building import build_cache
 from diffnext.data.caching.errors import CacheError
 from diffnext.data.caching.settings import FrameSampling
 from tests.data.caching_inputs import (
+    Killed,
     draw_picture,
     make_settings,
     numbered_frames,
-    save_vae,
+    read_files,
+    run_with_kills,
     save_video_vae,
     write_pictures,
     write_video,
@@ -24,11 +27,6 @@ from tests.data.caching_inputs import (
 
 ROOT = Path(__file__).parents[2]
 COUNT = 9  # items; chunks of 4, shards of 8
-
-
-@pytest.fixture(scope="module")
-def vae(tmp_path_factory):
-    return save_vae(tmp_path_factory.mktemp("vae"))
 
 
 @pytest.fixture(autouse=True)
@@ -39,11 +37,6 @@ def shared_autoencoder(vae, monkeypatch):
     monkeypatch.setattr(
         encoding, "load_autoencoder", lambda path, *args: model if path == vae else load(path)
     )
-
-
-def read_files(folder):
-    paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
 def age(path):
@@ -183,10 +176,6 @@ def add_picture(folder, name):
     (folder / f"{name}.txt").write_text(name)
 
 
-class Killed(BaseException):
-    """Stands for a kill: nothing catches it."""
-
-
 def build_half(settings, monkeypatch):
     """A build that is killed when some chunks are complete."""
     calls = iter(range(100))
@@ -286,33 +275,7 @@ def test_an_update_killed_at_any_change_of_its_files_goes_on(tmp_path, vae, monk
     draw_picture(91, 96, 32).save(source / "0001.png")
     add_picture(source, "new")
     (source / "0004.png").unlink()
-    calls_left = kills = 0
-
-    def deadly(function):
-        def call(*args, **kwargs):
-            nonlocal calls_left, kills
-            if calls_left == 0:
-                kills += 1
-                if kills % 2:
-                    function(*args, **kwargs)
-                raise Killed
-            calls_left -= 1
-            return function(*args, **kwargs)
-
-        return call
-
-    with monkeypatch.context() as patch:
-        for name in ("replace", "mkdir", "rename", "remove"):
-            patch.setattr(os, name, deadly(getattr(os, name)))
-        patch.setattr(shutil, "rmtree", deadly(shutil.rmtree))
-        for attempt in range(200):
-            calls_left = 1 + attempt // 2
-            try:
-                build_cache(settings)
-                break
-            except Killed:
-                pass
-    assert kills > 10
+    assert run_with_kills(monkeypatch, partial(build_cache, settings)) > 10
     build_cache(make_settings(source, tmp_path / "fresh", vae, workers=1, sizes=sizes))
     assert read_files(tmp_path / "out") == read_files(tmp_path / "fresh")
 

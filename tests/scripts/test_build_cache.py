@@ -20,6 +20,7 @@ from diffnext.data.records import RecordDataset
 from tests.data.caching_inputs import (
     draw_picture,
     numbered_frames,
+    read_files,
     save_vae,
     save_video_vae,
     write_pictures,
@@ -61,11 +62,6 @@ def run_and_kill(arguments, output, rng):
     time.sleep(rng.uniform(0, 0.05))
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL, "the build ended before it was killed"
-
-
-def read_files(folder):
-    paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
 @pytest.mark.slow
