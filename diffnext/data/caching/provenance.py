@@ -21,6 +21,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from diffnext.data.caching.errors import BadExample, Skipped
 from diffnext.data.caching.items import Item
+from diffnext.data.caching.media import Media
 from diffnext.data.plain_files import open_plain
 from diffnext.data.record_format import RecordError
 from diffnext.data.records import RecordDataset
@@ -104,7 +105,7 @@ def _describe_values(item: Item) -> bytes:
     return json.dumps([dict(item.values), item.problem], default=repr, sort_keys=True).encode()
 
 
-def _hash_media(digest: Any, media: Any) -> None:
+def _hash_media(digest: xxhash.xxh3_128, media: Media) -> None:
     length = 0
     with media.open() as file:
         while block := file.read(BLOCK):

@@ -38,13 +38,13 @@ class _Task(Generic[Key]):
     Attributes:
         key: What the caller knows it by.
         item: None where there is nothing to read.
-        is_given: Whether a process has it.
+        attempts: How often it was given to a process.
         reading: What became of it.
     """
 
     key: Key
     item: Item | None
-    is_given: bool = False
+    attempts: int = 0
     reading: Reading | None = None
 
     @property
@@ -94,7 +94,7 @@ class ItemReaders:
                 is_exhausted = following is None
                 if following is not None:
                     waiting.append(_Task(*following))
-            self._give(task for task in waiting if not task.is_given and not task.is_done)
+            self._give(task for task in waiting if not task.attempts and not task.is_done)
             while waiting and waiting[0].is_done:
                 task = waiting.popleft()
                 yield task.key, task.reading
@@ -108,11 +108,11 @@ class ItemReaders:
 
     def _collect(self) -> None:
         """Wait until a process has an answer, or is gone."""
-        busy = [process for process in self._processes if process.task is not None]
-        ready = wait([process.connection for process in busy])
-        for process in busy:
+        busy = [(process, process.task) for process in self._processes if process.task is not None]
+        ready = wait([process.connection for process, _ in busy])
+        for process, task in busy:
             if process.connection in ready:
-                process.take_answer()
+                process.take_answer(task)
 
 
 class _ReadingProcess:
@@ -124,22 +124,19 @@ class _ReadingProcess:
 
     def __init__(self, settings: CacheSettings) -> None:
         self._settings = settings
-        self._attempts = 0
         self._is_ready = False
         self.task: _Task | None = None
         self.connection, self._process = self._launch()
 
     def start(self, task: _Task) -> None:
         """Give it an item."""
-        task.is_given = True
         self.task = task
-        self._attempts = 1
-        self._send()
+        task.attempts += 1
+        with contextlib.suppress(ConnectionError):  # it is gone: waiting for its answer shows that
+            self.connection.send(task.item)
 
-    def take_answer(self) -> None:
-        """Take what became of the item; one whose process is gone is tried once more."""
-        if self.task is None:
-            return
+    def take_answer(self, task: _Task) -> None:
+        """Take what became of its item; one whose process is gone is tried once more."""
         try:
             answer = self.connection.recv()
         except (EOFError, ConnectionError) as error:
@@ -148,9 +145,8 @@ class _ReadingProcess:
                 raise CacheError("a decoding process cannot be started, see above") from error
             self._is_ready = False
             self.connection, self._process = self._launch()
-            if code != -signal.SIGALRM and self._attempts < ATTEMPTS:
-                self._attempts += 1
-                self._send()
+            if code != -signal.SIGALRM and task.attempts < ATTEMPTS:
+                self.start(task)
                 return
             answer = Reading([], problem=self._explain(code))
         if answer == READY:
@@ -158,7 +154,7 @@ class _ReadingProcess:
             return
         if isinstance(answer, CacheError):
             raise answer
-        self.task.reading = answer
+        task.reading = answer
         self.task = None
 
     def end(self) -> int:
@@ -184,10 +180,6 @@ class _ReadingProcess:
         with contextlib.suppress(ConnectionError):
             connection.send(self._settings)
         return connection, process
-
-    def _send(self) -> None:
-        with contextlib.suppress(ConnectionError):  # it is gone, which the next answer tells
-            self.connection.send(self.task and self.task.item)
 
     def _explain(self, code: int) -> str:
         if code == -signal.SIGALRM:
