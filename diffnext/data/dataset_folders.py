@@ -105,7 +105,7 @@ def _find_sizes(folder: str) -> list[str]:
     for name in manifest.datasets:
         path = Path(folder, name)
         if name == ".." or path.parent != Path(folder) or path.is_symlink():
-            raise RecordError(f"{folder}: its manifest lists {name!r}, which is no folder in it")
+            raise RecordError(f"{folder}: its manifest lists {name!r}, which is not a folder in it")
     return [os.path.join(folder, name) for name in manifest.datasets]
 
 

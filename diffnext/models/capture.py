@@ -121,8 +121,8 @@ class Programs:
     def fit(self, model: nn.Module, device: torch.device) -> bool:
         """Whether a model's weights stay where they are and are read as they are.
 
-        Not on a CPU, nor with hooks of offloading, with adapters, whose strength is no tensor, or
-        under autocast, which keeps converted weights for a while.
+        Not on a CPU, nor with hooks of offloading, nor with adapters, whose strength is not a
+        tensor, nor under autocast, which keeps converted weights for a while.
         """
         if self._record is record_cuda_graph and device.type != "cuda":
             return False

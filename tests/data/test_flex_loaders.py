@@ -592,7 +592,7 @@ def test_a_wrong_list_of_datasets_is_refused_at_construction(make_dataset, datas
 def test_a_manifest_cannot_lead_out_of_its_folder(sizes_folder, name):
     (sizes_folder / "linked").symlink_to(sizes_folder / "24x32")
     (sizes_folder / "manifest.json").write_text(json.dumps({"datasets": {name: 3}}))
-    with pytest.raises(RecordError, match="its manifest lists .*, which is no folder in it"):
+    with pytest.raises(RecordError, match="its manifest lists .*, which is not a folder in it"):
         FeatureDataLoader(sizes_folder)
 
 

@@ -119,7 +119,7 @@ def clean_text(name: str, value: Any, limit: int) -> str:
     """A caption without blanks around it.
 
     Raises:
-        BadExample: If it is no text, too long, or not UTF-8.
+        BadExample: If it is not text, too long, or not UTF-8.
     """
     if value is None:
         return ""

@@ -51,7 +51,7 @@ def to_srgb(picture: Image.Image, head: bytes) -> tuple[Image.Image, tuple[str, 
         A picture in mode RGB, and notes on what was assumed.
 
     Raises:
-        BadExample: If its values have no known black and white.
+        BadExample: If it is not known which values are black and white.
     """
     profile = picture.info.get("icc_profile")
     note = None if profile else _name_other_colours(picture, head)

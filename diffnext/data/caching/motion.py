@@ -68,7 +68,7 @@ def _reduce(cv2: Any, frame: np.ndarray) -> np.ndarray:
 
 def _compare(cv2: Any, first: np.ndarray, second: np.ndarray) -> float | None:
     """Mean distance of what moves between two grey frames, (h, w); None across a cut."""
-    # A lamp that flickers or a fade is no motion.
+    # A lamp that flickers, or a fade, is not motion.
     second = cv2.convertScaleAbs(second, alpha=max(first.mean(), 1) / max(second.mean(), 1))
     corners = cv2.goodFeaturesToTrack(first, mask=_changes(cv2, first, second), **CORNERS)
     if corners is None:

@@ -60,7 +60,7 @@ def read_picture(file: BinaryIO, settings: CacheSettings) -> Picture:
 
     Raises:
         BadExample: If it is not a picture, damaged, animated, or of an unsuitable size, or if its
-            values have no known black and white.
+            range of values is not known.
     """
     head = file.read(HEAD)
     file.seek(0)
