@@ -30,7 +30,7 @@ test: setup-test lint
 	$(PYTEST) -n 2 --dist loadfile
 
 test-slow: setup-test
-	$(PYTEST) -m "slow and not gpu"
+	$(PYTEST) -m "slow and not gpu" -n 2 --dist loadfile
 
 docs: setup-test
 	$(BIN)/mkdocs build --strict
