@@ -215,6 +215,11 @@ class ModelConfig(Section):
         "null: 0.7, 1, 0.25.",
         None,
     )
+    context_noise: Share = key(
+        "Most noise in the earlier frames that a later one is learnt from, 0 to 1, drawn anew for "
+        "every frame: long videos then drift less.",
+        0.0,
+    )
     loss_weights: LossWeights = key("Weights of the losses of videos.", LossWeights)
     lora: LoraOptions | None = key("Low-rank adapters.", None)
 

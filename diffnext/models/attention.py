@@ -5,7 +5,7 @@ Shapes: B batch, H heads, L tokens, d head width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from itertools import accumulate
@@ -154,7 +154,10 @@ def can_flex(head_dim: int) -> bool:
 
 
 class LayerKVCache:
-    """Keys and values of one layer, in buffers for the whole video.
+    """Keys and values of one layer: what came first, and as many of the latest frames as fit.
+
+    A frame that finds no room takes the place of the oldest one. What was appended first, the
+    prompt with the first frame, always stays.
 
     Args:
         buffer: Uninitialised storage, (2, B, H, capacity, d).
@@ -163,6 +166,9 @@ class LayerKVCache:
     def __init__(self, buffer: Tensor) -> None:
         self.buffer = buffer
         self.length = 0
+        self._next = 0  # where the next tokens go
+        self._first = 0  # how many tokens came first
+        self._first_keys: Tensor | None = None
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Add tokens and return everything held.
@@ -172,20 +178,29 @@ class LayerKVCache:
             v: New values, same shape.
 
         Returns:
-            All keys and values so far, (B, H, length, d).
+            All keys and values that are held, (B, H, length, d), in no order.
 
         Raises:
-            ValueError: If the tokens do not fit.
+            ValueError: If the tokens do not fit beside those that came first.
         """
-        end = self.length + k.size(2)
         capacity = self.buffer.size(3)
+        start = self._next if self._next + k.size(2) <= capacity else self._first
+        end = start + k.size(2)
         if end > capacity:
             raise ValueError(f"the key/value cache holds {capacity} tokens, {end} needed")
-        self.buffer[0, :, :, self.length : end] = k
-        self.buffer[1, :, :, self.length : end] = v
-        self.length = end
-        keys, values = self.buffer[:, :, :, :end]
+        self.buffer[0, :, :, start:end] = k
+        self.buffer[1, :, :, start:end] = v
+        self._first = self._first or end
+        self._next, self.length = end, max(self.length, end)
+        keys, values = self.buffer[:, :, :, : self.length]
         return keys, values
+
+    def turn_first(self, turn: Callable[[Tensor], Tensor]) -> None:
+        """Put the keys that came first, as they were appended, at another position."""
+        first = self.buffer[0, :, :, : self._first]
+        if self._first_keys is None:
+            self._first_keys = first.clone()
+        first.copy_(turn(self._first_keys))
 
 
 class KVCache:
@@ -193,7 +208,7 @@ class KVCache:
 
     Args:
         depth: Number of layers.
-        shape: (B, H, capacity, d) of each; the capacity is the most tokens ever held.
+        shape: (B, H, capacity, d) of each; the capacity is the most tokens held at once.
         like: Gives dtype and device.
     """
 

@@ -75,6 +75,8 @@ class Transformer3DModel(nn.Module):
         pipeline_preprocess: Applied to the inputs of :meth:`forward`.
         loss_repeat: How many noise levels each token is trained at in one step, for callers of
             :meth:`forward` who pass no number.
+        context_noise: Most noise that the earlier frames get in training, a share from 0 to 1; see
+            :meth:`disturb`.
         programs: Recorded parts of drawings, if they are to be recorded; see
             :meth:`capture_drawing`.
     """
@@ -107,6 +109,7 @@ class Transformer3DModel(nn.Module):
         self.sample_scheduler = sample_scheduler
         self.pipeline_preprocess: Callable[[dict[str, Any]], dict[str, Any]] = identity
         self.loss_repeat = 4
+        self.context_noise = 0.0
         self.programs: Programs | None = None
 
     def forward(self, inputs: Mapping[str, Any] | Callable[[], Any]) -> Any:
@@ -238,7 +241,7 @@ class Transformer3DModel(nn.Module):
             ``loss_i2i`` (later frames).
         """
         video = x.unsqueeze(2) if x.ndim == 4 else x
-        states = self.encode_video(video, c)
+        states = self.encode_video(self.disturb(video), c)
         frames = video.transpose(1, 2).flatten(0, 1)  # (B*T, C, h, w)
         embed = self.image_encoder.patch_embed
         tokens = embed(frames)
@@ -256,6 +259,20 @@ class Transformer3DModel(nn.Module):
         return self.get_losses(
             z, frames, mask.hidden_ids, noise_scheduler, loss_repeat, num_frames=video.size(2)
         )
+
+    def disturb(self, video: Tensor) -> Tensor:
+        """Frames as later ones read them, (B, C, T, h, w): each with a drawn share of noise in it.
+
+        A model that has only read clean frames takes its own mistakes for what was shown, and adds
+        to them frame by frame. The share, up to ``context_noise``, is not told to the model.
+
+        Source: as in diffusion forcing (arXiv:2407.01392), by frames of one video.
+        """
+        if self.context_noise == 0 or video.size(2) == 1:
+            return video
+        shape = (video.size(0), 1, video.size(2), 1, 1)
+        share = torch.rand(shape, device=video.device, dtype=video.dtype) * self.context_noise
+        return video.lerp(torch.randn_like(video), share)
 
     def get_losses(
         self,

@@ -55,6 +55,9 @@ class CallArguments(GuidanceScaler):
         max_latent_length: Latent frames T of the whole video; 1 is an image. A video autoencoder
             with 4 frames per latent makes 4 (T - 1) + 1 frames.
         num_frames: Frames of the whole video, in place of ``max_latent_length``.
+        max_context_frames: How many of the latest latent frames the next one is drawn from, so
+            that long videos take no more memory than short ones; None is all. Results are equal
+            as long as no more frames than these came before.
         flow_shift: Timestep shift of a flow-matching scheduler. It holds for later calls of this
             pipeline in the same thread too, until another is given; None keeps the last, at first
             the scheduler's own. The scheduler itself stays as it is; a stream's shift is its own.
@@ -103,6 +106,7 @@ class CallArguments(GuidanceScaler):
     num_diffusion_steps: AtLeastOne = 25
     max_latent_length: AtLeastOne = 1
     num_frames: AtLeastOne | None = None
+    max_context_frames: AtLeastOne | None = None
     flow_shift: Positive | None = None
     motion_flow: AtLeastZero = 5
     fps: Positive | None = None

@@ -348,6 +348,7 @@ class GenerationPipeline(AdapterLoading, PipelineMixin, DiffusionPipeline):
                 "latent_shape": (samples, *self.transformer.image_encoder.latent_shape),
                 "num_preds": sizes,
                 "max_latent_length": num_frames,
+                "max_context_frames": arguments.max_context_frames,
                 "motion_flow": arguments.motion_flow if has_motion else None,
                 "fps": arguments.fps,
                 "latents": arguments.latents or (),
@@ -403,7 +404,7 @@ class GenerationPipeline(AdapterLoading, PipelineMixin, DiffusionPipeline):
             if value not in (None, wanted):
                 raise ValueError(f"the model makes pictures of {name} {wanted}, got {value}")
         if self.transformer.motion_embed is None:
-            for name, unset in (("motion_flow", 5), ("fps", None)):
+            for name, unset in (("motion_flow", 5), ("fps", None), ("max_context_frames", None)):
                 value = getattr(arguments, name)
                 if value != unset:
                     raise ValueError(f"{name}={value} is for models of videos, which this is not")

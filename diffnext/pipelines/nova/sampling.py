@@ -80,6 +80,7 @@ class GenerationRequest:
         latent_shape: (B, C, h, w).
         num_preds: Tokens revealed at each step of a frame; sums to N. Zeros are skipped.
         max_latent_length: Frames T of the result.
+        max_context_frames: How many of the latest frames the next one is drawn from; all if None.
         prompt: Text states or class ids, [conditional || null] with guidance, (2B or B, ...).
         c: Ready condition tokens, with the same rows, each (2B or B, L, D).
         motion_flow: Motion strength, one or one per sample; None adds no motion tokens.
@@ -94,6 +95,7 @@ class GenerationRequest:
     latent_shape: tuple[AtLeastOne, AtLeastOne, AtLeastOne, AtLeastOne]
     num_preds: Annotated[tuple[Count, ...], Listed]
     max_latent_length: AtLeastOne = 1
+    max_context_frames: AtLeastOne | None = None
     prompt: Any = None
     c: Annotated[tuple[Tensor, ...], Listed] = ()
     motion_flow: Annotated[tuple[AtLeastZero, ...], OnePerSample] | None = None
@@ -327,7 +329,8 @@ def prepare(
     grid = _grid(encoder, request.latent_shape)
     if num_frames > 1:
         head_dim = encoder.rope.dim
-        capacity = condition.size(1) + num_frames * grid[0] * grid[1]
+        num_held = 1 + min(request.max_context_frames or num_frames, num_frames - 1)
+        capacity = condition.size(1) + num_held * grid[0] * grid[1]
         shape = (len(condition), encoder.embed_dim // head_dim, capacity, head_dim)
         run.cache = KVCache(len(encoder.blocks), shape, condition)
     time, positions = None, None
@@ -398,6 +401,12 @@ def read_frame(
         tokens = encoder.patch_embed(previous)
     if shared.time is not None:
         tokens = model.video_pos_embed(tokens + shared.time[index])
+    context = request.max_context_frames or index
+    if shared.positions is not None and run.cache is not None and index > context:
+        # The prompt stays as near as it was in training, where positions are relative.
+        lag = encoder.rotation(shared.positions[index - context][:, :1], 0, tokens.dtype)
+        for layer in run.cache.layers:
+            layer.turn_first(lag)
     states = encoder(
         request.guidance.expand(tokens, padding=begin),
         shared.condition if index == 0 else None,

@@ -62,8 +62,9 @@ class TrainingPipelineMixin(ABC):
 
         Args:
             config: Training config; its ``model`` section gives ``gradient_checkpointing`` (0 to
-                3, default 0), ``loss_repeat`` (default 4) and ``mask_ratios``, arguments of
-                :class:`diffnext.models.embeddings.MaskEmbed` (its defaults).
+                3, default 0), ``loss_repeat`` (default 4), ``context_noise`` (default 0) and
+                ``mask_ratios``, arguments of :class:`diffnext.models.embeddings.MaskEmbed` (its
+                defaults).
 
         Returns:
             The model in training mode, its frozen parts frozen.
@@ -73,6 +74,7 @@ class TrainingPipelineMixin(ABC):
         section = config.model if isinstance(config.model, Mapping) else vars(config.model)
         model.set_gradient_checkpointing(section.get("gradient_checkpointing", 0))
         self.loss_repeat = section.get("loss_repeat", 4)
+        model.context_noise = section.get("context_noise", 0.0)
         if section.get("mask_ratios"):
             model.mask_embed.mask_ratios = list(section["mask_ratios"])
         modules = dict(model.named_modules())
