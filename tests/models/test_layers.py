@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn import functional as F
+from torch.profiler import profile
 
 from diffnext.models.attention import BlockCausalMask, KVCache
 from diffnext.models.diffusion_mlp import DiffusionMLP
@@ -121,6 +122,27 @@ def test_block_causal_attention_equals_the_dense_mask():
     q, k, v = torch.randn(3, 2, 4, 15, 16)
     dense = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.dense(q.dtype))
     torch.testing.assert_close(mask.attend(q, k, v), dense, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "num_tokens", "is_trained", "is_fused"),
+    [
+        (torch.bfloat16, 38, True, False),
+        (torch.bfloat16, 38, False, True),
+        (torch.bfloat16, 513, True, True),
+        (torch.float32, 38, True, True),
+    ],
+)
+def test_short_bfloat16_attention_is_trained_without_the_fused_kernel(
+    dtype, num_tokens, is_trained, is_fused
+):
+    block = Block(32, 2).requires_grad_(is_trained)
+    x = torch.randn(2, num_tokens, 32)
+    with profile() as prof, torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        output = block(x)
+    operations = {event.key for event in prof.key_averages()}
+    assert ("aten::scaled_dot_product_attention" in operations) is is_fused
+    torch.testing.assert_close(output.float(), block(x), atol=0.05, rtol=0.05)
 
 
 def test_a_mask_prepared_for_flex_attention_gives_the_same():
