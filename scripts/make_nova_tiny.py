@@ -4,9 +4,9 @@
     python scripts/make_nova_tiny.py --work try --scale 0.1 --seed 1 --only nova-tiny
 
 Every stage is a command of this repository; it is shown, and skipped when its result is there. The
-same command continues after an interruption. NOVA learns pictures in lessons, from shapes in fixed
-places to shapes anywhere; the model of clips goes on from the weights of that of pictures. The work
-folder receives
+same command continues after an interruption. NOVA learns pictures in two lessons, first what
+words say and then all kinds; the model of clips goes on from the weights of that of pictures. The
+work folder receives
 
     nova-tiny/, nova-tiny-video/  release folders: the average of the weights (EMA), in float16
     *_scores/                     scores.json, scores.md and a sheet of pictures of each
@@ -51,29 +51,29 @@ class Lesson:
         categories: Kinds of pictures; a kind that is named twice is twice as frequent.
         num_records: Pictures, or clips.
         steps: Of training.
-        is_centered: Whether shapes stand in the same places in every picture.
         is_clip: Whether it is of clips.
         learning_rate: At its peak; that of the config when None.
+        hides_all: Whether all tokens are hidden in every step, so that words alone explain a
+            picture; else as many as the config says.
     """
 
     name: str
     categories: Sequence[str]
     num_records: int
     steps: int
-    is_centered: bool = False
     is_clip: bool = False
     learning_rate: float | None = None
+    hides_all: bool = False
 
 
-# Words are learnt where they explain most of a picture: in thousands of steps less than from
-# pictures in which shapes, of any colour, may be anywhere, or next to others.
-NAMED_COLORS = ("colors", "colors", "attribution", "attribution", "counting", "position")
+# Words are learnt where they alone explain a picture: with everything hidden, from pictures whose
+# captions say most. Otherwise neighbours explain it first.
+NAMED_COLORS = ("colors", "attribution", "attribution", "position")
+ALL_KINDS = (*CATEGORIES, "colors", "attribution")
 COLORED_CLIPS = ("single", "two", "colors", "colors", "attribution", "attribution")
 PICTURE_LESSONS = (
-    Lesson("centered", CATEGORIES, 16000, 3000, is_centered=True),
-    Lesson("anywhere", CATEGORIES, 40000, 8000),
-    Lesson("longer", CATEGORIES, 40000, 16000),
-    Lesson("named_colors", NAMED_COLORS, 16000, 4000, learning_rate=5e-4),
+    Lesson("named_colors", NAMED_COLORS, 80000, 1250, hides_all=True),
+    Lesson("all_kinds", ALL_KINDS, 200000, 60000),
 )
 CLIP_LESSONS = (
     Lesson("clips", CLIP_CATEGORIES, 8000, 14000, is_clip=True),
@@ -223,7 +223,7 @@ def initialize_stage(
     text = args.work / "text"
     command = [
         *(sys.executable, SCRIPTS / "init_checkpoint.py", "--config", config, "--output", output),
-        *("--vae", args.work / autoencoder / "vae", "--seed", str(args.seed), "--shift", "3"),
+        *("--vae", args.work / autoencoder / "vae", "--seed", str(args.seed), "--shift", "1.5"),
         *("--text-encoder", text / "text_encoder", "--tokenizer", text / "tokenizer"),
         *options,
     ]
@@ -238,7 +238,6 @@ def render_stage(args: argparse.Namespace, lesson: Lesson, seed: int) -> Stage:
         *("--vae", args.work / "autoencoder" / "vae", "--seed", str(1000 * args.seed + seed)),
         *("--num", str(scaled(lesson.num_records, args)), "--categories", *lesson.categories),
         "--bf16",
-        *(["--centered"] if lesson.is_centered else []),
         *(["--clips"] if lesson.is_clip else []),
     ]
     return Stage(output.name, output, command)
@@ -252,7 +251,7 @@ def train_stage(args: argparse.Namespace, lesson: Lesson, pretrained: Path) -> S
     held_out = HELD_OUT_CLIPS if lesson.is_clip else HELD_OUT_PICTURES
     command = [
         *(Path(sys.executable).parent / "accelerate", "launch", "--num_processes", "1"),
-        *("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"),
+        *("--num_machines", "1", "--dynamo_backend", "no"),
         *("--num_cpu_threads_per_process", threads, SCRIPTS / "train.py"),
         f"config={VIDEO_MODEL_CONFIG if lesson.is_clip else IMAGE_MODEL_CONFIG}",
         f"pipeline.paths.pretrained_path={pretrained}",
@@ -262,7 +261,9 @@ def train_stage(args: argparse.Namespace, lesson: Lesson, pretrained: Path) -> S
         f"training.max_train_steps={steps}",
         f"lr_scheduler.params.warmup_steps={min(200, steps // 10)}",
         f"training.seed={1337 + args.seed}",
+        "training.mixed_precision=bf16",
         *([f"optimizer.params.lr={lesson.learning_rate}"] if lesson.learning_rate else []),
+        *(["model.mask_ratios=[0.98,1.0,0.4]"] if lesson.hides_all else []),
     ]
     return Stage(output.name, output / "checkpoints" / f"checkpoint-{steps}", command)
 

@@ -115,7 +115,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         choices=CATEGORIES,
         help="kinds of pictures, drawn evenly; naming one twice doubles it (all)",
     )
-    parser.add_argument("--centered", action="store_true", help="always the same places")
     parser.add_argument("--batch-size", type=int, default=16, help="pictures encoded at once (16)")
     parser.add_argument("--device", default="cpu", help="where to encode: cpu, cuda (cpu)")
     parser.add_argument(
@@ -142,7 +141,7 @@ def make_example(args: argparse.Namespace, index: int) -> Example:
         flow = clip.flow
     else:
         description = draw_description(rng, category)
-        frames = render_scene(draw_scene(rng, description, args.centered), args.size)[None]
+        frames = render_scene(draw_scene(rng, description), args.size)[None]
         flow = 0.0
     caption = write_caption(rng, description)
     return Example(description, caption, write_prompt(description), frames, flow)

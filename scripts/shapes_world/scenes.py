@@ -289,16 +289,15 @@ def draw_description(rng: np.random.Generator, category: str) -> Description:
 def draw_scene(
     rng: np.random.Generator,
     description: Description,
-    is_centered: bool = False,
     sizes: Sequence[str] = tuple(SIZES),
 ) -> Scene:
     """Draw a picture that fulfils a description, without held-out colours of what it leaves open.
 
+    Of two shapes without a relation the one named first comes first as one reads: row by row.
+
     Args:
         rng: Source of randomness.
         description: May hold out combinations itself.
-        is_centered: Shapes stand in the same places around the middle in every picture, so that
-            words explain as much of it as they can.
         sizes: Those of shapes whose size the description leaves open.
     """
     shared = choose(rng, allowed_colors(description.mentions[0].shape))
@@ -310,11 +309,10 @@ def draw_scene(
     ]
     while True:
         radii = _draw_radii(rng, wanted, sizes)
-        if is_centered:
-            centers = _center(len(radii), description.relation)
-        else:
-            centers = _place(rng, radii, description.relation)
-        if centers is not None:
+        centers = _place(rng, radii, description.relation)
+        if centers is None:
+            continue
+        if len(description.mentions) == 1 or description.relation or _in_reading_order(centers):
             break
     items = tuple(
         Item(mention.shape, color, radius, center)
@@ -359,14 +357,9 @@ def _place(
     return None
 
 
-def _center(count: int, relation: str | None) -> list[Point]:
-    """One place for each shape around the middle; without a relation the first one is left."""
-    if count == 1:
-        return [(0.5, 0.5)]
-    if count > 2:
-        return [(0.25, 0.25), (0.75, 0.25), (0.25, 0.75), (0.75, 0.75)][:count]
-    x, y = RELATIONS[relation or "left of"]
-    return [(0.5 + x / 4, 0.5 + y / 4), (0.5 - x / 4, 0.5 - y / 4)]
+def _in_reading_order(centers: Sequence[Point]) -> bool:
+    """Whether places follow each other as one reads, row by row."""
+    return list(centers) == sorted(centers, key=lambda center: (center[1], center[0]))
 
 
 def _draw_center(rng: np.random.Generator, radius: float) -> Point:

@@ -26,7 +26,7 @@ def test_the_recipe_makes_scored_releases_and_runs_no_stage_twice(tmp_path, capf
         assert folder_size(tmp_path / product) < 8e6
     assert "motion" in scores["seen"]["single"]
     first = json.loads((tmp_path / "times.json").read_text())
-    assert {name.removesuffix("_training") for name in first} >= {"text", "centered", "clips"}
+    assert {name.removesuffix("_training") for name in first} >= {"text", "named_colors", "clips"}
 
     capfd.readouterr()
     make_nova_tiny.main(options)
