@@ -12,14 +12,17 @@ exactly the shapes, colours, number and relation of the prompt; a clip is right 
 is, 90 % of its frames show the shapes of the prompt (identity), and the first shape moves as asked.
 Agreement is the share of such frames over all clips. With `--given-frames` models continue rendered
 clips, and every colour is named. `--truth` scores rendered pictures instead, with their captions
-and with captions in a wrong order, and `--vae` reconstructions. The folder gets scores.json,
-scores.md and sheet.png, failures framed red.
+and with captions in a wrong order, and `--vae` reconstructions. Intervals hold the true share with
+95 % confidence. With the category attribution, models of pictures also get their binding share (see
+shapes_world/binding.py). The folder gets scores.json, scores.md and sheet.png, with a cross at
+what is wrong.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -30,13 +33,14 @@ from typing import Any
 import numpy as np
 import torch
 from numpy import ndarray
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from diffnext.models.autoencoders.autoencoder_kl_opensora import AutoencoderKLOpenSora
 from diffnext.models.autoencoders.loading import load_autoencoder
 from diffnext.pipelines import NOVAPipeline
 from make_shapes_dataset import encode
+from shapes_world.binding import measure_binding
 from shapes_world.captions import write_prompt
 from shapes_world.evaluation import Verdict, judge, select_descriptions
 from shapes_world.rendering import render_clip, render_scene
@@ -51,6 +55,7 @@ from shapes_world.scenes import (
 
 SPLITS = {"seen": False, "held out": True}
 SHEET_COLUMNS = 12
+WRONG = (196, 30, 58)  # of crosses and captions
 
 
 @dataclass(frozen=True)
@@ -141,7 +146,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def evaluate_model(args: argparse.Namespace) -> None:
     """Score a model; print and write the result."""
     begin = time.monotonic()
-    drawings = draw_all(args, pipeline_drawer(load_pipeline(args), args))
+    pipe = load_pipeline(args)
+    drawings = draw_all(args, pipeline_drawer(pipe, args))
     settings = {
         "model": str(args.model),
         "guidance_scale": args.guidance_scale,
@@ -151,6 +157,8 @@ def evaluate_model(args: argparse.Namespace) -> None:
         "seed": args.seed,
         "seconds": round(time.monotonic() - begin, 1),
     }
+    if "attribution" in args.categories and not args.clips:
+        settings["binding"] = measure_binding(pipe, args.seed)
     report(args, drawings, settings)
 
 
@@ -305,19 +313,35 @@ def score(drawings: Sequence[Drawing]) -> dict[str, dict[str, dict[str, float]]]
             if verdicts:
                 rows[category] = share(verdicts)
         if rows:
-            names = next(iter(rows.values())).keys()
-            rows["overall"] = {n: float(np.mean([row[n] for row in rows.values()])) for n in names}
+            rows["overall"] = average(list(rows.values()))
     return scores
 
 
 def share(verdicts: Sequence[Verdict]) -> dict[str, float]:
-    """Share of the verdicts that are positive, in all and in each respect; mean agreement."""
-    shares = {"right": float(np.mean([verdict.is_right for verdict in verdicts]))}
+    """Share of the verdicts that are positive, with its interval, and in each respect."""
+    right = sum(verdict.is_right for verdict in verdicts)
+    low, high = wilson_interval(right, len(verdicts))
+    shares = {"right": right / len(verdicts), "low": low, "high": high}
     for name in ("content", "agreement", "identity", "motion"):
         values = [getattr(verdict, name) for verdict in verdicts]
         if values[0] is not None and verdicts[0].motion is not None:
             shares[name] = float(np.mean(values))
     return shares | {"prompts": len(verdicts)}
+
+
+def average(rows: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Means over categories; the interval is that of independent shares."""
+    means = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
+    reach = math.hypot(*(row["high"] - row["low"] for row in rows)) / 2 / len(rows)
+    return means | {"low": max(means["right"] - reach, 0.0), "high": min(means["right"] + reach, 1)}
+
+
+def wilson_interval(right: int, number: int, z: float = 1.96) -> tuple[float, float]:
+    """Where a share lies with 95 % confidence (Wilson, 1927)."""
+    share, spread = right / number, z * z / number
+    middle = (share + spread / 2) / (1 + spread)
+    reach = z * math.sqrt(share * (1 - share) / number + spread / (4 * number)) / (1 + spread)
+    return max(middle - reach, 0.0), min(middle + reach, 1.0)
 
 
 def report(args: argparse.Namespace, drawings: Sequence[Drawing], settings: dict[str, Any]) -> None:
@@ -336,42 +360,52 @@ def report(args: argparse.Namespace, drawings: Sequence[Drawing], settings: dict
 
 def format_scores(scores: dict[str, dict[str, dict[str, float]]]) -> str:
     """A Markdown table of scores."""
-    columns = [name for name in next(iter(scores["seen"].values())) if name != "prompts"]
+    hidden = ("prompts", "low", "high")  # the interval stands behind the share
+    columns = [name for name in next(iter(scores["seen"].values())) if name not in hidden]
     header = ["category", *(f"{split}: {name}" for split in SPLITS for name in columns)]
     lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
     for category in scores["seen"]:
         cells = [
-            f"{scores[split][category][name]:.2f}" if category in scores[split] else "-"
-            for split in SPLITS
-            for name in columns
+            format_cell(scores[split].get(category), name) for split in SPLITS for name in columns
         ]
         lines.append(f"| {' | '.join([category, *cells])} |")
     return "\n".join(lines)
 
 
-def make_sheet(drawings: Sequence[Drawing]) -> Image.Image:
-    """A row of pictures for each category and split; clips show three frames one below another."""
+def format_cell(row: dict[str, float] | None, name: str) -> str:
+    """A share, that of right pictures with its interval."""
+    if row is None:
+        return "-"
+    interval = f" ({row['low']:.2f} to {row['high']:.2f})" if name == "right" else ""
+    return f"{row[name]:.2f}{interval}"
+
+
+def make_sheet(drawings: Sequence[Drawing], columns: int = SHEET_COLUMNS) -> Image.Image:
+    """A row of pictures for each category and split; clips show three frames one below another.
+
+    The captions of those that are wrong are red and begin with a cross.
+    """
     groups: dict[tuple[str, str], list[Drawing]] = {}
     for drawing in drawings:
         groups.setdefault((drawing.category, drawing.split), []).append(drawing)
     frames, side = drawings[0].frames.shape[:2]
     shown = [0] if frames == 1 else [0, frames // 2, frames - 1]
-    cell, line = 2 * side, 14
-    width, height = cell + 10, len(shown) * cell + 24
-    sheet = Image.new("RGB", (SHEET_COLUMNS * width, len(groups) * (height + line)), "white")
+    cell, line = max(2 * side, 128), 14
+    width, height = cell + 10, len(shown) * (cell + 4) + 20
+    sheet = Image.new("RGB", (columns * width, len(groups) * (height + line)), "white")
     pen = ImageDraw.Draw(sheet)
     for row, ((category, split), members) in enumerate(groups.items()):
         top = row * (height + line)
         pen.text((4, top + 1), f"{category}, {split}", fill="black")
-        for column, drawing in enumerate(members[:SHEET_COLUMNS]):
-            left = column * width
-            color = "green" if drawing.verdict.is_right else "red"
+        for column, drawing in enumerate(members[:columns]):
+            left = column * width + 4
             for place, frame in enumerate(shown):
                 picture = Image.fromarray(drawing.frames[frame]).resize((cell, cell))
-                framed = ImageOps.expand(picture, 2, color)
-                sheet.paste(framed, (left + 2, top + line + place * cell))
+                sheet.paste(picture, (left, top + line + place * (cell + 4)))
             words = write_prompt(drawing.description)
-            pen.text((left + 2, top + height), words[: cell // 6], fill="black")
+            words = words if drawing.verdict.is_right else f"x {words}"
+            color = "black" if drawing.verdict.is_right else WRONG
+            pen.text((left, top + height - 6), words[: cell // 6], fill=color)
     return sheet
 
 

@@ -14,6 +14,8 @@ import init_checkpoint
 import make_shapes_dataset
 from diffnext.data.flex_loaders import FeatureDataLoader
 from diffnext.models.autoencoders.loading import load_autoencoder
+from diffnext.pipelines import NOVAPipeline
+from shapes_world.binding import measure_binding
 from shapes_world.captions import write_caption, write_prompt
 from shapes_world.detection import detect
 from shapes_world.evaluation import (
@@ -231,7 +233,29 @@ def test_the_scorer_finds_rendered_pictures_right(tmp_path, capsys):
     assert scores["seen"]["overall"]["right"] == 1.0
     assert scores["held out"]["overall"]["right"] == 1.0
     assert (tmp_path / "sheet.png").exists()
-    assert "| position | 1.00 | 1.00 |" in capsys.readouterr().out
+    assert "| position | 1.00 (0.51 to 1.00) | 1.00 (0.51 to 1.00) |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("right", "number", "low", "high"),
+    [(0, 10, 0, 0.278), (5, 10, 0.237, 0.763), (48, 48, 0.926, 1)],
+)
+def test_intervals_are_those_of_wilson(right, number, low, high):
+    interval = evaluate_shapes.wilson_interval(right, number)
+    assert interval == pytest.approx((low, high), abs=0.001)
+
+
+def test_the_binding_share_tells_other_colors_from_right_ones():
+    pipe = NOVAPipeline.from_pretrained(ASSETS / "nova-tiny", dtype=torch.float32)
+    ratios = list(pipe.transformer.mask_embed.mask_ratios)
+    binding = measure_binding(pipe, seed=0, number=64)
+    assert set(binding) == {"all", "0.8"}
+    for costs in binding.values():
+        assert costs["other"] > 0.02 and costs["swapped"] < costs["other"]
+        assert costs["share"] == costs["swapped"] / costs["other"]
+    assert binding["0.8"]["right"] < binding["all"]["right"] / 2  # neighbours explain a lot
+    assert binding == measure_binding(pipe, seed=0, number=64)
+    assert pipe.transformer.mask_embed.mask_ratios == ratios
 
 
 def test_the_scorer_measures_autoencoders(tmp_path):
