@@ -2,7 +2,7 @@
 
 The binding share is what it costs to swap the two colours of a prompt, over what it costs to name
 two other colours. A model that reads shapes and colours apart loses nothing by swapping them; one
-that gives every shape its colour comes near 1, and stays below, as some colours are often seen with a
+that gives every shape its colour comes near 1, if not quite, as colours are often seen with a
 shape.
 """
 
