@@ -1,4 +1,4 @@
-"""Pictures and clips of scenes, anti-aliased, from signed distances.
+"""Pictures and clips of scenes in soft light, anti-aliased, from signed distances.
 
 Shapes: F frames, S side in pixels.
 """
@@ -12,15 +12,27 @@ from numpy import ndarray
 
 from shapes_world.scenes import BACKGROUNDS, COLORS, Clip, Item, Scene
 
+LIGHT = (-0.6, -0.8)  # where it comes from
+SHADOW = 0.12  # how much darker it is in the shadow of a shape
+SHADOW_WAY = 0.025  # how far the shadow falls, of the picture
+SHADOW_BLUR = 0.05
+FALLOFF = 0.04  # how much the light differs between the middle and a corner
+ROUNDING = 0.3  # how wide the rounded edge of a shape is, in radii
+GLOSS = 0.28  # how much lighter, or darker, the rounded edge is
+
 
 def render_scene(scene: Scene, size: int = 64) -> ndarray:
     """Paint a scene; returns (S, S, 3) of uint8."""
-    canvas = np.empty((size, size, 3), np.float32)
-    canvas[:] = BACKGROUNDS[scene.background]
+    x, y = places(size)
+    light = 1 + FALLOFF * ((x - 0.5) * LIGHT[0] + (y - 0.5) * LIGHT[1]) / 0.7
+    canvas = np.asarray(BACKGROUNDS[scene.background], np.float32) * light[..., None]
     for item in scene.items:
-        alpha = coverage(item, size)[..., None]
-        canvas += alpha * (np.asarray(COLORS[item.color], np.float32) - canvas)
-    return canvas.round().astype(np.uint8)
+        canvas *= 1 - SHADOW * shadow(item, size)[..., None]
+    for item in scene.items:
+        depth = inside(item, size)
+        color = np.asarray(COLORS[item.color], np.float32) * shading(item, depth)[..., None]
+        canvas += cover(depth, size)[..., None] * (color - canvas)
+    return canvas.round().clip(0, 255).astype(np.uint8)
 
 
 def render_clip(clip: Clip, num_frames: int = 17, size: int = 64) -> ndarray:
@@ -29,14 +41,46 @@ def render_clip(clip: Clip, num_frames: int = 17, size: int = 64) -> ndarray:
     return np.stack([render_scene(clip.at(float(time)), size) for time in times])
 
 
-def coverage(item: Item, size: int) -> ndarray:
-    """The share of every pixel that an item covers, (S, S) from 0 to 1."""
-    places = (np.arange(size, dtype=np.float32) + 0.5) / size
-    x, y = np.meshgrid(places - item.center[0], places - item.center[1])
+def places(size: int) -> tuple[ndarray, ndarray]:
+    """Where the middle of every pixel is, x and y, (S, S) from 0 to 1."""
+    line = (np.arange(size, dtype=np.float32) + 0.5) / size
+    x, y = np.meshgrid(line, line)
+    return x, y
+
+
+def inside(item: Item, size: int) -> ndarray:
+    """How far every pixel is inside an item, (S, S), as a share of the picture; below 0 outside."""
+    x, y = places(size)
+    x, y = x - item.center[0], y - item.center[1]
     cos, sin = math.cos(item.angle), math.sin(item.angle)
     x, y = (x * cos + y * sin) / item.radius, (y * cos - x * sin) / item.radius
-    depth = OUTLINES[item.shape](x, y) * item.radius * size
-    return np.clip(0.5 + depth, 0, 1)
+    return OUTLINES[item.shape](x, y) * item.radius
+
+
+def cover(depth: ndarray, size: int) -> ndarray:
+    """The share of every pixel that is covered, (S, S) from 0 to 1."""
+    return np.clip(0.5 + depth * size, 0, 1)
+
+
+def coverage(item: Item, size: int) -> ndarray:
+    """The share of every pixel that an item covers, (S, S) from 0 to 1."""
+    return cover(inside(item, size), size)
+
+
+def shadow(item: Item, size: int) -> ndarray:
+    """How much of the light an item takes from the ground, (S, S) from 0 to 1."""
+    center = tuple(c - SHADOW_WAY * way for c, way in zip(item.center, LIGHT, strict=True))
+    thrown = Item(item.shape, item.color, item.radius, center, item.angle)
+    return np.clip(0.5 + inside(thrown, size) / SHADOW_BLUR, 0, 1)
+
+
+def shading(item: Item, depth: ndarray) -> ndarray:
+    """Brightness of an item with a rounded edge, (S, S), 1 where it is flat."""
+    down, right = np.gradient(depth)
+    length = np.maximum(np.hypot(right, down), 1e-6)
+    facing = -(right * LIGHT[0] + down * LIGHT[1]) / length  # the edge's normal, towards the light
+    slope = np.clip(1 - depth / (ROUNDING * item.radius), 0, 1)
+    return 1 + GLOSS * facing * slope**2
 
 
 def _circle(x: ndarray, y: ndarray) -> ndarray:

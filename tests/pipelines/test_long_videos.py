@@ -1,4 +1,4 @@
-"""Long videos: drawn from the latest frames alone, learnt from earlier frames with noise in them."""
+"""Long videos: drawn from the latest frames alone, learnt from frames with noise in them."""
 
 import pytest
 import torch
