@@ -23,7 +23,6 @@ from tests.pipelines.conftest import make_class_pipeline, make_video_pipeline
 ROOT = Path(__file__).parents[1]
 NOVA_TINY = str(ROOT / "assets" / "nova-tiny")
 QUICK = ["--num-inference-steps", "3", "--num-diffusion-steps", "2", "--device", "cpu"]
-OWN_COMMANDS = ("generate", "train")
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +90,7 @@ def test_an_interruption_ends_with_130(monkeypatch, capsys):
     assert capsys.readouterr().err == "interrupted\n"
 
 
-@pytest.mark.parametrize("name", OWN_COMMANDS)
+@pytest.mark.parametrize("name", COMMANDS)
 def test_help_teaches_without_loading_torch(name):
     code = (
         "import sys, diffnext.cli.main as cli\n"
@@ -183,11 +182,28 @@ def test_new_files_replace_none(tmp_path, monkeypatch):
     assert [str(path) for path in paths] == ["generated-1.png", "generated-3.png"]
 
 
-def test_every_sample_may_have_its_name(tmp_path):
-    names = [tmp_path / "a.png", tmp_path / "b.jpg"]
-    words = ["--model", NOVA_TINY, "a red star", "--num-images", "2", "--output", *names]
-    assert run_generate(*words) == 0
-    assert [Image.open(name).format for name in names] == ["PNG", "JPEG"]
+def test_prompts_may_stand_anywhere_and_in_a_file(tmp_path, capsys):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a blue ring\n\n  two stars \n")
+    words = ["a red star", "--model", NOVA_TINY, "--prompts", prompts, "--output"]
+    assert run_generate(*words, tmp_path / "a.png", "a cross") == 0
+    paths = [tmp_path / f"a-{index}.png" for index in range(4)]
+    assert capsys.readouterr().out.splitlines()[-4:] == [str(path) for path in paths]
+    said = [read_parameters(path) for path in paths]
+    assert [one["prompt"] for one in said] == ["a red star", "a cross", "a blue ring", "two stars"]
+    assert [one["seed"] for one in said] == [0, 1, 2, 3]
+    again = tmp_path / "again.png"  # each can be drawn again alone
+    assert run_generate("a blue ring", "--model", NOVA_TINY, "--seed", "2", "--output", again) == 0
+    assert np.array_equal(np.asarray(Image.open(again)), np.asarray(Image.open(paths[2])))
+
+
+def test_what_is_not_said_is_taken_from_the_card(tmp_path):
+    words = ["generate", "a ring", "--model", NOVA_TINY, "--device", "cpu", "--output"]
+    assert main([*words, str(tmp_path / "a.png")]) == 0
+    said = read_parameters(tmp_path / "a.png")
+    assert (said["guidance_scale"], said["num_inference_steps"]) == (2.5, 16)
+    assert main([*words, str(tmp_path / "b.png"), "--guidance-scale", "4"]) == 0
+    assert read_parameters(tmp_path / "b.png")["guidance_scale"] == 4
 
 
 @pytest.mark.parametrize(
@@ -198,7 +214,7 @@ def test_every_sample_may_have_its_name(tmp_path):
         (["--seed", "-1"], "--seed must be at least 0, got -1"),
         (["--output", "a.mp4"], "--output a.mp4 must be the name of a picture: use .png"),
         (["--output", "a.png", "--num-frames", "5"], "--output a.png must be the name of a video"),
-        (["--output", "a.png", "b.png", "--num-images", "3"], "names 2 files for 3 samples"),
+        (["--prompts", "none.txt"], "--prompts none.txt cannot be read"),
         (["--guidance-scale", "much"], "invalid float value: 'much'"),
     ],
 )
@@ -209,10 +225,19 @@ def test_wrong_options_are_refused_before_anything_is_loaded(words, message, cap
     assert message in capsys.readouterr().err
 
 
+def test_a_prompt_is_needed(capsys):
+    with pytest.raises(SystemExit):
+        run_generate("--model", "no-model")
+    assert "a prompt is needed" in capsys.readouterr().err
+
+
 def test_errors_are_one_line(video_model, tmp_path, capsys):
     output = ["--output", tmp_path / "a.png"]
     message = refuse_generate(capsys, "--model", tmp_path / "none", "a cat", *output)
     assert "there is no folder" in message
+    (tmp_path / "nova-tiny").mkdir()
+    message = refuse_generate(capsys, "--model", tmp_path / "nova-tny", "a cat", *output)
+    assert message.endswith(f"did you mean {tmp_path / 'nova-tiny'}?")
     make_class_pipeline().save_pretrained(tmp_path / "classes")
     message = refuse_generate(capsys, "--model", tmp_path / "classes", "a cat", *output)
     assert "draws classes and reads no prompts" in message

@@ -17,8 +17,8 @@ if TYPE_CHECKING:  # both import torch, which --help does not need
 DESCRIPTION = """\
 Turn pictures or clips with captions into a record dataset of latents, to train on.
 
-  build_cache.py images photos --output img_dataset --vae nova/vae --size 1024
-  build_cache.py videos clips --output vid_dataset --vae nova/vae --size 480x768
+  diffnext cache images photos --output img_dataset --vae nova/vae --size 1024
+  diffnext cache videos clips --output vid_dataset --vae nova/vae --size 480x768
 
 SOURCE is a folder of media files with captions beside them (cat.jpg and cat.txt, or cat.json with
 "caption" and "text"), a glob pattern in quotes, a table (CSV, JSON lines, Parquet) with columns of
@@ -30,18 +30,18 @@ cannot be used is left out and listed, with the reason, in OUTPUT/skipped.jsonl.
 """
 EPILOG = """\
 several sizes, each example to the one of the nearest shape; a dataset each in OUTPUT/768x1344 ...:
-  build_cache.py images photos --output data --vae nova/vae --buckets 1024
-  build_cache.py images photos --output data --vae nova/vae --size 1024 768x1344 1344x768
+  diffnext cache images photos --output data --vae nova/vae --buckets 1024
+  diffnext cache images photos --output data --vae nova/vae --size 1024 768x1344 1344x768
 
 from a table, relative to the table's folder:
-  build_cache.py images list.csv --output data --vae nova/vae --size 1024 --caption-column prompt
+  diffnext cache images list.csv --output data --vae nova/vae --size 1024 --caption-column prompt
 
 on all GPUs of the machine, or on several machines that see the same folders (the same command on
 each; they share the work, and take over what a machine leaves that goes down):
   accelerate launch scripts/build_cache.py images photos --output data --vae nova/vae --size 1024
 
 after pictures or captions were changed, added or removed:
-  build_cache.py images photos --output data --vae nova/vae --size 1024 --update
+  diffnext cache images photos --output data --vae nova/vae --size 1024 --update
 
 exit codes: 0 built, 1 an error (the last line says which), 2 a wrong command line, 130 interrupted
 """
@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def build_parser() -> argparse.ArgumentParser:
     """The parser of the command line."""
     parser = argparse.ArgumentParser(
-        prog="build_cache.py",
+        prog="diffnext cache",
         description=DESCRIPTION,
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,17 +15,29 @@ if TYPE_CHECKING:  # these take seconds that --help does not need
     from diffnext.pipelines import NOVAPipeline
 
 DESCRIPTION = """\
-Draw pictures or a video of a prompt.
+Draw pictures or videos of prompts.
 
-  diffnext generate --model assets/nova-tiny "a red star" --guidance-scale 2.5
+  diffnext generate "a red star" --model assets/nova-tiny
+  diffnext generate "a red star" "two green squares" --model assets/nova-tiny --output shapes.png
+  diffnext generate --prompts prompts.txt --model assets/nova-tiny --output drawn/shape.png
   diffnext generate --model BAAI/nova-d48w1024-sdxl1024 "a lighthouse on a cliff" --num-images 4
   diffnext generate --model BAAI/nova-d48w1024-osp480 "waves break on a beach" --num-frames 33
   diffnext generate --model BAAI/nova-d48w1024-osp480 "the boat sails away" --image boat.jpg \\
     --num-frames 33 --output boat.mp4
 
-Sample k is drawn with --seed + k, so that each can be drawn again alone. The parameters are written
-into each file.
+What is not said is taken from the model's card. Sample k, counted over all prompts, is drawn with
+--seed + k, so that each can be drawn again alone. The parameters are written into each file.
 """
+FALLBACK: dict[str, Any] = {
+    "guidance_scale": 5.0,
+    "num_inference_steps": 64,
+    "num_diffusion_steps": 25,
+}
+RANGES: dict[str, Any] = {
+    "guidance_scale": (0, 100),
+    "num_inference_steps": (1, 4096),
+    "num_diffusion_steps": (1, 4096),
+}
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 VIDEOS = (".mp4",)
 
@@ -42,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     try:
         for path in generate(args):
-            print(path)
+            print(path, flush=True)
     except (OSError, RuntimeError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -57,24 +69,24 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("prompt", help="what to draw")
+    add("prompt", nargs="*", help="what to draw")
+    add("--prompts", type=Path, metavar="FILE", help="more prompts, one per line")
     add("--model", required=True, help="release folder, training checkpoint or Hub id")
-    add("--negative-prompt", help="what to avoid (nothing)")
-    add("--num-images", type=int, default=1, metavar="N", help="samples (1)")
+    add("--negative-prompt", help="what to avoid (the card's, or nothing)")
+    add("--num-images", type=int, default=1, metavar="N", help="samples per prompt (1)")
     add("--seed", type=int, default=0, help="of the first sample (0)")
-    add("--guidance-scale", type=float, default=5.0, metavar="W", help="weight of the prompt (5)")
-    add("--num-inference-steps", type=int, default=64, metavar="N", help="sets a frame (64)")
-    add("--num-diffusion-steps", type=int, default=25, metavar="N", help="each (25)")
+    add("--guidance-scale", type=float, metavar="W", help="weight of the prompt (the card's, or 5)")
+    add("--num-inference-steps", type=int, metavar="N", help="sets per frame (the card's, or 64)")
+    add("--num-diffusion-steps", type=int, metavar="N", help="steps per set (the card's, or 25)")
     add("--num-frames", type=int, default=1, metavar="N", help="of a video; 1 is a picture (1)")
     add("--motion-flow", type=float, default=5.0, metavar="F", help="motion of videos (5)")
     add("--image", type=Path, help="picture that the video begins with")
     add(
         "--output",
         type=Path,
-        nargs="+",
         metavar="FILE",
-        help="one, numbered if there are more samples, or one a sample; .png, .jpg and .webp are "
-        "pictures, .mp4 is a video (a new generated.png or generated.mp4)",
+        help="numbered if there are several samples; .png, .jpg and .webp are pictures, .mp4 is a "
+        "video (a new generated.png or generated.mp4)",
     )
     add("--device", default="auto", help="cpu, cuda, cuda:1, ... (the best there is)")
     add(
@@ -86,39 +98,51 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse the command line; ``output`` becomes one path a sample."""
+    """Parse the command line; ``output`` becomes a path for each sample."""
     parser = build_parser()
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
+    args.prompt += read_prompts(parser, args.prompts)
+    if not args.prompt:
+        parser.error("a prompt is needed: what is to be drawn")
     for name in ("num_images", "num_frames", "num_inference_steps", "num_diffusion_steps"):
-        if getattr(args, name) < 1:
-            option = name.replace("_", "-")
-            parser.error(f"--{option} must be at least 1, got {getattr(args, name)}")
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {value}")
     if args.seed < 0:
         parser.error(f"--seed must be at least 0, got {args.seed}")
     suffixes = VIDEOS if args.num_frames > 1 else PICTURES
-    for path in args.output or []:
-        if path.suffix.lower() not in suffixes:
-            what = "video" if args.num_frames > 1 else "picture"
-            parser.error(f"--output {path} must be the name of a {what}: use {', '.join(suffixes)}")
-    if args.output and len(args.output) not in (1, args.num_images):
-        parser.error(f"--output names {len(args.output)} files for {args.num_images} samples")
-    args.output = choose_outputs(args.output, args.num_images, suffixes[0])
+    if args.output is not None and args.output.suffix.lower() not in suffixes:
+        what = "video" if args.num_frames > 1 else "picture"
+        parser.error(
+            f"--output {args.output} must be the name of a {what}: use {', '.join(suffixes)}"
+        )
+    args.output = choose_outputs(args.output, len(args.prompt) * args.num_images, suffixes[0])
     return args
 
 
-def choose_outputs(given: list[Path] | None, count: int, suffix: str) -> list[Path]:
+def read_prompts(parser: argparse.ArgumentParser, file: Path | None) -> list[str]:
+    """The lines of a file of prompts that hold any text."""
+    if file is None:
+        return []
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        parser.error(f"--prompts {file} cannot be read: {error}")
+    return [line.strip() for line in lines if line.strip()]
+
+
+def choose_outputs(given: Path | None, count: int, suffix: str) -> list[Path]:
     """The file of each sample.
 
     Args:
-        given: Files of the command line, one or one a sample; None for new ones.
+        given: That of the command line; None for new ones.
         count: Number of samples.
         suffix: Of new files.
     """
-    if given and len(given) == count:
-        return given
-    if given:
-        (path,) = given
-        return [path.with_stem(f"{path.stem}-{index}") for index in range(count)]
+    if given is not None and count == 1:
+        return [given]
+    if given is not None:
+        return [given.with_stem(f"{given.stem}-{index}") for index in range(count)]
     paths: list[Path] = []
     number = 0
     while len(paths) < count:
@@ -129,69 +153,100 @@ def choose_outputs(given: list[Path] | None, count: int, suffix: str) -> list[Pa
     return paths
 
 
-def generate(args: argparse.Namespace) -> list[Path]:
-    """Draw what a command line asks for; returns the files that were written."""
-    from diffnext.utils import export_to_image, export_to_video
+def generate(args: argparse.Namespace) -> Iterator[Path]:
+    """Draw what a command line asks for, prompt by prompt.
+
+    Yields:
+        The files, as they are written.
+    """
+    from diffnext.pipelines.release_folder import find_folder
     from diffnext.utils.pictures import load_picture
 
+    folder = find_folder(args.model)
+    settings = read_settings(args, folder)
     image = None if args.image is None else load_picture(args.image)
-    clips = draw(load_pipeline(args), image, args)
-    for index, (path, clip) in enumerate(zip(args.output, clips, strict=True)):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        parameters = describe(args, index)
-        if args.num_frames > 1:
-            export_to_video(clip, path, parameters=parameters)
-        else:
-            export_to_image(clip[0], path, quality=95, parameters=parameters)
-    return args.output
+    pipe = load_pipeline(folder, args)
+    for index, prompt in enumerate(args.prompt):
+        first = index * args.num_images
+        clips = draw(pipe, prompt, args.seed + first, image, settings, args)
+        for number, clip in enumerate(clips, start=first):
+            parameters = describe(prompt, args.seed + number, settings, args)
+            write(clip, args.output[number], parameters)
+            yield args.output[number]
 
 
-def load_pipeline(args: argparse.Namespace) -> NOVAPipeline:
-    """Load the model that a command line names."""
+def read_settings(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """What the command line says and, where it says nothing, the model's card."""
+    from diffnext.pipelines.model_card import Defaults, Ranges, read_defaults
+
+    fallback = Defaults(**FALLBACK, negative_prompt="")
+    recommended = vars(read_defaults(folder, fallback, Ranges(**RANGES)))
+    names = (*FALLBACK, "negative_prompt")
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    return {name: recommended[name] for name in names} | given
+
+
+def write(clip: ndarray, path: Path, parameters: dict[str, Any]) -> None:
+    """Write a picture, or a video if there are several frames, (F, H, W, 3) of uint8."""
+    from diffnext.utils import export_to_image, export_to_video
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix.lower() in VIDEOS:
+        export_to_video(clip, path, parameters=parameters)
+    else:
+        export_to_image(clip[0], path, quality=95, parameters=parameters)
+
+
+def load_pipeline(folder: Path, args: argparse.Namespace) -> NOVAPipeline:
+    """Load the model of a folder."""
     from diffnext.pipelines import NOVAPipeline
     from diffnext.utils.device_utils import parse_device, parse_precision
 
     device = parse_device(args.device)
     dtype = parse_precision(args.precision, device)
-    pipe = NOVAPipeline.from_pretrained(args.model, dtype=dtype)
+    pipe = NOVAPipeline.from_pretrained(folder, dtype=dtype)
     if pipe.transformer.text_embed is None:
         raise ValueError(f"{args.model} draws classes and reads no prompts")
     return pipe.to(device)
 
 
-def draw(pipe: NOVAPipeline, image: Image | None, args: argparse.Namespace) -> ndarray:
-    """Draw all samples, beginning with the image; returns (B, F, H, W, 3) of uint8."""
+def draw(
+    pipe: NOVAPipeline,
+    prompt: str,
+    seed: int,
+    image: Image | None,
+    settings: dict[str, Any],
+    args: argparse.Namespace,
+) -> ndarray:
+    """Draw the samples of a prompt, beginning with the image; returns (B, F, H, W, 3) of uint8."""
     import torch
 
-    seeds = range(args.seed, args.seed + args.num_images)
+    seeds = range(seed, seed + args.num_images)
     pixels = pipe(
-        args.prompt,
-        negative_prompt=args.negative_prompt,
+        prompt,
         image=image,
         num_images_per_prompt=args.num_images,
-        num_inference_steps=args.num_inference_steps,
-        num_diffusion_steps=args.num_diffusion_steps,
-        guidance_scale=args.guidance_scale,
         num_frames=args.num_frames if args.num_frames > 1 else None,
         motion_flow=args.motion_flow,
-        generator=[torch.Generator(pipe.device).manual_seed(seed) for seed in seeds],
+        generator=[torch.Generator(pipe.device).manual_seed(one) for one in seeds],
         output_type="np",
         return_dict=False,
+        **settings,
     )[0]
     return pixels[:, None] if pixels.ndim == 4 else pixels
 
 
-def describe(args: argparse.Namespace, index: int) -> dict[str, Any]:
+def describe(
+    prompt: str, seed: int, settings: dict[str, Any], args: argparse.Namespace
+) -> dict[str, Any]:
     """What a sample was drawn with."""
     parameters = {
         "model": args.model,
-        "prompt": args.prompt,
-        "negative_prompt": args.negative_prompt,
+        "prompt": prompt,
+        "negative_prompt": settings["negative_prompt"] or None,
         "image": None if args.image is None else str(args.image),
-        "seed": args.seed + index,
-        "guidance_scale": args.guidance_scale,
-        "num_inference_steps": args.num_inference_steps,
-        "num_diffusion_steps": args.num_diffusion_steps,
+        "seed": seed,
+        **{name: settings[name] for name in FALLBACK},
         "num_frames": args.num_frames,
         "motion_flow": args.motion_flow if args.num_frames > 1 else None,
     }

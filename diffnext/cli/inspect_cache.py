@@ -14,14 +14,14 @@ if TYPE_CHECKING:
 DESCRIPTION = """\
 Look into a record dataset, check it, or make others of it.
 
-  inspect_cache.py show img_dataset                   counts, shapes, some captions
-  inspect_cache.py show img_dataset --source          where each record came from, with its hash
-  inspect_cache.py check img_dataset                  reads every record; exit code 1 if one is bad
-  inspect_cache.py verify img_dataset                 compares every record with its checksum
-  inspect_cache.py sheet img_dataset sheet.png --vae nova/vae   decoded, with captions
-  inspect_cache.py split img_dataset train test --share 0.99
-  inspect_cache.py merge one two --output both
-  inspect_cache.py reshard img_dataset resharded --shard-size 10000
+  diffnext inspect show img_dataset                   counts, shapes, some captions
+  diffnext inspect show img_dataset --source          where each record came from, with its hash
+  diffnext inspect check img_dataset                  reads every record; exit code 1 if one is bad
+  diffnext inspect verify img_dataset                 compares every record with its checksum
+  diffnext inspect sheet img_dataset sheet.png --vae nova/vae   decoded, with captions
+  diffnext inspect split img_dataset train test --share 0.99
+  diffnext inspect merge one two --output both
+  diffnext inspect reshard img_dataset resharded --shard-size 10000
 """
 MAX_PROBLEMS = 20  # shown
 CAPTION_WIDTH = 100
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def build_parser() -> argparse.ArgumentParser:
     """The parser of the command line."""
     parser = argparse.ArgumentParser(
-        prog="inspect_cache.py",
+        prog="diffnext inspect",
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -28,6 +28,7 @@ from diffnext.utils.component_files import (
     read_base_reference,
 )
 from diffnext.utils.json_files import FileError, read_json, write_json
+from diffnext.utils.messages import did_you_mean
 
 __all__ = [
     "BASE_FOLDER_FILE",
@@ -83,6 +84,7 @@ def find_folder(path_or_id: str | os.PathLike, **hub_kwargs: Any) -> Path:
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise FileNotFoundError(
             f"there is no folder {name}, and this is not a Hub id such as BAAI/nova-..."
+            f"{did_you_mean(folder)}"
         )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -96,6 +98,7 @@ def find_folder(path_or_id: str | os.PathLike, **hub_kwargs: Any) -> Path:
         reason = str(error).split("\n")[0]
         raise FileNotFoundError(
             f"there is no folder {name}, nor a model of that name {where}: {reason}"
+            f"{did_you_mean(folder)}"
         ) from error
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
-__all__ = ["explain", "naming", "one_line"]
+__all__ = ["did_you_mean", "explain", "naming", "one_line"]
 
 # Where pydantic's words are not those of a user.
 _RULES = {
@@ -52,6 +54,16 @@ def naming(name: str) -> Iterator[None]:
         yield
     except (TypeError, ValueError) as error:
         raise type(error)(f"{name}: {error}") from None
+
+
+def did_you_mean(path: Path) -> str:
+    """The end of a message about a path that is not there: what is, of nearly the same name."""
+    for place in (path, *path.parents):
+        if not place.exists() and place.parent.is_dir():
+            names = [one.name for one in place.parent.iterdir()]
+            close = difflib.get_close_matches(place.name, names, n=1)
+            return f"; did you mean {place.parent / close[0]}?" if close else ""
+    return ""
 
 
 def one_line(value: Any) -> str:

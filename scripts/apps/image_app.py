@@ -6,7 +6,6 @@ from typing import Any
 
 import gradio as gr
 
-from apps.models import Defaults, Ranges
 from apps.studio import MAX_SEED, DrawRequest, Stopped, Studio, choose_seed
 from apps.widgets import (
     add_advanced_options,
@@ -18,6 +17,7 @@ from apps.widgets import (
     report_errors,
     visitor_of,
 )
+from diffnext.pipelines.model_card import Defaults, Ranges
 from diffnext.utils import export_to_image
 
 __all__ = ["DEFAULTS", "RANGES", "ImageApp"]

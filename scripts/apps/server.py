@@ -12,9 +12,10 @@ from pathlib import Path
 import gradio as gr
 
 from apps.image_app import ImageApp
-from apps.models import Defaults, Ranges, load_pipeline, model_name, read_defaults
+from apps.loading import load_pipeline, model_name
 from apps.studio import Studio
 from apps.video_app import VideoApp
+from diffnext.pipelines.model_card import Defaults, Ranges, read_defaults
 from diffnext.pipelines.release_folder import find_folder
 
 __all__ = ["serve"]

@@ -11,7 +11,6 @@ import gradio as gr
 import numpy as np
 from PIL import Image, ImageOps
 
-from apps.models import Defaults, Ranges
 from apps.studio import DrawRequest, Stopped, Studio, choose_seed
 from apps.widgets import (
     add_advanced_options,
@@ -25,6 +24,7 @@ from apps.widgets import (
 )
 from diffnext.models.autoencoders.tiling import TilingMixin
 from diffnext.pipelines import NOVAPipeline
+from diffnext.pipelines.model_card import Defaults, Ranges
 from diffnext.utils import export_to_video
 from diffnext.utils.messages import naming
 from diffnext.utils.pictures import load_picture, to_rgb

@@ -10,8 +10,8 @@ import gradio as gr
 import torch
 from gradio.components import Component
 
-from apps.models import Defaults, Ranges
 from apps.studio import MAX_PROMPT_LENGTH, MAX_SEED, Studio
+from diffnext.pipelines.model_card import Defaults, Ranges
 
 __all__ = [
     "add_advanced_options",

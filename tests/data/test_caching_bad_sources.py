@@ -461,7 +461,7 @@ def test_csv_has_dialects(tmp_path, name, header, row):
         ),
         ("a.jsonl", '{"file_name": ""}', "a.jsonl:1: no file in its column"),
         ("a.zip", b"PK", "a.zip is not a kind of source that is read: unpack them"),
-        ("a.mp4", b"", "`build_cache.py videos` reads them"),
+        ("a.mp4", b"", "`diffnext cache videos` reads them"),
     ],
 )
 def test_a_table_that_means_nothing_is_an_error_that_says_what_to_do(
@@ -887,7 +887,7 @@ def test_files_that_are_not_read_are_counted(tmp_path):
         "1 file without a suffix was not read",
         "1 .csv file was not read: make the table the source, or name it metadata, as in "
         "metadata.csv",
-        "1 .mp4 file was not read: `build_cache.py videos` reads them",
+        "1 .mp4 file was not read: `diffnext cache videos` reads them",
     ]
     many = {f".{number}": 1 for number in range(10**5)}
     assert describe_unread(unread | many, "images")[-1] == "99996 other files were not read"

@@ -18,8 +18,9 @@ import app_nova_t2v
 import init_checkpoint
 import show_parameters
 from apps import image_app, options, video_app
-from apps.models import Defaults, Ranges, choose_device, load_pipeline, model_name, read_defaults
+from apps.loading import choose_device, load_pipeline, model_name
 from apps.studio import MAX_SEED, DrawRequest, Stopped, Studio, choose_seed
+from diffnext.pipelines.model_card import Defaults, Ranges, read_defaults
 from diffnext.utils import read_parameters
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -295,7 +295,7 @@ def advice_on(suffix: str, kind: str) -> str:
     """
     for other in ("images", "videos"):
         if other != kind and suffix in media_suffixes(other):
-            return f"`build_cache.py {other}` reads them"
+            return f"`diffnext cache {other}` reads them"
     return next((ADVICE[known] for known in ADVICE if suffix in known.split()), "")
 
 

@@ -1,4 +1,4 @@
-"""Loading a model, and what its card says about using it."""
+"""What a model's card says about using it."""
 
 from __future__ import annotations
 
@@ -7,21 +7,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from huggingface_hub import ModelCard
 
-from diffnext.pipelines import NOVAPipeline
 from diffnext.utils.component_files import own_path, read_base_reference
 
-__all__ = ["Defaults", "Ranges", "load_pipeline", "model_name", "read_defaults"]
+__all__ = ["Defaults", "Ranges", "read_defaults"]
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ranges:
-    """Least and greatest values of the sliders."""
+    """Least and greatest values that may be recommended."""
 
     guidance_scale: tuple[float, float] = (1, 10)
     num_inference_steps: tuple[int, int] = (1, 128)
@@ -30,57 +28,21 @@ class Ranges:
 
 @dataclass(frozen=True, kw_only=True)
 class Defaults:
-    """What the page shows at first.
+    """What is drawn with when nobody says otherwise.
 
     Attributes:
         guidance_scale: Weight of the prompt.
         num_inference_steps: Sets of tokens a frame.
         num_diffusion_steps: Denoising steps a set.
         negative_prompt: What to avoid.
-        examples: Prompts to choose from; the first is in the prompt box.
+        examples: Prompts to choose from.
     """
 
     guidance_scale: float
     num_inference_steps: int
     num_diffusion_steps: int
     negative_prompt: str
-    examples: tuple[str, ...]
-
-
-def load_pipeline(folder: Path, device_index: int, precision: str | None) -> NOVAPipeline:
-    """Load a model on the GPU, or on the CPU where there is none.
-
-    Args:
-        folder: Of the model.
-        device_index: Which GPU.
-        precision: Name of a dtype; None is float16 on a GPU and float32 on a CPU.
-
-    Raises:
-        FileNotFoundError: If a part of it is missing.
-        RuntimeError: If its weights do not fit.
-        ValueError: If there is no such GPU.
-    """
-    device = choose_device(device_index)
-    name = precision or ("float32" if device.type == "cpu" else "float16")
-    pipe = NOVAPipeline.from_pretrained(folder, dtype=getattr(torch, name))
-    return pipe.to(device)
-
-
-def choose_device(index: int) -> torch.device:
-    """The GPU of that index: CUDA, else Apple's only one; the CPU if there is none."""
-    if torch.cuda.is_available():
-        if index >= torch.cuda.device_count():
-            raise ValueError(f"--device {index}: there are {torch.cuda.device_count()} GPUs")
-        return torch.device("cuda", index)
-    if torch.backends.mps.is_available():
-        return torch.device("mps")
-    return torch.device("cpu")
-
-
-def model_name(model: str) -> str:
-    """Name of a model for the files it draws: without the path, which is nobody's business."""
-    path = Path(model).expanduser()
-    return path.resolve().name if path.is_dir() else model
+    examples: tuple[str, ...] = ()
 
 
 def read_defaults(folder: Path, fallback: Defaults, ranges: Ranges) -> Defaults:
@@ -88,13 +50,13 @@ def read_defaults(folder: Path, fallback: Defaults, ranges: Ranges) -> Defaults:
 
     The card is the README.md of the model's folder or, for a training checkpoint, of its base
     folder. As on the Hub, its header holds values under ``inference: parameters:``, by the names
-    of the pipeline's arguments, and prompts under ``widget:``, each a ``text``. Values that the
-    sliders cannot show are reported and left out.
+    of the pipeline's arguments, and prompts under ``widget:``, each a ``text``. Values out of range
+    are reported and left out.
 
     Args:
         folder: Of the model.
         fallback: Where the card says nothing.
-        ranges: Of the sliders.
+        ranges: Of the values.
 
     Raises:
         ValueError: If the card's header cannot be read.
@@ -143,6 +105,6 @@ def read_examples(header: dict[str, Any]) -> tuple[str, ...]:
 
 
 def is_number_within(value: Any, limits: tuple[float, float]) -> bool:
-    """Whether a slider can show the value."""
+    """Whether a value is a number of a range."""
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     return is_number and limits[0] <= value <= limits[1]
