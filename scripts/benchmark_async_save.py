@@ -19,7 +19,7 @@ from pathlib import Path
 
 from accelerate.state import AcceleratorState
 
-from check_resume import CONFIG, ROOT, write_records
+from check_resume import CONFIG, write_records
 from diffnext.config.load import get_config, parse
 from diffnext.config.schema import TrainConfig
 from diffnext.engine.engine_utils import count_params
@@ -77,8 +77,8 @@ def make_inputs(folder: Path) -> list[str]:
     model = folder / "model"
     dataset = folder / "records"
     if not model.exists():
-        script = ROOT / "scripts" / "init_checkpoint.py"
-        command = [sys.executable, script, "--config", CONFIG, "--tiny", "--output", model]
+        command = [sys.executable, "-m", "diffnext.cli.main", "init"]
+        command += ["--config", CONFIG, "--tiny", "--output", model]
         subprocess.run(command, check=True, capture_output=True)
     if not dataset.exists():
         dataset.mkdir(parents=True)

@@ -228,11 +228,11 @@ class StandIns:
     def _make(self, name: str, config: str) -> Path:
         place = self.folder / name.strip("/").replace("/", "-")
         if not place.exists():
-            import init_checkpoint  # imports torch, which reading pages does not need
+            from diffnext.cli import init  # imports torch, which reading pages does not need
 
             options = ["--config", str(ROOT / config), "--output", str(place), "--tiny"]
             with contextlib.redirect_stdout(io.StringIO()):
-                if init_checkpoint.main(options):
+                if init.main(options):
                     raise DocsError(f"{config} makes no model to stand for {name}")
         return place
 

@@ -99,7 +99,7 @@ def make_inputs(folder: Path) -> list[str]:
     model = (folder / "model").resolve()
     dataset = (folder / "records").resolve()
     if not model.exists():
-        command = [ROOT / "scripts" / "init_checkpoint.py", "--config", CONFIG, "--tiny"]
+        command = ["-m", "diffnext.cli.main", "init", "--config", CONFIG, "--tiny"]
         command += ["--output", model]
         subprocess.run([sys.executable, *command], check=True, capture_output=True)
         shutil.rmtree(model / "transformer")  # larger than needed here

@@ -2,7 +2,7 @@
 
     python scripts/demo.py --output demo
 
-1. writes a release folder with fresh weights (scripts/init_checkpoint.py --tiny),
+1. writes a release folder with fresh weights (diffnext init --tiny),
 2. caches the two pictures of assets/ as autoencoder latents with two captions,
 3. trains with `accelerate launch scripts/train.py`; run again, it continues,
 4. draws both captions with the averaged weights and writes a sheet beside the originals.
@@ -115,7 +115,7 @@ def init_model(config: Path, model_dir: Path) -> None:
     """Write a release folder with fresh weights, unless it is there."""
     if not model_dir.exists():
         options = ["--config", config, "--output", model_dir, "--tiny"]
-        run([sys.executable, ROOT / "scripts" / "init_checkpoint.py", *options])
+        run([sys.executable, "-m", "diffnext.cli.main", "init", *options])
 
 
 def train(

@@ -2,7 +2,7 @@
 
     python scripts/demo_video.py --output demo_video
 
-1. writes a release folder with fresh weights (scripts/init_checkpoint.py --tiny),
+1. writes a release folder with fresh weights (diffnext init --tiny),
 2. caches two clips of 17 frames as autoencoder latents with two captions: the beginning of the
    sample video, and a camera that moves over the second sample picture,
 3. trains with `accelerate launch scripts/train.py`; run again, it continues,

@@ -35,6 +35,7 @@ from diffnext.utils.json_files import read_json, write_json
 from shapes_world.scenes import CATEGORIES, CLIP_CATEGORIES
 
 SCRIPTS = ROOT / "scripts"
+DIFFNEXT = (sys.executable, "-m", "diffnext.cli.main")
 CONFIGS = ROOT / "configs"
 IMAGE_AUTOENCODER_CONFIG = CONFIGS / "autoencoder_shapes.yaml"
 VIDEO_AUTOENCODER_CONFIG = CONFIGS / "autoencoder_shapes_video.yaml"
@@ -222,7 +223,12 @@ def initialize_stage(
     """Put the untrained model together."""
     text = args.work / "text"
     command = [
-        *(sys.executable, SCRIPTS / "init_checkpoint.py", "--config", config, "--output", output),
+        *DIFFNEXT,
+        "init",
+        "--config",
+        config,
+        "--output",
+        output,
         *("--vae", args.work / autoencoder / "vae", "--seed", str(args.seed), "--shift", "1.5"),
         *("--text-encoder", text / "text_encoder", "--tokenizer", text / "tokenizer"),
         *options,

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from diffnext.models.text_encoders.phi import PhiEncoderModel
-from init_checkpoint import tiny_text_encoder, tiny_tokenizer
+from diffnext.pipelines.fresh_folder import tiny_text_encoder, tiny_tokenizer
 from shapes_world.captions import write_caption, write_prompt
 from shapes_world.evaluation import select_descriptions
 from shapes_world.scenes import (

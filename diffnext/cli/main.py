@@ -10,17 +10,25 @@ from collections.abc import Sequence
 from diffnext.version import __version__
 
 COMMANDS = {  # name: (module, what it does)
-    "generate": ("diffnext.cli.generate", "draw pictures or a video of a prompt"),
+    "generate": ("diffnext.cli.generate", "draw pictures or videos of prompts"),
     "cache": ("diffnext.cli.cache", "turn pictures or clips into a dataset to train on"),
     "inspect": ("diffnext.cli.inspect_cache", "look into such a dataset, check it, cut it anew"),
+    "init": ("diffnext.cli.init", "write an untrained model, to be trained from scratch"),
     "train": ("diffnext.cli.train", "train or fine-tune a model"),
+    "lora": ("diffnext.cli.lora", "merge trained adapters into their model"),
+    "encode": ("diffnext.cli.encode", "encode the prompts of a benchmark"),
+    "evaluate": ("diffnext.cli.evaluate", "draw the samples of GenEval or VBench"),
 }
 EXAMPLES = """
 examples:
-  diffnext generate --model assets/nova-tiny "a red star" --guidance-scale 2.5
+  diffnext generate "a red star" --model assets/nova-tiny
   diffnext cache images photos --output dataset --vae nova/vae --size 1024
   diffnext inspect show dataset
+  diffnext init --config configs/nova_tiny_t2i.yaml --output untrained --tiny
   diffnext train config=configs/nova_d48w1024_sdxl1024.yaml experiment.output_dir=runs/first
+  diffnext lora merge runs/lora/checkpoints/checkpoint-1000 merged
+  diffnext encode --ckpt BAAI/nova-d48w1024-sdxl1024 --prompts prompts.json --output prompts.pth
+  diffnext evaluate geneval --metadata metadata.jsonl --ckpt merged --outdir drawn
 
 `diffnext COMMAND --help` says more. Exit codes: 0 done, 1 an error, told in one line, 2 a wrong
 command line, 130 interrupted.

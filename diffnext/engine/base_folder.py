@@ -131,7 +131,7 @@ def open_base(config: TrainConfig, download: bool, problems: list[str]) -> BaseF
                 raise FileError(f"there are no weights in {place}")
     with _noting(lines, f"{BASE}={name}"):
         if (folder / BASE_FOLDER_FILE).is_file() and (folder / LORA_FILE).is_file():
-            raise FileError("it holds adapters only: merge them first (scripts/merge_lora.py)")
+            raise FileError("it holds adapters only: merge them first (diffnext lora merge)")
         if index_file == folder / INDEX_FILE:
             index = resolve_index(folder, config.trust_remote_code)
     problems += lines.values()

@@ -9,7 +9,6 @@ matrix products of another size round differently.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
@@ -26,16 +25,14 @@ from tqdm import tqdm
 from diffnext.evaluation.layouts import Layout, write_whole
 from diffnext.evaluation.prompts import PromptSet, check_model, encode_prompts
 from diffnext.pipelines.nova.pipeline_nova import NOVAPipeline
-from diffnext.utils.device_utils import AUTO, PRECISIONS, parse_device, parse_precision
+from diffnext.utils.device_utils import AUTO, parse_device, parse_precision
 from diffnext.utils.json_files import read_json, write_json
 
 __all__ = [
     "SEED",
     "SamplingOptions",
     "Shard",
-    "add_sampling_arguments",
     "draw_benchmark",
-    "options_from",
     "sample_seed",
 ]
 
@@ -114,73 +111,6 @@ class Shard:
             raise ValueError(f"RANK must be below WORLD_SIZE, got {rank} of {count}")
         local_rank = os.environ.get("LOCAL_RANK")
         return cls(rank, count, None if local_rank is None else int(local_rank))
-
-
-# --- the command line that the scripts share ----------------------------------------------------
-
-
-def add_sampling_arguments(
-    parser: argparse.ArgumentParser, prompt_size: int, sample_size: int, vae_batch_size: int
-) -> None:
-    """Add the options that every benchmark has.
-
-    Args:
-        parser: Changed in place.
-        prompt_size: Default of that option.
-        sample_size: Default of that option.
-        vae_batch_size: Default of that option.
-    """
-    add = parser.add_argument
-    add(
-        "--ckpt", type=nonempty, required=True, help="release folder, training checkpoint or Hub id"
-    )
-    add("--outdir", type=nonempty, required=True, help="folder; what is there is not drawn again")
-    add("--prompt_key", default="prompt", help="text to draw: prompt or dense_prompt (prompt)")
-    add("--num_pred_steps", type=int, default=128, help="autoregressive steps a frame (128)")
-    add("--num_diff_steps", type=int, default=25, help="diffusion steps of each (25)")
-    add("--guidance_scale", type=float, default=7.0, help="weight of the prompt (7)")
-    add("--prompt_size", type=int, default=prompt_size, help=f"prompts at once ({prompt_size})")
-    add("--sample_size", type=int, default=sample_size, help=f"samples each ({sample_size})")
-    add("--vae_batch_size", type=int, default=vae_batch_size, help=f"at once ({vae_batch_size})")
-    add("--seed", type=int, default=SEED, help=f"of all samples ({SEED})")
-    add("--compat", action="store_true", help="one generator for the whole run, as NOVA's first")
-    add("--device", default=AUTO, help="cpu, cuda, cuda:1, ... (the best there is)")
-    precisions = (AUTO, *PRECISIONS)
-    add("--precision", default=AUTO, choices=precisions, help="(float16; on a CPU float32)")
-
-
-def nonempty(text: str) -> str:
-    """A value that says something: an empty path would mean the current folder."""
-    if not text:
-        raise argparse.ArgumentTypeError("must not be empty")
-    return text
-
-
-def options_from(args: argparse.Namespace, **others: Any) -> SamplingOptions:
-    """Options of a command line.
-
-    Args:
-        args: Parsed with :func:`add_sampling_arguments`.
-        **others: Options that only this benchmark has.
-
-    Raises:
-        ValueError: If a value cannot be.
-    """
-    ckpt = Path(args.ckpt).expanduser()
-    return SamplingOptions(
-        ckpt=str(ckpt.absolute()) if ckpt.exists() else args.ckpt,
-        num_pred_steps=args.num_pred_steps,
-        num_diff_steps=args.num_diff_steps,
-        guidance_scale=args.guidance_scale,
-        prompt_size=args.prompt_size,
-        sample_size=args.sample_size,
-        vae_batch_size=args.vae_batch_size,
-        seed=args.seed,
-        compat=args.compat,
-        device=args.device,
-        precision=args.precision,
-        **others,
-    )
 
 
 # --- drawing ------------------------------------------------------------------------------------

@@ -62,7 +62,7 @@ def get_pipeline_path(
         return str(pretrained_path)
     folder = find_folder(pretrained_path)
     if (folder / BASE_FOLDER_FILE).exists() and (folder / LORA_FILE).exists():
-        raise ValueError(f"{folder} holds adapters only: merge them first (scripts/merge_lora.py)")
+        raise ValueError(f"{folder} holds adapters only: merge them first (diffnext lora merge)")
     modules = dict(module_dict or {})
     index = read_index(_absolute(modules.pop("model_index", None) or own_path(folder, INDEX_FILE)))
     dropped = [name for name, path in modules.items() if not path]

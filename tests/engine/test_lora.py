@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import merge_lora
+from diffnext.cli.main import main
 from diffnext.pipelines import NOVAPipeline
 from diffnext.pipelines.builder import get_pipeline_path
 from diffnext.pipelines.release_folder import LORA_FILE
@@ -60,7 +60,7 @@ def test_merged_equals_unmerged(trained, tmp_path, capsys):
     pipe.fuse_lora()
     torch.testing.assert_close(draw(pipe), expected, rtol=1e-4, atol=1e-4)
     merged = tmp_path / "merged"
-    merge_lora.main([str(trained.checkpoint(4)), str(merged), "--dtype", "float32"])
+    main(["lora", "merge", str(trained.checkpoint(4)), str(merged), "--dtype", "float32"])
     assert f"Wrote {merged}" in capsys.readouterr().out
     assert load_file(merged / WEIGHTS).keys() == load_file(trained.base / WEIGHTS).keys()
     pipe = NOVAPipeline.from_pretrained(merged)

@@ -21,8 +21,7 @@ from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-import merge_lora
-from diffnext.cli import generate
+from diffnext.cli import generate, lora
 from diffnext.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffnext.models.autoencoders.loading import load_autoencoder
 from diffnext.models.text_encoders.phi import PhiEncoderModel
@@ -618,7 +617,7 @@ def test_adapters_that_are_not_there_are_no_error_of_the_network(world):
 def test_a_foreign_pipeline_is_not_merged(world, adapters):
     write_json(adapters / INDEX, {"_class_name": "foreign.Thing"})
     with pytest.raises(ValueError, match="must hold a NOVAPipeline or a NOVAC2IPipeline"):
-        merge_lora.merge(adapters, world / "merged", torch.float32)
+        lora.merge(adapters, world / "merged", "float32")
     assert not (world / "ran").exists()
 
 

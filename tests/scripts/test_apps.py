@@ -15,11 +15,11 @@ gr = pytest.importorskip("gradio", reason="the apps need `pip install .[demo]`")
 
 import app_nova_t2i
 import app_nova_t2v
-import init_checkpoint
 import show_parameters
 from apps import image_app, options, video_app
 from apps.loading import choose_device, load_pipeline, model_name
 from apps.studio import MAX_SEED, DrawRequest, Stopped, Studio, choose_seed
+from diffnext.cli import init
 from diffnext.pipelines.model_card import Defaults, Ranges, read_defaults
 from diffnext.utils import read_parameters
 
@@ -43,7 +43,7 @@ def app(pipe, tmp_path):
 def video_model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models") / "random-video"
     config = ROOT / "configs" / "nova_shapes_t2v.yaml"
-    assert init_checkpoint.main(["--config", str(config), "--output", str(folder), "--tiny"]) == 0
+    assert init.main(["--config", str(config), "--output", str(folder), "--tiny"]) == 0
     return folder
 
 

@@ -26,7 +26,7 @@ import pytest
 from omegaconf import OmegaConf
 from PIL import ExifTags, Image
 
-import init_checkpoint
+from diffnext.cli import init
 from diffnext.utils import read_parameters
 from shapes_world.detection import detect
 
@@ -107,7 +107,7 @@ def video_url(tmp_path_factory):
     )
     OmegaConf.save(config, folder / "config.yaml")
     words = ["--config", str(folder / "config.yaml"), "--output", str(folder / RANDOM_MODEL)]
-    assert init_checkpoint.main([*words, "--tiny"]) == 0
+    assert init.main([*words, "--tiny"]) == 0
     with serve("app_nova_t2v.py", "--model", str(folder / RANDOM_MODEL)) as url:
         yield url
 

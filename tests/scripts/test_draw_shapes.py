@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 
 import draw_shapes
-import init_checkpoint
+from diffnext.cli import init
 from shapes_world.detection import detect
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,7 +32,7 @@ def test_what_was_asked_for_is_drawn(tmp_path, capsys):
 
 def test_a_clip_is_shown_as_a_strip(tmp_path, capsys):
     config, model = ROOT / "configs" / "nova_shapes_t2v.yaml", tmp_path / "model"
-    init_checkpoint.main(["--config", str(config), "--output", str(model), "--tiny"])
+    init.main(["--config", str(config), "--output", str(model), "--tiny"])
     options = ["a ring", "--clip", "a red circle moving left", "--clip-model", str(model)]
     assert draw_shapes.main([*options, "--output", str(tmp_path)]) == 0
     frames = imageio.imread(tmp_path / "clip.gif")

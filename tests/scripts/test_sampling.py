@@ -15,9 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-import encode_prompts
-import sample_geneval
-import sample_vbench
+from diffnext.cli.main import main
 from diffnext.evaluation import layouts, sampling
 from diffnext.evaluation.layouts import VBenchLayout, safe_name
 from diffnext.evaluation.prompts import read_prompts, read_vbench
@@ -61,19 +59,31 @@ def one_process(monkeypatch):
 
 
 def geneval_arguments(metadata, outdir, *options, model=NOVA_TINY):
-    words = ["--metadata", metadata, "--ckpt", model, "--outdir", outdir, *QUICK, *options]
+    words = [
+        "evaluate",
+        "geneval",
+        "--metadata",
+        metadata,
+        "--ckpt",
+        model,
+        "--outdir",
+        outdir,
+        *QUICK,
+        *options,
+    ]
     return [str(word) for word in words]
 
 
 def draw_geneval(metadata, outdir, *options, **others):
-    assert sample_geneval.main(geneval_arguments(metadata, outdir, *options, **others)) == 0
+    assert main(geneval_arguments(metadata, outdir, *options, **others)) == 0
     return contents(outdir)
 
 
 def draw_vbench(prompts, outdir, *options, model):
-    words = ["--prompt", prompts, "--ckpt", model, "--outdir", outdir, *QUICK]
+    words = ["evaluate", "vbench", "--prompt", prompts, "--ckpt", model, "--outdir", outdir]
+    words += QUICK
     words += ["--max_latent_length", "2", "--sample_size", "2", *options]
-    assert sample_vbench.main([str(word) for word in words]) == 0
+    assert main([str(word) for word in words]) == 0
     return contents(outdir)
 
 
@@ -205,8 +215,7 @@ def test_a_stopped_run_goes_on(stop_at, metadata, drawn, tmp_path, monkeypatch):
         return write(image, path, **kwargs)
 
     monkeypatch.setattr(layouts, "export_to_image", stopping)
-    with pytest.raises(KeyboardInterrupt):
-        sample_geneval.main(geneval_arguments(metadata, tmp_path, *GROUPS))
+    assert main(geneval_arguments(metadata, tmp_path, *GROUPS)) == 130
     pictures = [name for name in contents(tmp_path) if Path(name).match("[0-9]*.png")]
     assert len(pictures) == stop_at - 1
     assert draw_geneval(metadata, tmp_path, *GROUPS) == drawn
@@ -229,14 +238,14 @@ def test_finished_samples_are_left_alone(metadata, drawn, tmp_path, capsys, monk
 def test_other_settings_do_not_mix_in_one_folder(metadata, tmp_path, capsys):
     draw_geneval(metadata, tmp_path, *GROUPS)
     words = geneval_arguments(metadata, tmp_path, *GROUPS, "--guidance_scale", "3")
-    assert sample_geneval.main(words) == 1
+    assert main(words) == 1
     assert "holds samples of guidance_scale 7.0, not 3.0" in capsys.readouterr().err
 
 
 @pytest.mark.slow
 def test_a_killed_run_goes_on(metadata, drawn, tmp_path):
     words = geneval_arguments(metadata, tmp_path, *GROUPS)
-    command = [sys.executable, str(ROOT / "scripts" / "sample_geneval.py"), *words]
+    command = [sys.executable, "-m", "diffnext.cli.main", *words]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
     while not list(tmp_path.glob("*/samples/[0-9]*.png")) and process.poll() is None:
@@ -252,7 +261,7 @@ def test_a_killed_run_goes_on(metadata, drawn, tmp_path):
 def test_two_launched_processes_draw_the_same(metadata, drawn, tmp_path):
     words = geneval_arguments(metadata, tmp_path, *GROUPS)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    command = [*launcher, str(ROOT / "scripts" / "sample_geneval.py"), *words]
+    command = [*launcher, "-m", "diffnext.cli.main", *words]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     subprocess.run(command, env=environment, check=True, capture_output=True)
     assert contents(tmp_path) == drawn
@@ -277,7 +286,7 @@ def test_compat_draws_all_again_and_alone(metadata, tmp_path, capsys, monkeypatc
     assert capsys.readouterr().out.count("Wrote 10 pictures") == 2
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert sample_geneval.main(geneval_arguments(metadata, tmp_path, "--compat")) == 1
+    assert main(geneval_arguments(metadata, tmp_path, "--compat")) == 1
     assert "--compat draws in one process, but there are 2" in capsys.readouterr().err
 
 
@@ -286,7 +295,7 @@ def test_compat_draws_all_again_and_alone(metadata, tmp_path, capsys, monkeypatc
 
 def encode(prompts, output, *options, model=NOVA_TINY):
     words = ["--ckpt", model, "--prompts", prompts, "--output", output, "--device", "cpu"]
-    assert encode_prompts.main([str(word) for word in [*words, *options]]) == 0
+    assert main(["encode", *(str(word) for word in [*words, *options])]) == 0
     return output
 
 
@@ -370,7 +379,7 @@ def test_other_prompt_files_are_refused(name, text, message, tmp_path):
 
 
 def refuse_geneval(capsys, *arguments):
-    assert sample_geneval.main(geneval_arguments(*arguments)) == 1
+    assert main(geneval_arguments(*arguments)) == 1
     message = capsys.readouterr().err.strip().splitlines()[-1]
     assert message.startswith("error: ")
     return message
@@ -404,20 +413,20 @@ def test_wrong_commands_are_explained(metadata, tmp_path, capsys):
     message = refuse_geneval(capsys, metadata, tmp_path / "out", "--device", "cpux")
     assert "device 'cpux' cannot be used" in message
     words = geneval_arguments(metadata, tmp_path / "out", model=tmp_path / "no-model")
-    assert sample_geneval.main(words) == 1
+    assert main(words) == 1
     assert "there is no folder" in capsys.readouterr().err
     make_class_pipeline().save_pretrained(tmp_path / "classes")
     words = geneval_arguments(metadata, tmp_path / "out", model=tmp_path / "classes")
-    assert sample_geneval.main(words) == 1
+    assert main(words) == 1
     assert "is a NOVAC2IPipeline" in capsys.readouterr().err
     for missing in ("--metadata", "--ckpt", "--outdir"):
         words = geneval_arguments(metadata, tmp_path / "out")
         del words[words.index(missing) : words.index(missing) + 2]
         with pytest.raises(SystemExit) as stopped:
-            sample_geneval.main(words)
+            main(words)
         assert stopped.value.code == 2 and missing in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        sample_geneval.main(geneval_arguments(metadata, ""))
+        main(geneval_arguments(metadata, ""))
     assert "--outdir: must not be empty" in capsys.readouterr().err
 
 

@@ -10,8 +10,8 @@ import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
 import evaluate_shapes
-import init_checkpoint
 import make_shapes_dataset
+from diffnext.cli import init
 from diffnext.data.flex_loaders import FeatureDataLoader
 from diffnext.models.autoencoders.loading import load_autoencoder
 from diffnext.pipelines import NOVAPipeline
@@ -268,7 +268,7 @@ def test_the_scorer_measures_autoencoders(tmp_path):
 def test_the_scorer_has_models_continue_clips(number, tmp_path):
     base = tmp_path / "base"
     config = ASSETS.parent / "configs" / "nova_shapes_t2v.yaml"
-    assert init_checkpoint.main(["--config", str(config), "--output", str(base), "--tiny"]) == 0
+    assert init.main(["--config", str(config), "--output", str(base), "--tiny"]) == 0
     arguments = ["--model", str(base), "--clips", "--given-frames", str(number), "--num", "2"]
     sizes = ["--num-frames", "9", "--num-inference-steps", "1", "--num-diffusion-steps", "1"]
     args = evaluate_shapes.parse_args([*arguments, *sizes, "--categories", "single"])

@@ -1,20 +1,13 @@
-"""Write a release folder with a freshly initialised NOVA, ready to be trained from scratch.
+"""A release folder with a freshly initialised NOVA, ready to be trained from scratch.
 
-    python scripts/init_checkpoint.py --config configs/nova_tiny_t2i.yaml --output DIR --tiny
-    python scripts/init_checkpoint.py --config configs/nova_d48w1024_sdxl1024.yaml --output DIR \
-        --vae SDXL_VAE --text-encoder PHI2 --tokenizer PHI2_TOKENIZER
-
-The transformer is built from `pipeline.paths.module_config.transformer` of the config; the frozen
-components are copied. With --tiny they are small: a random Phi and a byte-level tokenizer, which
-tell prompts apart, and a fitted autoencoder, that of assets/vae-tiny for images and of
-assets/vae-tiny-video for videos. A class-conditional model has no text encoder and no tokenizer.
+The transformer is built from ``pipeline.paths.module_config.transformer`` of a training config; the
+frozen components are copied, or small ones are made.
 """
 
 from __future__ import annotations
 
 import argparse
 import shutil
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -33,7 +26,7 @@ from diffnext.pipelines.release_folder import BASE_FOLDER_FILE, INDEX_FILE, writ
 from diffnext.utils.component_files import component_files, reading
 from diffnext.utils.json_files import read_json, write_json
 
-ASSETS = Path(__file__).resolve().parent.parent / "assets"
+ASSETS = Path(__file__).resolve().parents[2] / "assets"  # of a clone
 TINY_VAES = {
     "AutoencoderKL": ASSETS / "vae-tiny",
     "AutoencoderKLOpenSora": ASSETS / "vae-tiny-video",
@@ -56,67 +49,18 @@ short long text caption describes shows there is are stands A An There This Two 
 """
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config", type=Path, required=True, help="training config (YAML)")
-    parser.add_argument("--output", type=Path, required=True, help="folder to write; must be new")
-    parser.add_argument("--tiny", action="store_true", help="small frozen components")
-    parser.add_argument("--vae", type=Path, help="folder of the autoencoder to copy")
-    parser.add_argument("--text-encoder", type=Path, help="folder of the Phi text encoder to copy")
-    parser.add_argument("--tokenizer", type=Path, help="folder of the tokenizer to copy")
-    parser.add_argument(
-        "--weights",
-        type=Path,
-        help="folder of a trained model to start from; what it does not have, such as the motion "
-        "of a picture model that is to learn clips, is initialised",
-    )
-    parser.add_argument(
-        "--scheduler",
-        choices=("flow", "ddpm"),
-        default="flow",
-        help="how tokens are denoised (default: flow matching)",
-    )
-    parser.add_argument(
-        "--shift",
-        type=float,
-        default=1.0,
-        help="of flow matching towards high noise, in training and sampling (default: 1)",
-    )
-    parser.add_argument(
-        "--branch-gain",
-        type=float,
-        default=1.0,
-        help="weights of the norms that end the encoders' residual branches; 0, as in Swin V2, "
-        "learns faster from scratch (default: 1, as PyTorch initialises)",
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of the initial weights (default: 0)")
-    return parser.parse_args(argv)
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Write the folder; returns the exit code."""
-    args = parse_args(argv)
-    try:
-        write_checkpoint(args)
-    except (ValueError, OSError, KeyError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(f"Wrote {args.output}")
-    return 0
-
-
-def write_checkpoint(args: argparse.Namespace) -> None:
+def write_folder(args: argparse.Namespace) -> None:
     """Write everything beside the output and move it into place at the end.
+
+    Args:
+        args: Those of ``diffnext init``.
 
     Raises:
         ValueError: If the parts do not fit together, or the output exists.
     """
     if args.output.exists() and (not args.output.is_dir() or any(args.output.iterdir())):
         raise ValueError(f"--output {args.output} exists: name a new folder or remove it")
-    config = OmegaConf.to_container(OmegaConf.load(args.config), resolve=True)
+    config: Any = OmegaConf.to_container(OmegaConf.load(args.config), resolve=True)
     target = config["pipeline"]["target"]
     model_config = config["pipeline"]["paths"]["module_config"]["transformer"]
     args.output.parent.mkdir(parents=True, exist_ok=True)
@@ -147,7 +91,7 @@ def pipeline_class(target: str) -> str:
 def write_scheduler(folder: Path, args: argparse.Namespace) -> list[str]:
     """Write a sampling scheduler; returns its index entry."""
     if args.scheduler == "flow":
-        scheduler = FlowMatchEulerDiscreteScheduler(shift=args.shift)
+        scheduler: Any = FlowMatchEulerDiscreteScheduler(shift=args.shift)
     else:
         scheduler = DDPMScheduler(clip_sample=False)
     scheduler.save_pretrained(folder)
@@ -286,7 +230,3 @@ def take_weights(model: NOVATransformer3DModel, source: Path) -> None:
     model.load_state_dict(trained, strict=False)
     parts = sorted({name.split(".")[0] for name in fresh.keys() - trained.keys()})
     print(f"Weights of {source}; initialised: {', '.join(parts) or 'nothing'}")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

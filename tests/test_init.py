@@ -1,6 +1,5 @@
-"""scripts/init_checkpoint.py: complete folders, or a message."""
+"""diffnext init: complete folders, or a message."""
 
-import runpy
 from pathlib import Path
 
 import pytest
@@ -8,12 +7,13 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
+from diffnext.cli.main import main
 from diffnext.pipelines import NOVAPipeline
 from diffnext.pipelines.nova.pipeline_nova_c2i import NOVAC2IPipeline
 from diffnext.utils.json_files import read_json
 from tests.tiny import make_vae
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 SHAPES = ROOT / "configs" / "nova_shapes_t2i.yaml"
 SHAPES_T2V = ROOT / "configs" / "nova_shapes_t2v.yaml"
 WEIGHTS = Path("transformer", "diffusion_pytorch_model.safetensors")
@@ -21,8 +21,7 @@ SHAPES_C2I = ROOT / "configs" / "nova_shapes_c2i.yaml"
 
 
 def init(*arguments):
-    script = runpy.run_path(str(ROOT / "scripts" / "init_checkpoint.py"))
-    return script["main"]([str(argument) for argument in arguments])
+    return main(["init", *map(str, arguments)])
 
 
 @pytest.fixture

@@ -1,0 +1,75 @@
+"""``diffnext encode``: text states of a benchmark's prompts, so that sampling needs no encoder."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+DESCRIPTION = """\
+Encode the prompts of a benchmark, so that sampling needs no text encoder.
+
+  diffnext encode --ckpt BAAI/nova-d48w1024-sdxl1024 --prompts evaluation_metadata.jsonl \\
+    --output prompts.pth
+  diffnext encode --ckpt BAAI/nova-d48w1024-osp480 --prompts prompts.json \\
+    --prompt_key dense_prompt --output prompts_rewrite.pth
+
+Reads a JSON list or JSON lines of objects with `prompt` and perhaps `dense_prompt` and `tag`. The
+file holds {"prompts": [states (k, d), ...], "tags": [...], "texts": [...]}: a tag, where there are
+any, and a short text for each prompt.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    args = parse_args(argv)
+    try:
+        count = encode(args)
+    except (OSError, RuntimeError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"Wrote {args.output}: {count} prompts")
+    return 0
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
+        prog="diffnext encode",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--ckpt", required=True, help="folder or Hub id with the text encoder")
+    add("--prompts", type=Path, required=True, help="file of prompts (JSON)")
+    add("--output", type=Path, required=True, help="file to write (.pth)")
+    add("--prompt_key", default="prompt", help="text to encode: prompt or dense_prompt (prompt)")
+    add("--device", default="auto", help="cpu, cuda, ... (the best there is)")
+    add("--precision", default="auto", help="of the states (float16; on a CPU float32)")
+    args = parser.parse_args(argv)
+    if args.output.suffix != ".pth":
+        parser.error(f"--output must end with .pth, got {args.output}")
+    return args
+
+
+def encode(args: argparse.Namespace) -> int:
+    """Encode and write; returns the number of prompts."""
+    from tqdm import tqdm
+
+    from diffnext.evaluation.prompts import (
+        encode_prompts,
+        prompts_of_records,
+        read_records,
+        save_states,
+    )
+    from diffnext.utils.device_utils import parse_device, parse_precision
+
+    prompts = prompts_of_records(read_records(args.prompts), args.prompts, args.prompt_key)
+    device = parse_device(args.device)
+    dtype = parse_precision(args.precision, device)
+    states = encode_prompts(args.ckpt, [str(text) for text in prompts.prompts], device, dtype)
+    encoded = tuple(tqdm(states, total=len(prompts), unit="prompt"))
+    save_states(args.output, replace(prompts, prompts=encoded))
+    return len(encoded)

@@ -1,0 +1,76 @@
+"""``diffnext lora``: what is done with trained adapters."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+DESCRIPTION = """\
+Merge trained adapters into their model.
+
+  diffnext lora merge runs/mine/checkpoints/checkpoint-1000 merged
+  diffnext lora merge runs/mine/ema_checkpoints/checkpoint-1000 merged --dtype float32
+
+CHECKPOINT is a checkpoint of a run with `model.lora`, or of its average. OUTPUT becomes an ordinary
+release folder: it loads without peft, and can be trained on.
+"""
+PRECISIONS = ("float32", "float16", "bfloat16")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    args = build_parser().parse_args(argv)
+    try:
+        merge(args.checkpoint, args.output, args.dtype)
+    except (OSError, RuntimeError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"Wrote {args.output}")
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the command line."""
+    parser = argparse.ArgumentParser(
+        prog="diffnext lora",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("action", choices=("merge",), help="what to do")
+    parser.add_argument("checkpoint", type=Path, help="folder with the adapters")
+    parser.add_argument("output", type=Path, help="folder to write; must be new")
+    parser.add_argument("--dtype", choices=PRECISIONS, default="float16", help="of the weights")
+    return parser
+
+
+def merge(checkpoint: Path, output: Path, dtype: str) -> None:
+    """Write the whole pipeline with merged weights.
+
+    Args:
+        checkpoint: Folder with adapters.
+        output: Folder to write; must be new.
+        dtype: Name of the type of the weights that are written; the sum is done in float32.
+
+    Raises:
+        ValueError: If there are no adapters, or the output exists.
+    """
+    import torch
+
+    from diffnext.pipelines.nova.pipeline_nova import NOVAPipeline
+    from diffnext.pipelines.nova.pipeline_nova_c2i import NOVAC2IPipeline
+    from diffnext.pipelines.release_folder import LORA_FILE, read_class_name
+
+    if not (checkpoint / LORA_FILE).is_file():
+        raise ValueError(f"{checkpoint} has no {LORA_FILE}")
+    if output.exists():
+        raise ValueError(f"{output} exists already: name a new folder")
+    pipelines = {cls.__name__: cls for cls in (NOVAPipeline, NOVAC2IPipeline)}
+    name = read_class_name(checkpoint)
+    if name not in pipelines:
+        raise ValueError(f"{checkpoint} must hold a {' or a '.join(pipelines)}, got {name}")
+    pipe = pipelines[name].from_pretrained(checkpoint, dtype=torch.float32)
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    pipe.to(dtype=getattr(torch, dtype)).save_pretrained(output)
