@@ -166,9 +166,9 @@ class DataLoaderBase(ABC):
     def last_examples(self, count: int) -> list[int]:
         """Return the places in the dataset of the last ``count`` examples, oldest first."""
 
-    def describe_last(self, count: int) -> str:
-        """Name the last ``count`` examples, for messages."""
-        return f"examples {self.last_examples(count)} of the dataset"
+    def describe_last(self, count: int, skip: int = 0) -> str:
+        """Name the last ``count`` examples but ``skip`` behind them, for messages."""
+        return f"examples {self.last_examples(count + skip)[:count]} of the dataset"
 
     @abstractmethod
     def close(self) -> None:
@@ -297,13 +297,13 @@ class DataLoader(DataLoaderBase):
         """Return the places in their dataset of the last ``count`` examples, oldest first."""
         return [index for _, index in self._last(count)]
 
-    def describe_last(self, count: int) -> str:
-        """Name the last ``count`` examples, for messages."""
+    def describe_last(self, count: int, skip: int = 0) -> str:
+        """Name the last ``count`` examples but ``skip`` behind them, for messages."""
         if len(self.datasets) == 1:
-            return super().describe_last(count)
+            return super().describe_last(count, skip)
         names = [
             _describe(self.datasets[number], self._paths[number], index)
-            for number, index in self._last(count)
+            for number, index in self._last(count + skip)[:count]
         ]
         return ", ".join(names)
 

@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from types import FrameType, TracebackType
 from typing import Any, TypeVar
@@ -67,15 +67,22 @@ class Agreement:
         Returns:
             The messages with their ranks, the same list on every process.
         """
+        return self._by_rank([message])[0]
+
+    def _by_rank(self, messages: Sequence[str | None]) -> list[list[str]]:
+        """Gather several messages at once; those of each kind with their ranks."""
         if self.group is None:
-            return [] if message is None else [message]
-        raised = torch.tensor([message is not None], dtype=torch.int32)
+            return [[] if text is None else [text] for text in messages]
+        raised = torch.tensor([any(text is not None for text in messages)], dtype=torch.int32)
         distributed.all_reduce(raised, op=distributed.ReduceOp.MAX, group=self.group)
         if not raised.item():
-            return []
-        messages: list[str | None] = [None] * self.size
-        distributed.all_gather_object(messages, message, group=self.group)
-        return [f"rank {rank}: {text}" for rank, text in enumerate(messages) if text is not None]
+            return [[] for _ in messages]
+        found: list[Sequence[str | None]] = [messages] * self.size
+        distributed.all_gather_object(found, messages, group=self.group)
+        return [
+            [f"rank {rank}: {text}" for rank, text in enumerate(kind) if text is not None]
+            for kind in zip(*found, strict=True)
+        ]
 
     def decide(self, action: Callable[[], T]) -> T:
         """Let the main process do something for all; collective.
@@ -118,17 +125,37 @@ class Agreement:
         Raises:
             TrainingError: On every process, if ``action`` failed on any.
         """
+        return self.unless(None, action, failure)[0]
+
+    def unless(
+        self, objection: str | None, action: Callable[[], Any], failure: str
+    ) -> tuple[Any, list[str]]:
+        """As :meth:`together`, unless a process objects; still one exchange.
+
+        Args:
+            objection: Why this process does not do it; None if it does.
+            action: Called without arguments. If another process objects, it was called in vain,
+                and that it failed does not count.
+            failure: Start of the message if a process fails.
+
+        Returns:
+            What ``action`` returned, and the objections of all processes.
+
+        Raises:
+            TrainingError: On every process, if ``action`` failed on any and none objects.
+        """
         error = None
         result = None
-        try:
-            result = action()
-        except Exception as caught:
-            error = caught
-        message = None if error is None else _describe(error)
-        problems = self.collect(message)
-        if problems:
+        if objection is None:
+            try:
+                result = action()
+            except Exception as caught:
+                error = caught
+        problem = None if error is None else _describe(error)
+        objections, problems = self._by_rank([objection, problem])
+        if problems and not objections:
             raise TrainingError(f"{failure}: {'; '.join(problems)}") from error
-        return result
+        return result, objections
 
 
 def is_lost_connection(error: BaseException) -> bool:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from diffnext.utils.host_data import fetch
 
 
 class ModelEMA:
@@ -35,42 +37,81 @@ class ModelEMA:
             raise ValueError(f'ema device must be "cpu" or "gpu", got {device!r}')
         self.decay = decay
         self.update_every = update_every
-        self.model = copy_module(model).eval()
-        for parameter in self.model.parameters():
+        self._model = copy_module(model).eval()
+        self._open_checks: list[_Check] = []
+        for parameter in self._model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
+            if device == "cpu" and parameter.device.type == "cuda":
+                parameter.data = parameter.data.cpu().pin_memory()
             parameter.requires_grad_(False)
         if device == "cpu":
-            self.model.cpu()
+            self._model.cpu()
+
+    @property
+    def model(self) -> nn.Module:
+        """The average; waits for what is still on its way from the device."""
+        for check in self._open_checks:
+            check.is_finite()
+        return self._model
 
     def update(self, model: nn.Module) -> None:
         """Move the average toward a model: ema = decay * ema + (1 - decay) * live.
 
         Args:
             model: Model of the same structure; only its trainable parameters are followed.
+
+        Raises:
+            ValueError: As :meth:`update_from` and :meth:`check`.
         """
         self.update_from((parameter, parameter) for parameter in model.parameters())
+        self.check()
 
     @torch.no_grad()
     def update_from(self, parameters: Iterable[tuple[nn.Parameter, Tensor]]) -> None:
         """Move the average toward values kept outside the model, such as master weights.
 
+        Nothing waits for the device. A parameter whose value is not finite keeps its average, and
+        :meth:`check` tells.
+
         Args:
             parameters: For every parameter of the model, in order: the parameter and its value.
 
         Raises:
-            ValueError: If their number differs from the model's, or a value is not finite; the
-                average of that parameter is unchanged then. All values are read first: getting
-                them may be collective.
+            ValueError: If their number differs from the model's.
         """
-        not_finite = []
-        bucket = _Bucket(1 - self.decay)
-        for average, (parameter, value) in zip(self.model.parameters(), parameters, strict=True):
+        bucket = _Bucket(1 - self.decay, self._open_checks)
+        for average, (parameter, value) in zip(self._model.parameters(), parameters, strict=True):
             if parameter.requires_grad:
-                not_finite += bucket.add(average, value.detach())
-        not_finite += bucket.flush()
-        if not_finite:
-            raise ValueError(f"{len(not_finite)} weights are not finite, one of {not_finite[0]}")
+                bucket.add(average, value.detach())
+        bucket.flush()
+
+    def check(self) -> None:
+        """Look at the updates since the last check.
+
+        Raises:
+            ValueError: If a value was not finite.
+        """
+        checks, self._open_checks = self._open_checks, []
+        shapes = [shape for check in checks for shape in check.find_nonfinite()]
+        if shapes:
+            raise ValueError(f"{len(shapes)} weights are not finite, one of {shapes[0]}")
+
+
+class _Check(NamedTuple):
+    """Which values were finite.
+
+    Attributes:
+        shapes: Of the values.
+        is_finite: Tells for each; waits for the averages, too.
+    """
+
+    shapes: list[tuple[int, ...]]
+    is_finite: Callable[[], Tensor]
+
+    def find_nonfinite(self) -> list[tuple[int, ...]]:
+        pairs = zip(self.shapes, self.is_finite().tolist(), strict=True)
+        return [shape for shape, good in pairs if not good]
 
 
 class _Bucket:
@@ -78,45 +119,44 @@ class _Bucket:
 
     Args:
         weight: Share of the new value in an average.
+        checks: Gets one for all parameters averaged at a time.
     """
 
     MAX_ELEMENTS = 2**24
 
-    def __init__(self, weight: float) -> None:
+    def __init__(self, weight: float, checks: list[_Check]) -> None:
         self.weight = weight
+        self.checks = checks
         self.averages: list[Tensor] = []
         self.values: list[Tensor] = []
         self.num_elements = 0
 
-    def add(self, average: Tensor, value: Tensor) -> list[tuple[int, ...]]:
-        """Take a parameter; returns the shapes of those averaged now that are not finite."""
+    def add(self, average: Tensor, value: Tensor) -> None:
+        """Take a parameter; averages those taken before if there are many."""
         is_other_place = bool(self.values) and self.values[0].device != value.device
-        is_full = self.num_elements + value.numel() > self.MAX_ELEMENTS
-        not_finite = self.flush() if is_other_place or is_full else []
+        if is_other_place or self.num_elements + value.numel() > self.MAX_ELEMENTS:
+            self.flush()
         self.averages.append(average)
         self.values.append(value.float())
         self.num_elements += value.numel()
-        return not_finite
 
-    def flush(self) -> list[tuple[int, ...]]:
-        """Average what was taken and is finite; returns the shapes of what is not."""
+    def flush(self) -> None:
+        """Average what was taken."""
         if not self.values:
-            return []
-        largest = torch.stack(torch._foreach_norm(self.values, float("inf")))
-        is_finite = largest.isfinite().tolist()
-        pairs = list(zip(self.averages, self.values, is_finite, strict=True))
-        kept = [(average, value) for average, value, good in pairs if good]
-        if kept:
-            averages, values = (list(column) for column in zip(*kept, strict=True))
-            # The arithmetic runs on the live device: with the average on the CPU, moving tensors
-            # there and back is far cheaper than lerping them on the CPU.
-            moved = [average.to(values[0].device, torch.float32) for average in averages]
-            torch._foreach_lerp_(moved, values, self.weight)
-            for average, result in zip(averages, moved, strict=True):
-                if result.data_ptr() != average.data_ptr():
-                    average.copy_(result)
+            return
+        # The arithmetic runs on the live device: with the average on the CPU, moving tensors there
+        # and back is far cheaper than lerping them on the CPU.
+        device = self.values[0].device
+        moved = [a.to(device, torch.float32, non_blocking=True) for a in self.averages]
+        is_finite = torch.stack(torch._foreach_norm(self.values, float("inf"))).isfinite()
+        triples = zip(is_finite.unbind(), self.values, moved, strict=True)
+        values = [torch.where(good, value, average) for good, value, average in triples]
+        torch._foreach_lerp_(moved, values, self.weight)
+        for average, result in zip(self.averages, moved, strict=True):
+            if result is not average:
+                average.copy_(result, non_blocking=True)
+        self.checks.append(_Check([tuple(v.shape) for v in values], fetch(is_finite)))
         self.averages, self.values, self.num_elements = [], [], 0
-        return [tuple(value.shape) for _, value, good in pairs if not good]
 
 
 def copy_module(model: nn.Module, with_weights: bool = True) -> nn.Module:

@@ -41,7 +41,6 @@ class StepResult:
         metrics: Losses and metrics, averaged over its micro-batches; scalars on the device.
         grad_norm: Norm of all gradients before clipping, a scalar on the device.
         num_tokens: Latent tokens that it trained on, of this process.
-        applied: Whether the optimizer stepped; False when the step was left out.
     """
 
     step: int
@@ -49,7 +48,6 @@ class StepResult:
     metrics: dict[str, Tensor]
     grad_norm: Tensor
     num_tokens: int
-    applied: bool
 
 
 class Reporter:
@@ -99,9 +97,11 @@ class Reporter:
             yield
 
     def add(self, result: StepResult) -> None:
-        """Take the result of a step; one that was left out does not count."""
-        if result.applied:
-            self.window.append(result)
+        """Take the result of a step that was applied."""
+        self.window.append(result)
+
+    def advance(self) -> None:
+        """Move the bar by a step."""
         if self._bar is not None:
             self._bar.update()
 

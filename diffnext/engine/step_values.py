@@ -7,7 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+UNKNOWN = "a parameter"
 
 
 def total_loss(outputs: Mapping[str, Any], weights: Mapping[str, float]) -> Tensor:
@@ -48,9 +50,7 @@ def find_nonfinite(metrics: Mapping[str, Tensor]) -> str | None:
     return None
 
 
-def find_nonfinite_gradient(model: nn.Module) -> str:
-    """The name of the first parameter whose gradient is NaN or infinite."""
-    for name, parameter in model.named_parameters():
-        if parameter.grad is not None and not parameter.grad.isfinite().all():
-            return name
-    return "a parameter"  # DeepSpeed has dropped the gradients by now
+def find_nonfinite_gradient(names: Sequence[str], norms: Tensor) -> str:
+    """The name of the first parameter whose gradient's norm is NaN or infinite."""
+    found = (~norms.isfinite()).tolist()
+    return next((name for name, is_bad in zip(names, found, strict=True) if is_bad), UNKNOWN)

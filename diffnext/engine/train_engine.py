@@ -6,15 +6,14 @@ import logging
 import math
 import signal
 from collections.abc import Mapping
-from typing import Any, cast
+from dataclasses import dataclass
+from typing import Any, NoReturn
 
 import numpy as np
-import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType
+from accelerate.utils import DistributedDataParallelKwargs
 from omegaconf import DictConfig
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from diffnext.config.load import parse
 from diffnext.config.schema import TrainConfig
@@ -49,16 +48,26 @@ from diffnext.engine.run_parts import (
     trained_weights,
 )
 from diffnext.engine.snapshot import Snapshot
-from diffnext.engine.step_values import (
-    detach_metrics,
-    find_nonfinite,
-    find_nonfinite_gradient,
-    mean_of,
-    total_loss,
-)
+from diffnext.engine.step_values import find_nonfinite, mean_of
+from diffnext.engine.stepping import Outcome, Stepper
 from diffnext.engine.validation import Validator
 from diffnext.models.transformers.transformer_nova import NOVATransformer3DModel
 from diffnext.utils.profiler import Timer, get_progress
+
+
+@dataclass(frozen=True)
+class OpenStep:
+    """A step that was launched, and not looked at yet.
+
+    Attributes:
+        result: To be reported, if it was applied.
+        outcome: Whether it was.
+        num_read: Examples of this process that were read by then.
+    """
+
+    result: StepResult
+    outcome: Outcome
+    num_read: int
 
 
 class Trainer:
@@ -105,6 +114,8 @@ class Trainer:
         self.stop = StopRequests() if stop is None else stop
         self.global_step = 0 if resume is None else resume.step
         self._saved_step = self.global_step  # nothing is new yet
+        self._open_step: OpenStep | None = None
+        self._num_read = 0
 
         # First, as it fails fastest. Its processes only start with the first batch.
         self.loader = build_loader(self.config, self.inputs, accelerator)
@@ -124,7 +135,8 @@ class Trainer:
             # What reads earlier frames has no part in a batch without any.
             accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
         self.model, self.optimizer = accelerator.prepare(model, self.optimizer)
-        if self.uses_deepspeed:
+        self.stepper = Stepper(self.config, accelerator, self.pipeline, self.model, self.optimizer)
+        if self.stepper.uses_deepspeed:
             # Else it checks gradients in fp16 only. A step that is not finite is left out.
             self.model.optimizer.check_grad_overflow = True
         self.engine = make_engine_state(
@@ -144,11 +156,6 @@ class Trainer:
             self.agreement.together(lambda: self._restore(resume), failure)
 
     @property
-    def uses_deepspeed(self) -> bool:
-        """Whether DeepSpeed keeps the master weights."""
-        return self.accelerator.distributed_type == DistributedType.DEEPSPEED
-
-    @property
     def _makes_videos(self) -> bool:
         return self.pipeline.model.config.video_base_size[0] > 1
 
@@ -160,7 +167,7 @@ class Trainer:
     @property
     def bare_model(self) -> NOVATransformer3DModel:
         """The model without the wrappers of distributed training."""
-        return cast(NOVATransformer3DModel, self.accelerator.unwrap_model(self.model))
+        return self.stepper.bare_model
 
     # Stepping
 
@@ -176,7 +183,6 @@ class Trainer:
         try:
             with self._reader_deaths.held(), self.reporter.progress_bar(self.global_step):
                 while self.global_step < self.max_steps:
-                    self._stop_if_asked()
                     self._advance()
             self.writer.wait()
         except RuntimeError as error:
@@ -190,84 +196,69 @@ class Trainer:
     def _advance(self) -> None:
         """Do one step and everything that is due after it."""
         with self.timer.tic_and_toc():
-            result = self.run_step(self.config.training.gradient_accumulation_steps)
+            self.run_step(self.config.training.gradient_accumulation_steps)
         self.global_step += 1
-        self.reporter.add(result)
+        self.reporter.advance()
         self._after_step(is_last=self.global_step == self.max_steps)
 
     def run_step(self, accum_steps: int) -> StepResult:
-        """Do one optimizer step.
+        """Do one optimizer step, unless a process was asked to stop.
+
+        Whether it was finite, and so applied, is looked at in the next step, or before anything is
+        reported or saved.
 
         Args:
             accum_steps: Micro-batches whose gradients are averaged.
 
         Raises:
-            TrainingError: If a process has no data, or if the step is not finite and
+            TrainingError: If a process has no data, or if the step before was not finite and
                 ``training.on_nonfinite`` says stop.
+            TrainingStopped: If asked to stop; the checkpoint is written.
         """
-        batches = self.agreement.together(
-            lambda: self._read_batches(accum_steps), f"step {self.global_step} cannot start"
-        )
+        batches = self._read_batches(accum_steps)
         lr = self._set_learning_rate()
         num_tokens = sum(self._count_tokens(batch) for batch in batches)
         found: dict[str, list[Tensor]] = {}  # one frame has another loss than several
         for batch in batches:
-            for name, value in self._run_forward_backward(batch).items():
+            for name, value in self.stepper.run_micro_batch(batch).items():
                 found.setdefault(name, []).append(value)
         metrics = {name: mean_of(values) for name, values in sorted(found.items())}
-        norm, applied = self._step_optimizer(metrics)
-        return StepResult(self.global_step, lr, metrics, norm, num_tokens, applied)
+        outcome = self.stepper.step_optimizer()
+        result = StepResult(self.global_step, lr, metrics, outcome.norm, num_tokens)
+        self._look_at_open_step()
+        self._open_step = OpenStep(result, outcome, self._num_read)
+        return result
 
     def _read_batches(self, count: int) -> list[dict[str, Any]]:
-        self.writer.raise_error()
-        with self._reader_deaths.delivered():
-            return [self.loader.next()[0] for _ in range(count)]
+        """The batches of a step; one exchange tells whether every process has them and goes on."""
 
-    def _run_forward_backward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """Run one micro-batch; returns its losses and metrics, detached."""
-        with self.accelerator.autocast():
-            inputs = self.pipeline.preprocess(batch)
-        with self.accelerator.accumulate(self.model):
-            with self.accelerator.autocast():  # which accelerate adds to all engines but FSDP2
-                outputs = self.model(inputs)
-            # Under DeepSpeed this also steps the optimizer after the last micro-batch.
-            weights = self.config.model.loss_weights.by_output()
-            self.accelerator.backward(total_loss(outputs, weights))
-        return detach_metrics(outputs, self.accelerator.device)
+        def read() -> list[dict[str, Any]]:
+            self.writer.raise_error()
+            with self._reader_deaths.delivered():
+                return [self.loader.next()[0] for _ in range(count)]
 
-    def _step_optimizer(self, metrics: Mapping[str, Tensor]) -> tuple[Tensor, bool]:
-        """Clip the gradients and step, unless something is not finite.
+        position = self.loader.state_dict()
+        batches, reasons = self.agreement.unless(
+            self.stop.reason(), read, f"step {self.global_step} cannot start"
+        )
+        if reasons:
+            if batches is not None:
+                self.loader.load_state_dict(position)
+            self._stop("; ".join(reasons))
+        self._num_read += count * self.config.training.batch_size
+        return batches
 
-        Returns:
-            The norm of the gradients before clipping, and whether the step was applied; the latter
-            is the same on every process, as the gradients are.
-        """
-        if self.uses_deepspeed:  # which has stepped already, unless the gradients overflowed
-            norm = torch.as_tensor(self.model.get_global_grad_norm(), device=self.model.device)
-            applied = not self.optimizer.step_was_skipped
+    def _look_at_open_step(self) -> None:
+        """Pass a step on to be reported, if it was applied; collective, if it was not."""
+        step, self._open_step = self._open_step, None
+        if step is None:
+            return
+        if step.outcome.is_applied():
+            self.reporter.add(step.result)
         else:
-            norm = self._clip_gradients()
-            applied = math.isfinite(norm.item())
-            if applied or self.accelerator.scaler is not None:  # which must see what overflows
-                self.optimizer.step()
-        if not applied:
-            self._handle_nonfinite(metrics)
-        self.optimizer.zero_grad(set_to_none=True)
-        return norm.detach().float(), applied
+            self._handle_nonfinite(step)
 
-    def _clip_gradients(self) -> Tensor:
-        """Return the norm of all gradients; scale them down to ``max_grad_norm`` if configured."""
-        self.accelerator.unscale_gradients(self.optimizer)
-        parameters = [p for p in self.model.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
-        if isinstance(norm, DTensor):
-            norm = norm.full_tensor()
-        max_norm = self.config.training.max_grad_norm
-        if max_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
-        return norm
-
-    def _handle_nonfinite(self, metrics: Mapping[str, Tensor]) -> None:
+    def _handle_nonfinite(self, step: OpenStep) -> None:
         """Name what is not finite and stop, or leave the step out; collective.
 
         In fp16 the scaler searches for the largest scale that does not overflow, so that only a
@@ -277,15 +268,18 @@ class Trainer:
             TrainingError: If ``training.on_nonfinite`` says stop.
         """
         training = self.config.training
-        name = find_nonfinite(metrics)
-        count = training.batch_size * training.gradient_accumulation_steps
-        examples = self.loader.describe_last(count)
-        culprits = self.agreement.collect(None if name is None else f"{name} on {examples}")
+        name = find_nonfinite(step.result.metrics)
+        culprit = None
+        if name is not None:
+            count = training.batch_size * training.gradient_accumulation_steps
+            examples = self.loader.describe_last(count, skip=self._num_read - step.num_read)
+            culprit = f"{name} on {examples}"
+        culprits = self.agreement.collect(culprit)
         if not culprits and training.mixed_precision == "fp16":
             return
         if not culprits:
-            culprits = [f"the gradient of {find_nonfinite_gradient(self.bare_model)}"]
-        text = f"step {self.global_step} is not finite: {'; '.join(culprits)}"
+            culprits = [f"the gradient of {step.outcome.find_culprit()}"]
+        text = f"step {step.result.step} is not finite: {'; '.join(culprits)}"
         if training.on_nonfinite == "skip":
             self.logger.warning("%s. This step is left out", text)
             return
@@ -306,6 +300,7 @@ class Trainer:
         """Log, average and save as the intervals ask; the last step does whatever is still due."""
         experiment, ema = self.config.experiment, self.config.ema
         if is_last or (self.global_step - 1) % experiment.log_every == 0:
+            self._look_at_open_step()
             self.reporter.report()
         if self.global_step % (10 * experiment.log_every) == 0:
             self.logger.info(get_progress(self.timer, self.global_step, self.max_steps))
@@ -318,27 +313,19 @@ class Trainer:
             with self.reporter.excluded_time():
                 self.validate()
 
-    def _stop_if_asked(self) -> None:
-        """End the run with a checkpoint if any process was asked to; collective.
+    def _stop(self, reason: str) -> NoReturn:
+        """End the run with a checkpoint.
 
         Raises:
-            TrainingStopped: If so.
+            TrainingStopped: Always.
         """
-        reasons = self.agreement.collect(self.stop.reason())
-        if not reasons:
-            return
-        reason = "; ".join(reasons)
         self.logger.info("Stopping at step %d: %s", self.global_step, reason)
         self.save()
         self.writer.wait()
         raise TrainingStopped(f"stopped at step {self.global_step}: {reason}")
 
     def update_ema(self) -> None:
-        """Move the average toward the master weights; every process takes part.
-
-        Raises:
-            TrainingError: On every process, if a weight is not finite.
-        """
+        """Move the average toward the master weights; every process takes part."""
 
         def move() -> None:
             masters = self.engine.masters()
@@ -367,10 +354,16 @@ class Trainer:
         """
         if self.global_step == self._saved_step:
             return
+        self._look_at_open_step()
         is_async = self.config.checkpoint.async_save
-        engine = self.agreement.together(
-            lambda: self.engine.tensors(copy=is_async), "the state could not be gathered"
-        )
+
+        def gather() -> dict[str, Tensor]:
+            tensors = self.engine.tensors(copy=is_async)
+            if self.ema is not None:
+                self.ema.check()
+            return tensors
+
+        engine = self.agreement.together(gather, "the state could not be gathered")
         average = None
         if self.ema is not None:
             weights = trained_weights(self.config, self.ema.model.state_dict())

@@ -90,8 +90,7 @@ class Validator:
         """
         with (
             preserved_random_state(self.accelerator.device),
-            torch.no_grad(),
-            torch.compiler.set_stance("force_eager"),  # few calls, of many kinds
+            torch.no_grad(),  # without which nothing compiled for training is run
         ):
             weights = self._gather(model) if self._is_sharded else {}
             if self.accelerator.is_main_process:
@@ -128,10 +127,13 @@ class Validator:
     def _on_device(self, average: nn.Module) -> Iterator[None]:
         """Move the average, which may be kept in main memory, to where it draws."""
         home = next(average.parameters()).device
+        weights = [parameter.data for parameter in average.parameters()]  # may be in pinned memory
         try:
             average.to(self.accelerator.device)
             yield
         finally:
+            for parameter, data in zip(average.parameters(), weights, strict=True):
+                parameter.data = data
             average.to(home)
 
     @functools.cached_property

@@ -1,14 +1,14 @@
-"""What the host gives a device without waiting for it."""
+"""What the host gives a device, or takes from it, without waiting for it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-__all__ = ["draw_normal", "send"]
+__all__ = ["draw_normal", "fetch", "send"]
 
 Generators = torch.Generator | list[torch.Generator] | None
 
@@ -18,6 +18,26 @@ def send(x: Tensor, device: torch.device) -> Tensor:
     if x.device.type == "cpu" and device.type == "cuda":
         return x.pin_memory().to(device, non_blocking=True)
     return x.to(device)
+
+
+def fetch(x: Tensor) -> Callable[[], Tensor]:
+    """Begin to copy a tensor to the CPU.
+
+    Returns:
+        Gives the copy. It waits for the tensor alone, not for what the device was given since.
+    """
+    if x.device.type != "cuda":
+        copied = x.cpu()
+        return lambda: copied
+    on_its_way = x.to("cpu", non_blocking=True)  # to pinned memory
+    arrival = torch.cuda.Event()
+    arrival.record()
+
+    def wait() -> Tensor:
+        arrival.synchronize()
+        return on_its_way
+
+    return wait
 
 
 def draw_normal(shape: Sequence[int], generator: Generators, like: Tensor) -> Tensor:
