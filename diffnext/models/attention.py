@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask
 
-from diffnext.models.flex_attention import FlexAttentionCausal2D, compiled_flex_attention
+from diffnext.models.flex_attention import FlexAttentionCausal2D, attend_flex
 
 __all__ = [
     "AttentionMask",
@@ -143,7 +143,7 @@ class BlockCausalMask:
                 f"{k.size(2)} keys"
             )
         if self.block_mask is not None:
-            return compiled_flex_attention()(q, k, v, block_mask=self.block_mask)
+            return attend_flex(q, k, v, self.block_mask)
         ends = accumulate(self.lengths)
         outputs = [
             attend(queries, k[:, :, :end], v[:, :, :end])
@@ -162,9 +162,10 @@ class BlockCausalMask:
 
 
 def can_flex(head_dim: int) -> bool:
-    """Whether FlexAttention's compiled kernels take heads of this width."""
+    """Whether FlexAttention's kernels take heads of this width, and can be compiled."""
     is_power_of_two = head_dim & (head_dim - 1) == 0
-    return head_dim >= 16 and is_power_of_two and find_spec("triton") is not None
+    can_compile = find_spec("triton") is not None and not torch._dynamo.config.disable
+    return head_dim >= 16 and is_power_of_two and can_compile
 
 
 class LayerKVCache:

@@ -134,6 +134,7 @@ class DiffusionMLP(nn.Module):
         self.norm = AdaLayerNorm(embed_dim, eps=1e-6)
         self.head = nn.Linear(embed_dim, patch_size**2 * image_dim)
         self._compiled: Callable[..., Tensor] | None = None
+        self._training_block: Callable[..., Tensor] | None = None
 
     @property
     def _typed_blocks(self) -> Iterable[DiffusionBlock]:
@@ -147,6 +148,10 @@ class DiffusionMLP(nn.Module):
     def compile_denoising(self, **options: Any) -> None:
         """Compile :meth:`denoise_modulated`; options of ``torch.compile``."""
         self._compiled = compile_static(type(self).denoise_modulated, **options)
+
+    def compile_training(self, **options: Any) -> None:
+        """Compile the blocks for when gradients are recorded; options of ``torch.compile``."""
+        self._training_block = torch.compile(DiffusionBlock.__call__, **options)
 
     def denoise_step(
         self, patches: Tensor, modulations: Sequence[Modulation], matrix: PatchMatrix
@@ -191,8 +196,10 @@ class DiffusionMLP(nn.Module):
             (B, n, p*p*C).
         """
         y = self.patch_embed.embed_patches(patches)
+        compiled = self._training_block if torch.is_grad_enabled() else None
+        run = DiffusionBlock.__call__ if compiled is None else compiled
         for block in self._typed_blocks:
-            y = block(y, z)
+            y = run(block, y, z)
         return self.head(self.norm(y, z))
 
     @torch.no_grad()

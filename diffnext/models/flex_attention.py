@@ -7,14 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
-from itertools import accumulate
+from functools import cache, lru_cache
+from itertools import accumulate, pairwise
+from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-__all__ = ["FlexAttentionCausal2D"]
+from diffnext.models.compilation import compile_static
+from diffnext.utils.host_data import send
+
+__all__ = ["FlexAttentionCausal2D", "attend_flex"]
+
+BLOCK_SIZE = 128  # tokens, of queries and of keys; PyTorch's own choice
 
 
 @dataclass(frozen=True)
@@ -29,11 +35,73 @@ class Segments:
     offsets: tuple[int, ...] = ()
     flags: tuple[bool, ...] | None = None
 
+    def visible_ends(self) -> Tensor:
+        """How many of all tokens, from the first on, each one sees; (L,), ascending."""
+        spans = list(pairwise(self.offsets))
+        flags = (True,) * len(spans) if self.flags is None else self.flags
+        ends = torch.arange(1, self.offsets[-1] + 1 if self.offsets else 1)
+        for (begin, end), is_open in zip(spans, flags, strict=False):
+            if is_open:
+                ends[begin:end] = end
+        return ends
+
 
 @cache
 def compiled_flex_attention() -> Callable[..., Tensor]:
-    """PyTorch's flex attention, compiled; one function, which holds no tensors, for all layers."""
-    return torch.compile(flex_attention)
+    """PyTorch's flex attention, compiled; one function, which holds no tensors, for all layers.
+
+    What cannot be compiled is an error: run otherwise it holds a dense table of scores per head.
+    """
+    return compile_static(cast("Callable[..., Tensor]", flex_attention), fullgraph=True)
+
+
+def attend_flex(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask) -> Tensor:
+    """Flex attention as one kernel, of its own or in the graph that is being compiled."""
+    if torch.compiler.is_compiling():
+        return cast(Tensor, flex_attention(q, k, v, block_mask=block_mask))
+    return compiled_flex_attention()(q, k, v, block_mask=block_mask)
+
+
+@lru_cache(maxsize=32)  # compiled graphs hold on to a mask, so that others would be compiled anew
+@torch.inference_mode(False)  # as it may be used in training later
+def make_block_mask(segments: Segments, device: torch.device) -> BlockMask:
+    """The block mask of some segments, without a dense table of tokens by tokens.
+
+    Args:
+        segments: Runs of tokens.
+        device: Where it is used.
+    """
+    ends = segments.visible_ends()
+    length = len(ends)
+    first = torch.arange(0, length, BLOCK_SIZE)  # query of each block of queries
+    last = (first + BLOCK_SIZE - 1).clamp(max=length - 1)
+    places = torch.arange(len(first))
+    is_whole = first + BLOCK_SIZE <= length
+    num_full = ends[first] // BLOCK_SIZE * is_whole  # blocks of keys that all queries of one see
+    num_seen = -(-ends[last] // BLOCK_SIZE)
+    partial = (num_full[:, None] + places) % len(places)  # those behind are some of them
+
+    def place(x: Tensor) -> Tensor:
+        return send(x[None, None].int().contiguous(), device)  # for all samples and heads
+
+    return BlockMask.from_kv_blocks(
+        place(num_seen - num_full),
+        place(partial),
+        place(num_full),
+        place(places.expand_as(partial)),
+        BLOCK_SIZE=BLOCK_SIZE,
+        mask_mod=make_mask_mod(send(ends, device)),
+        seq_lengths=(length, length),
+    )
+
+
+def make_mask_mod(ends: Tensor) -> Callable[..., Tensor]:
+    """The visibility rule in FlexAttention's form, of :meth:`Segments.visible_ends`."""
+
+    def mask_mod(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return k < ends[q]
+
+    return mask_mod
 
 
 class FlexAttentionCausal2D(nn.Module):
@@ -68,24 +136,15 @@ class FlexAttentionCausal2D(nn.Module):
 
     def get_mask_mod(self, device: torch.device | str | None = None) -> Callable[..., Tensor]:
         """The visibility rule in FlexAttention's form, (b, h, q, k) -> bool."""
-        lengths = torch.tensor(self.offsets, device=device).diff()
-        count = len(lengths)
-        segment = torch.arange(count, device=device).repeat_interleave(lengths)
-        given = (True,) * count if self.segments.flags is None else self.segments.flags
-        flags = [*given, *[False] * count]
-        is_open = torch.tensor(flags[:count], device=device)[segment]
-
-        def mask_mod(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-            return (q >= k) | ((segment[q] == segment[k]) & is_open[q])
-
-        return mask_mod
+        ends = self.segments.visible_ends()
+        return make_mask_mod(ends if device is None else ends.to(device))
 
     def get_attn_func(self) -> Callable[..., Tensor]:
         """PyTorch's flex attention, compiled."""
         return compiled_flex_attention()
 
     def get_block_mask(self, q: Tensor) -> BlockMask:
-        """The block mask for queries (B, H, L, d), built anew.
+        """The block mask for queries (B, H, L, d), built once for each layout and device.
 
         Raises:
             ValueError: If no segments are set, or they do not cover the queries.
@@ -98,9 +157,8 @@ class FlexAttentionCausal2D(nn.Module):
             raise ValueError(
                 f"segments end at {list(self.offsets[-1:])}, but there are {length} tokens"
             )
-        mask_mod = self.get_mask_mod(device)
-        return create_block_mask(mask_mod, None, None, length, length, device=device)
+        return make_block_mask(self.segments, device)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attend; all of (B, H, L, d)."""
-        return self.get_attn_func()(q, k, v, block_mask=self.get_block_mask(q))
+        return attend_flex(q, k, v, self.get_block_mask(q))

@@ -228,6 +228,7 @@ class VisionTransformer(nn.Module):
         self.mixer = nn.Identity()
         self.flex_attn = FlexAttentionCausal2D()
         self._compiled_block: Callable[..., Tensor] | None = None
+        self._training_block: Callable[..., Tensor] | None = None
 
     @property
     def is_compiled(self) -> bool:
@@ -237,6 +238,10 @@ class VisionTransformer(nn.Module):
     def compile_blocks(self, **options: Any) -> None:
         """Compile the blocks for inference without a cache; options of ``torch.compile``."""
         self._compiled_block = compile_static(Block.forward, **options)
+
+    def compile_training(self, **options: Any) -> None:
+        """Compile the blocks for when gradients are recorded; options of ``torch.compile``."""
+        self._training_block = torch.compile(Block.__call__, **options)
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -332,9 +337,8 @@ class VisionTransformer(nn.Module):
         cache: KVCache | None,
         out_ids: Tensor | None = None,
     ) -> Tensor:
-        run: Callable[..., Tensor] = Block.__call__
-        if self._compiled_block is not None and self.is_compiled:
-            run = self._compiled_block
+        compiled = self._training_block if torch.is_grad_enabled() else self._compiled_block
+        run = Block.__call__ if compiled is None else compiled
         for index in range(start, end):
             layer_cache = None if cache is None else cache.layers[index]
             wanted = out_ids if index == len(self.blocks) - 1 else None

@@ -326,15 +326,14 @@ class Transformer3DModel(nn.Module):
         }
 
     def compile_parts(self, **options: Any) -> None:
-        """Compile the blocks of all three parts for training.
+        """Compile the blocks of all three parts for training; without gradients they run as ever.
 
         Args:
             **options: Of ``torch.compile``; by default shapes are dynamic, as sets of tokens vary.
         """
         options = {"dynamic": True, **options}
         for part in (self.video_encoder, self.image_encoder, self.image_decoder):
-            for block in part.blocks:
-                block.compile(**options)
+            part.compile_training(**options)
 
     def compile_drawing(self, **options: Any) -> None:
         """Compile the image encoder's blocks and the denoising step for drawing.
