@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from torch import nn
 from torch.nn import functional as F
 
 from diffnext.models.autoencoders.tiling import run_in_spatial_tiles
@@ -180,13 +181,15 @@ def test_generators_of_the_cpu_do_not_make_a_drawing_wait(
 
 @pytest.mark.parametrize("dtype", PRECISIONS, ids=str)
 @pytest.mark.parametrize("make_scheduler", [FlowMatchEulerDiscreteScheduler, DDPMScheduler])
-def test_losses_are_computed_without_a_wait(dtype, make_scheduler):
+def test_losses_and_gradients_are_computed_without_a_wait(dtype, make_scheduler):
     model = place(dtype).train()
-    with FakeCuda() as device, torch.no_grad():  # gradients need a driver
+    with FakeCuda(may_mix=dtype != torch.float32) as device:  # the loss itself is in float32
         x = torch.empty(2, 4, 8, 12, dtype=dtype, device=DEVICE)
         prompt = torch.empty(2, 7, 64, dtype=dtype, device=DEVICE)
         losses = model({"x": x, "prompt": prompt, "noise_scheduler": make_scheduler()})
+        losses["loss"].backward()
     assert losses["loss"].device == DEVICE
+    assert model.mask_embed.mask_token.grad.dtype == dtype
     assert not device.pageable
 
 
@@ -203,12 +206,26 @@ def test_spatial_tiles_are_blended_without_a_wait():
         lambda x: x.sum().item(),
         lambda x: bool(x.any()),
         lambda x: x.cpu(),
+        lambda x: torch.ones(3, 3).copy_(x),
+        lambda x: torch.ones(3, 3).copy_(x, non_blocking=True),
+        lambda x: x + torch.ones(3),
         lambda x: x.nonzero(),
         lambda x: torch.equal(x, x),
         lambda x: x.half() + x,
         lambda x: F.linear(x, x.bfloat16()),
     ],
-    ids=["item", "bool", "cpu", "nonzero", "equal", "sum of two types", "product of two types"],
+    ids=[
+        "item",
+        "bool",
+        "cpu",
+        "copy",
+        "pageable copy",
+        "two devices",
+        "nonzero",
+        "equal",
+        "sum of two types",
+        "product of two types",
+    ],
 )
 def test_the_device_refuses_to_be_waited_for(operation):
     with FakeCuda(), pytest.raises((AssertionError, RuntimeError)):
@@ -223,8 +240,24 @@ def test_the_device_counts_launches_and_copies_that_wait():
         torch.ones(5).pin_memory().to(DEVICE, non_blocking=True)
         x[0] = torch.ones(4)
         F.scaled_dot_product_attention(*[x.view(1, 1, 3, 4)] * 3)
+        assert x.to("cpu", non_blocking=True).tolist() == [[0.0] * 4] * 3
     assert device.launches == {
         **{"ones": 1, "mm": 1, "_to_copy": 2, "copy_": 1},
         "_scaled_dot_product_efficient_attention": 1,
     }
     assert device.pageable == {(2,): 1, (4,): 1}
+    assert device.fetched == {(3, 4): 1}
+
+
+def test_the_device_casts_and_keeps_gradients_as_cuda_does():
+    layer = move_to_fake_cuda(
+        lambda: nn.Sequential(nn.Linear(3, 5), nn.LayerNorm(5)), torch.float32
+    )
+    with FakeCuda(may_mix=True) as device:
+        with torch.autocast("cuda", torch.bfloat16):
+            x = layer[0](torch.ones(2, 3, device=DEVICE))
+            y = layer[1](x)
+        y.sum().backward()
+    assert (x.dtype, y.dtype) == (torch.bfloat16, torch.float32)
+    assert layer[0].weight.grad.dtype == torch.float32
+    assert device.launches["mm"] == 1 and device.launches["addmm"] == 1
