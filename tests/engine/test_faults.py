@@ -14,6 +14,8 @@ import time
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from diffnext.data.records import RecordDataset, RecordWriter
 from diffnext.engine import snapshot
@@ -65,9 +67,41 @@ def test_bad_record_can_be_left_out(tiny_run, tmp_path):
         assert all(value.isfinite().all() for value in weights.values())
 
 
-def load_weights(folder):
-    from safetensors.torch import load_file
+@pytest.mark.parametrize("seldom", ["experiment.log_every=20", "experiment.save_every=3"])
+def test_a_step_that_is_looked_at_late_is_named_and_left_out_all_the_same(
+    tiny_run, tmp_path, seldom
+):
+    run = with_dataset(tiny_run, tmp_path, poisoned([5]))
+    options = [*IN_ORDER, "training.max_train_steps=6", "experiment.log_every=20", seldom]
+    error = run.fail(*options)
+    assert "step 2 is not finite: loss is nan on examples [4, 5] of the dataset" in error
+    assert not list(run.output.glob("checkpoints/*"))
+    run.train(*options, "training.on_nonfinite=skip")
+    assert run.log().count("step 2 is not finite: loss is nan on examples [4, 5]") == 1
+    saved = load_file(run.checkpoint(6) / "state" / "engine.safetensors")
+    assert all(value.isfinite().all() for value in saved.values())
+    assert {value.item() for name, value in saved.items() if name.endswith(".step")} == {5}
 
+
+@pytest.mark.parametrize("fused", ["true", "false"])
+def test_a_gradient_that_is_not_finite_is_named_and_the_step_left_out(tiny_run, monkeypatch, fused):
+    def forward(model, inputs):
+        zero = (model.image_decoder.head.bias * 0).sum()
+        return {"loss": compute(model, inputs)["loss"] + zero.sqrt()}  # whose slope is infinite
+
+    compute = NOVATransformer3DModel.forward
+    monkeypatch.setattr(NOVATransformer3DModel, "forward", forward)
+    options = [f"optimizer.params.fused={fused}", "training.max_train_steps=1"]
+    error = tiny_run.fail(*options)
+    culprit = "step 0 is not finite: the gradient of image_decoder.head.bias"
+    assert f"{culprit}. Nothing of this step was applied" in error
+    tiny_run.train(*options, "training.on_nonfinite=skip")
+    assert f"{culprit}. This step is left out" in tiny_run.log()
+    start, end = load_weights(tiny_run.base), load_weights(tiny_run.checkpoint(1))
+    torch.testing.assert_close(end, start, rtol=0, atol=0)
+
+
+def load_weights(folder):
     return load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors")
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn import functional as F
+from torch.nn.attention.flex_attention import create_block_mask
 from torch.profiler import profile
 
 from diffnext.models.attention import BlockCausalMask, KVCache
@@ -189,6 +190,32 @@ def test_flex_visibility_with_and_without_flags():
     flex.set_offsets_by_lens([2, 4], flags=[True])
     assert flex.get_mask_mod()(0, 0, q, k)[0, 1]
     assert not flex.get_mask_mod()(0, 0, q, k)[2, 3]
+
+
+@pytest.mark.parametrize(
+    ("lens", "flags"),
+    [
+        ([5], None),
+        ([128, 128], None),
+        ([258 + 360, 360, 360], None),
+        ([100, 200, 300, 41], [True, False, True]),
+        ([256, 128, 1], [False]),
+    ],
+    ids=str,
+)
+def test_block_masks_are_those_of_a_dense_table_and_built_once(lens, flags):
+    flex = FlexAttentionCausal2D()
+    flex.set_offsets_by_lens(lens, flags)
+    q = torch.empty(1, 1, sum(lens), 16)
+    mask = flex.get_block_mask(q)
+    dense = create_block_mask(flex.get_mask_mod(), None, None, sum(lens), sum(lens), "cpu")
+    for kind in ("kv", "full_kv", "q", "full_q"):
+        counts = getattr(dense, f"{kind}_num_blocks")
+        assert torch.equal(getattr(mask, f"{kind}_num_blocks"), counts)
+        columns = torch.arange(counts.size(-1)) < counts[..., None]  # the others do not count
+        found, expected = (getattr(one, f"{kind}_indices") for one in (mask, dense))
+        assert torch.equal(found[columns], expected[columns])
+    assert flex.get_block_mask(q) is mask
 
 
 def test_flex_segments_must_cover_the_queries():

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from diffnext.models.modeling_utils import evaluating
+from diffnext.utils.host_data import send
 
 # A fast tokenizer holds the truncation of a call, and lets one thread change it at a time.
 _TOKENIZER_LOCK = threading.Lock()
@@ -63,7 +64,7 @@ def encode_texts(
     # The encoder is causal: what stands behind a prompt does not reach its states.
     padding = tokenizer.pad_token_id or 0
     padded = [list(row) + [padding] * (longest - len(row)) for row in ids]
-    input_ids = torch.tensor(padded, dtype=torch.int64, device=device)
+    input_ids = send(torch.tensor(padded, dtype=torch.int64), device)
     with evaluating(text_encoder), torch.autocast(device.type, enabled=False):
         states = text_encoder(input_ids).last_hidden_state
     found = {text: state[: len(row)] for text, state, row in zip(unique, states, ids, strict=True)}

@@ -13,6 +13,7 @@ from diffnext.models.transformers.transformer_nova import NOVATransformer3DModel
 from diffnext.pipelines.nova.components import ClassComponents
 from diffnext.pipelines.nova.pipeline_nova_c2i import NOVAC2IPipeline
 from diffnext.pipelines.nova.training import TrainingPipelineMixin
+from diffnext.utils.host_data import send
 
 __all__ = ["NOVATrainC2IPipeline"]
 
@@ -51,4 +52,4 @@ class NOVATrainC2IPipeline(TrainingPipelineMixin, ClassComponents, DiffusionPipe
             raise ValueError(
                 f"labels must be whole numbers from 0 to {num_classes - 1}, got {ids.tolist()}"
             )
-        return ids.to(self.model.device)
+        return send(ids, self.model.device)

@@ -16,6 +16,7 @@ from diffnext.models.text_encoders.encoding import encode_texts
 from diffnext.models.transformers.transformer_nova import NOVATransformer3DModel
 from diffnext.pipelines.builder import build_diffusion_scheduler
 from diffnext.pipelines.nova.pipeline_nova import NOVAPipeline
+from diffnext.utils.host_data import send
 
 __all__ = ["TextConditionMixin", "TrainingPipelineMixin"]
 
@@ -121,10 +122,8 @@ class TrainingPipelineMixin(ABC):
         moments = torch.as_tensor(inputs.pop("latents"))
         if not moments.is_floating_point():
             raise ValueError(f"latents must be floating-point moments, got {moments.dtype}")
-        if self.model.device.type == "cuda" and moments.device.type == "cpu":
-            moments = moments.pin_memory()  # copied while earlier kernels still run
-        moments = moments.to(self.model.device, non_blocking=True)
-        posterior = self.vae.latent_dist(moments.to(self.model.dtype))
+        moments = send(moments, self.model.device).to(self.model.dtype)
+        posterior = self.vae.latent_dist(moments)
         return self.vae.scale_(posterior.sample())
 
     @abstractmethod
