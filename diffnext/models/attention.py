@@ -114,7 +114,7 @@ class BlockCausalMask:
 
         On CUDA one FlexAttention kernel skips the hidden blocks, for heads of the widths it takes.
         """
-        if device.type != "cuda" or not can_flex(head_dim):
+        if not can_flex(device, head_dim):
             return self
         layout = FlexAttentionCausal2D()
         layout.set_offsets_by_lens(self.lengths)
@@ -161,11 +161,11 @@ class BlockCausalMask:
         )
 
 
-def can_flex(head_dim: int) -> bool:
-    """Whether FlexAttention's kernels take heads of this width, and can be compiled."""
-    is_power_of_two = head_dim & (head_dim - 1) == 0
-    can_compile = find_spec("triton") is not None and not torch._dynamo.config.disable
-    return head_dim >= 16 and is_power_of_two and can_compile
+def can_flex(device: torch.device, head_dim: int) -> bool:
+    """Whether FlexAttention has a kernel for heads of this width, and it can be compiled."""
+    if device.type != "cuda" or find_spec("triton") is None or torch._dynamo.config.disable:
+        return False
+    return head_dim >= 16 and head_dim & (head_dim - 1) == 0  # a power of two
 
 
 class LayerKVCache:

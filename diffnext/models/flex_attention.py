@@ -62,7 +62,7 @@ def attend_flex(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask) -> Tenso
     return compiled_flex_attention()(q, k, v, block_mask=block_mask)
 
 
-@lru_cache(maxsize=32)  # compiled graphs hold on to a mask, so that others would be compiled anew
+@lru_cache(maxsize=32)  # few layouts occur in a run, each in every step
 @torch.inference_mode(False)  # as it may be used in training later
 def make_block_mask(segments: Segments, device: torch.device) -> BlockMask:
     """The block mask of some segments, without a dense table of tokens by tokens.

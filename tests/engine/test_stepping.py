@@ -42,7 +42,7 @@ MOST_LAUNCHES = {
 @pytest.fixture
 def one_kernel(monkeypatch):
     """FlexAttention, which only a GPU can compile: the mask is built, and one kernel attends."""
-    monkeypatch.setattr(attention, "can_flex", lambda head_dim: True)
+    monkeypatch.setattr(attention, "can_flex", lambda *_: True)
     kernel = mock.Mock(side_effect=lambda q, k, v, mask: F.scaled_dot_product_attention(q, k, v))
     monkeypatch.setattr(attention, "attend_flex", kernel)
     make_block_mask.cache_clear()

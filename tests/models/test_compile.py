@@ -7,6 +7,7 @@ from torch.nn import functional as F
 from torch.nn.attention.flex_attention import flex_attention
 
 from diffnext.models import attention
+from diffnext.models import flex_attention as flex_attention_module
 from diffnext.models.attention import BlockCausalMask, can_flex
 from diffnext.models.flex_attention import FlexAttentionCausal2D
 from tests.tiny import generation_inputs, make_model, make_prompts
@@ -119,9 +120,46 @@ def test_flex_attention_and_prefixes_equal_the_dense_mask():
     torch.testing.assert_close(result, dense, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("width", [8, 96])
-def test_head_widths_that_kernels_do_not_take(width):
-    assert not can_flex(width)
+@pytest.mark.parametrize(
+    ("device", "width", "expected"),
+    [("cuda", 64, True), ("cuda", 8, False), ("cuda", 96, False), ("cpu", 64, False)],
+)
+def test_flex_attention_is_for_heads_that_its_kernels_take(monkeypatch, device, width, expected):
+    monkeypatch.setattr(attention, "find_spec", lambda name: name)  # a CPU has no Triton
+    assert can_flex(torch.device(device), width) == expected
+    with torch._dynamo.config.patch(disable=True):
+        assert not can_flex(torch.device(device), width)
+
+
+def attend_dense(q, k, v, block_mask):
+    """Stands for FlexAttention, which has no backward on a CPU."""
+    places = torch.arange(q.size(2))
+    visible = block_mask.mask_mod(None, None, places[:, None], places[None])
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("uses_flex", [False, True])
+def test_blocks_compiled_for_training_run_with_gradients_alone_and_are_compiled_once(
+    monkeypatch, uses_flex
+):
+    """Also where each step has a mask of its own, as long as it is of the same shape."""
+    monkeypatch.setattr(attention, "can_flex", lambda *_: uses_flex)
+    monkeypatch.setattr(flex_attention_module, "compiled_flex_attention", lambda: attend_dense)
+    monkeypatch.setattr(flex_attention_module, "flex_attention", attend_dense)
+    model, graphs = make_model(frames=3).train(), Graphs()
+    model.mask_embed.mask_ratios = [0.7, 0.7, 0.25]
+    model.compile_parts(backend=graphs)
+    x = torch.randn(1, 4, 3, 8, 12)
+    inputs = {"x": x, "prompt": make_prompts(1), "motion_flow": [5]}
+    with torch.no_grad():  # as for held-out losses
+        model(inputs)
+    assert graphs.count == 0
+    counts = []
+    for _ in range(4):
+        sum(model(inputs).values()).backward()
+        counts.append(graphs.count)
+    assert 0 < counts[0] and counts[1:] == counts[1:2] * 3
 
 
 @pytest.mark.gpu
