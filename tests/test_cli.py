@@ -103,6 +103,25 @@ def test_help_teaches_without_loading_torch(name):
     assert result.stdout.count(f"diffnext {name} ") >= 3  # usage and examples
 
 
+def test_drawing_loads_what_it_uses_and_prints_no_warnings_of_libraries(tmp_path):
+    code = (
+        "import sys, diffnext\n"
+        "assert not {'torch', 'numpy'} & set(sys.modules)\n"
+        "from diffnext.cli.main import main\n"
+        "main(['generate', 'a star', '--model', sys.argv[1]])\n"
+        "assert 'diffnext.pipelines' in sys.modules\n"
+        "unused = {'diffnext.engine', 'diffnext.data', 'diffnext.config', 'omegaconf', 'pandas',\n"
+        "    'pyarrow', 'matplotlib', 'imageio', 'deepspeed', 'torchvision', 'tensorboard',\n"
+        "    'diffnext.models.autoencoders.autoencoder_kl_ltx'}\n"
+        "print(*unused & set(sys.modules))\n"
+        "import gc; print(gc.isenabled())"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "missing")]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.stdout == "\nTrue\n", result.stderr
+    assert result.stderr.startswith("error: there is no folder") and result.stderr.count("\n") == 1
+
+
 def test_the_module_is_the_command():
     command = [sys.executable, "-m", "diffnext", "--version"]
     result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
