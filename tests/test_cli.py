@@ -108,6 +108,8 @@ def test_drawing_loads_what_it_uses_and_prints_no_warnings_of_libraries(tmp_path
         "import sys, diffnext\n"
         "assert not {'torch', 'numpy'} & set(sys.modules)\n"
         "from diffnext.cli.main import main\n"
+        "main(['generate', 'a star', '--model', sys.argv[1] + '/none'])\n"
+        "assert 'torch' not in sys.modules\n"
         "main(['generate', 'a star', '--model', sys.argv[1]])\n"
         "assert 'diffnext.pipelines' in sys.modules\n"
         "unused = {'diffnext.engine', 'diffnext.data', 'diffnext.config', 'omegaconf', 'pandas',\n"
@@ -116,10 +118,12 @@ def test_drawing_loads_what_it_uses_and_prints_no_warnings_of_libraries(tmp_path
         "print(*unused & set(sys.modules))\n"
         "import gc; print(gc.isenabled())"
     )
-    command = [sys.executable, "-c", code, str(tmp_path / "missing")]
+    command = [sys.executable, "-c", code, str(tmp_path)]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.stdout == "\nTrue\n", result.stderr
-    assert result.stderr.startswith("error: there is no folder") and result.stderr.count("\n") == 1
+    first, second = result.stderr.splitlines()
+    assert first.startswith("error: there is no folder")
+    assert second.endswith("is not a pipeline folder: it has no model_index.json")
 
 
 def test_the_module_is_the_command():

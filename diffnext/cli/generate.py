@@ -159,7 +159,7 @@ def generate(args: argparse.Namespace) -> Iterator[Path]:
     Yields:
         The files, as they are written.
     """
-    from diffnext.pipelines.release_folder import find_folder
+    from diffnext.utils.folders import find_folder
     from diffnext.utils.pictures import load_picture
 
     folder = find_folder(args.model)

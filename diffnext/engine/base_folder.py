@@ -33,12 +33,12 @@ from diffnext.pipelines.release_folder import (
     INDEX_FILE,
     LORA_FILE,
     find_component,
-    find_folder,
     read_base_reference,
     read_index,
     resolve_index,
 )
 from diffnext.utils.component_files import component_files
+from diffnext.utils.folders import find_folder
 from diffnext.utils.json_files import FileError, read_json
 from diffnext.utils.messages import explain, one_line
 from diffnext.utils.weights_files import weights_files

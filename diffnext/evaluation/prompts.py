@@ -21,9 +21,9 @@ from diffnext.pipelines.nova.pipeline_nova import NOVAPipeline
 from diffnext.pipelines.release_folder import (
     INDEX_FILE,
     component_places,
-    find_folder,
     read_class_name,
 )
+from diffnext.utils.folders import find_folder
 from diffnext.utils.json_files import read_json
 
 __all__ = [

@@ -19,13 +19,13 @@ from diffnext.pipelines.release_folder import (
     LORA_FILE,
     component_places,
     find_component,
-    find_folder,
     read_index,
     write_base_reference,
 )
 from diffnext.schedulers.scheduling_cfm import FlowMatchEulerDiscreteScheduler
 from diffnext.schedulers.scheduling_ddpm import DDPMScheduler
 from diffnext.utils.component_files import component_files, own_path, reading
+from diffnext.utils.folders import find_folder
 from diffnext.utils.json_files import read_json, same_value, write_json
 
 __all__ = ["build_diffusion_scheduler", "build_pipeline", "get_pipeline_path"]

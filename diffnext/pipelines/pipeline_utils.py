@@ -16,17 +16,16 @@ from torch import nn
 from diffnext.models.modeling_utils import StrictLoadingMixin
 from diffnext.models.quantization import check_not_quantized
 from diffnext.pipelines.release_folder import (
-    HUB_ARGUMENTS,
     INDEX_FILE,
     LIBRARIES,
     LORA_FILE,
     component_class,
     component_places,
     find_component,
-    find_folder,
     resolve_index,
 )
 from diffnext.utils.component_files import component_files, reading
+from diffnext.utils.folders import HUB_ARGUMENTS, find_folder
 from diffnext.utils.json_files import FileError, write_json
 
 __all__ = ["NOVAPipelineOutput", "PipelineMixin", "cosine_set_sizes"]

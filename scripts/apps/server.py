@@ -16,7 +16,7 @@ from apps.loading import load_pipeline, model_name
 from apps.studio import Studio
 from apps.video_app import VideoApp
 from diffnext.pipelines.model_card import Defaults, Ranges, read_defaults
-from diffnext.pipelines.release_folder import find_folder
+from diffnext.utils.folders import find_folder
 
 __all__ = ["serve"]
 

@@ -29,7 +29,8 @@ from diffnext.models.transformers.transformer_nova import NOVATransformer3DModel
 from diffnext.pipelines import NOVAPipeline
 from diffnext.pipelines.builder import build_pipeline, get_pipeline_path
 from diffnext.pipelines.nova.pipeline_train_t2i import NOVATrainT2IPipeline
-from diffnext.pipelines.release_folder import LORA_FILE, find_folder
+from diffnext.pipelines.release_folder import LORA_FILE
+from diffnext.utils.folders import find_folder
 from diffnext.utils.json_files import FileError, read_json, write_json
 from tests.pipelines.conftest import make_pipeline, write_release
 

@@ -12,8 +12,9 @@ from pydantic import PositiveInt, TypeAdapter
 from torch import Tensor
 from typing_extensions import TypedDict
 
-from diffnext.pipelines.release_folder import HUB_ARGUMENTS, LORA_FILE, find_folder
+from diffnext.pipelines.release_folder import LORA_FILE
 from diffnext.utils.component_files import own_path, reading
+from diffnext.utils.folders import HUB_ARGUMENTS, find_folder
 
 __all__ = ["AdapterLoading"]
 
