@@ -1,15 +1,18 @@
-"""Memory of real training steps against the estimate of the dry run, for small models.
+"""Memory of real training steps and drawings against the simulated one, for small models.
 
     python scripts/measure_memory.py
+    python scripts/measure_memory.py --work drawing recorded
     python scripts/measure_memory.py --device cuda --arch vit_d16w768 vit_d32w768 mlp_d6w768 \
         --image-size 1024 --batch-size 8 --dtype bfloat16 --levels 0 1 2 3
 
-Each case trains two steps on random latents in a process of its own, as one process of the
-trainer does: float32 weights, autocast, AdamW. On a CPU the peak is the process's high-water mark
-(VmHWM) less its size before the model is built; freed memory is given back at once
-(MALLOC_ARENA_MAX, MALLOC_TRIM_THRESHOLD_, MALLOC_MMAP_THRESHOLD_), as the allocator would otherwise
-keep some. On a GPU it is torch.cuda.max_memory_allocated. The share of hidden tokens, in training
-drawn at random, is always the smallest, which needs the most memory. Prints a Markdown table.
+Each case runs in a process of its own. "training" is two steps on random latents, as one process of
+the trainer takes them: float32 weights, autocast, AdamW. "drawing" is sets of 25 steps with
+guidance, and "recorded" the same by programs that keep their inputs and results, as CUDA graphs do
+(on a CPU they are called again). On a CPU the peak is the process's high-water mark (VmHWM) less
+its size before the model is built; freed memory is given back at once (MALLOC_ARENA_MAX,
+MALLOC_TRIM_THRESHOLD_, MALLOC_MMAP_THRESHOLD_), as the allocator would otherwise keep some. On a
+GPU it is torch.cuda.max_memory_allocated. The share of hidden tokens, in training drawn at random,
+is always the smallest, which needs the most memory. Prints a Markdown table.
 """
 
 from __future__ import annotations
@@ -20,20 +23,27 @@ import os
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from diffnext.engine.memory import (
     BatchShape,
-    MemoryEstimate,
+    LiveBytes,
     ParameterCounts,
     estimate_memory,
     make_meta_model,
     set_worst_mask,
     simulate_step,
 )
+from diffnext.models.capture import Programs, Recorded, record_calls, record_cuda_graph
+from diffnext.models.guidance_scaler import GuidanceScaler
 from diffnext.models.transformers.transformer_nova import NOVATransformer3DModel
+from diffnext.pipelines.nova import sampling
+from diffnext.pipelines.pipeline_utils import cosine_set_sizes
+from diffnext.schedulers.denoising_run import DenoisingRun
 from diffnext.schedulers.scheduling_cfm import FlowMatchEulerDiscreteScheduler
 
 SMALL = ("vit_d3w192", "vit_d6w192", "mlp_d3w192")
@@ -56,6 +66,8 @@ class Case:
     dtype: str = "float32"
     level: int = 0
     device: str = "cpu"
+    work: str = "training"
+    sets: int = 16
 
 
 DEFAULT_CASES = (
@@ -63,7 +75,11 @@ DEFAULT_CASES = (
     Case(SMALL, 512, 16, level=3),
     Case(LARGE, 256, 4),
     Case(SMALL, 256, 16, dtype="bfloat16"),
+    Case(SMALL, 512, 16, work="drawing", sets=4),
+    Case(SMALL, 512, 16, work="recorded", sets=4),
 )
+WORKS = ("training", "drawing", "recorded")
+STEPS = 25  # of each set
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -76,6 +92,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=16, help="samples (16)")
     parser.add_argument("--dtype", default="float32", choices=["float32", "float16", "bfloat16"])
     parser.add_argument("--levels", type=int, nargs="+", default=[0], help="checkpointing (0)")
+    parser.add_argument(
+        "--work", nargs="+", choices=WORKS, default=WORKS, help="what is done (all)"
+    )
+    parser.add_argument("--sets", type=int, default=16, help="of tokens, in drawings (16)")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--case", help=argparse.SUPPRESS)
     return parser.parse_args(argv)
@@ -88,15 +108,15 @@ def main(argv: list[str] | None = None) -> None:
         values = json.loads(args.case)
         print(measure(Case(**{**values, "arch": tuple(values["arch"])})))
         return
-    print("| model | px | batch | dtype | level | estimated, GiB | measured, GiB | ratio |")
-    print("|---|---|---|---|---|---|---|---|")
+    print("| work | model | px | batch | dtype | level | simulated, GiB | measured, GiB | ratio |")
+    print("|---|---|---|---|---|---|---|---|---|")
     for case in make_cases(args):
-        estimated = estimate(case).peak
+        simulated = simulate(case)
         measured = run_child(case)
         print(
-            f"| {' '.join(case.arch)} | {case.image_size} | {case.batch_size} | {case.dtype} "
-            f"| {case.level} | {estimated / GIB:.2f} | {measured / GIB:.2f} "
-            f"| {estimated / measured:.3f} |",
+            f"| {case.work} | {' '.join(case.arch)} | {case.image_size} | {case.batch_size} "
+            f"| {case.dtype} | {case.level} | {simulated / GIB:.2f} | {measured / GIB:.2f} "
+            f"| {simulated / measured:.3f} |",
             flush=True,
         )
 
@@ -104,11 +124,13 @@ def main(argv: list[str] | None = None) -> None:
 def make_cases(args: argparse.Namespace) -> list[Case]:
     """The cases of the command line, or those shown in docs/scaling.md."""
     if args.arch is None and args.device == "cpu":
-        return list(DEFAULT_CASES)
+        return [case for case in DEFAULT_CASES if case.work in args.work]
     arch = tuple(args.arch or SMALL)
+    shared = (arch, args.image_size, args.batch_size, args.dtype)
     return [
-        Case(arch, args.image_size, args.batch_size, args.dtype, level, args.device)
-        for level in args.levels
+        Case(*shared, level, args.device, work, args.sets)
+        for work in args.work
+        for level in (args.levels if work == "training" else [0])
     ]
 
 
@@ -127,14 +149,44 @@ def model_config(case: Case) -> dict:
     }
 
 
-def estimate(case: Case) -> MemoryEstimate:
-    """What the dry run says for one process."""
+def simulate(case: Case) -> int:
+    """The peak in bytes, of one process, by running without data."""
+    return simulate_training(case) if case.work == "training" else simulate_drawing(case)[0]
+
+
+def simulate_training(case: Case) -> int:
+    """What the dry run says."""
     dtype = getattr(torch, case.dtype)
     model = make_meta_model(model_config(case), gradient_checkpointing=case.level)
     counts = ParameterCounts.of(model)
     batch = BatchShape(size=case.batch_size, frames=1, latent_size=(case.image_size // 8,) * 2)
     step = simulate_step(model, batch, engine="ddp", dtype=dtype, device_type=case.device)
-    return estimate_memory("ddp", 1, counts=counts, step=step, dtype=dtype)
+    return estimate_memory("ddp", 1, counts=counts, step=step, dtype=dtype).peak
+
+
+def simulate_drawing(case: Case) -> tuple[int, int]:
+    """Peak of a drawing, and what of it recorded programs keep: their inputs and results."""
+    run = make_run()
+    run.scheduler.timesteps = [float(time) for time in run.scheduler.timesteps]
+    programs = WithoutData(lambda function, pool: Recorded(lambda: None, function()))
+    limits = sampling.MAX_MODULATION_BYTES  # tensors without data pass for tensors of the CPU
+    with (
+        FakeTensorMode(allow_non_fake_inputs=True),
+        mock.patch.dict(limits, cpu=limits[case.device]),
+    ):
+        model = make_drawing_model(case)
+        weights = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
+        model.programs = programs if case.work == "recorded" else None
+        with LiveBytes(model) as live:
+            draw(model, case, run)
+    return weights + live.most, programs.nbytes
+
+
+class WithoutData(Programs):
+    """Programs of a model whose weights lie nowhere."""
+
+    def prepare(self, model: nn.Module) -> None:
+        """Nothing to forget."""
 
 
 def run_child(case: Case) -> int:
@@ -146,13 +198,55 @@ def run_child(case: Case) -> int:
 
 
 def measure(case: Case) -> int:
-    """Train two steps, the second with optimizer state.
+    """Do the work of a case.
 
     Returns:
         The peak in bytes, without what the process held before.
     """
     baseline = read_status("VmRSS") if case.device == "cpu" else 0
     torch.manual_seed(0)
+    if case.work == "training":
+        train(case)
+    else:
+        model = make_drawing_model(case).to(case.device)
+        if case.work == "recorded":
+            model.programs = Programs(record_cuda_graph if case.device == "cuda" else record_calls)
+        draw(model, case, make_run())
+    if case.device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return read_status("VmHWM") - baseline
+
+
+def make_drawing_model(case: Case) -> NOVATransformer3DModel:
+    """A model whose weights are made in the dtype of the case."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(getattr(torch, case.dtype))
+    try:
+        return NOVATransformer3DModel(**model_config(case)).eval()
+    finally:
+        torch.set_default_dtype(before)
+
+
+def make_run() -> sampling.GenerationRun:
+    """A drawing by flow matching."""
+    return sampling.GenerationRun(DenoisingRun(FlowMatchEulerDiscreteScheduler(), STEPS))
+
+
+def draw(model: NOVATransformer3DModel, case: Case, run: sampling.GenerationRun) -> None:
+    """Draw with guidance."""
+    weight = model.mask_embed.bos_token
+    states = torch.zeros(256, 2560, dtype=weight.dtype, device=weight.device)
+    request = sampling.GenerationRequest(
+        latent_shape=(case.batch_size, *model.image_encoder.latent_shape),
+        num_preds=tuple(cosine_set_sizes(case.sets, (case.image_size // 16) ** 2).tolist()),
+        prompt=[states] * (2 * case.batch_size),
+        guidance=GuidanceScaler(guidance_scale=5),
+    )
+    list(sampling.generate_frames(model, request, run))
+
+
+def train(case: Case) -> None:
+    """Train two steps, the second with optimizer state."""
     model = NOVATransformer3DModel(**model_config(case)).to(case.device).train()
     model.noise_scheduler = FlowMatchEulerDiscreteScheduler()
     model.set_gradient_checkpointing(case.level)
@@ -161,9 +255,6 @@ def measure(case: Case) -> int:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     for _ in range(2):
         train_step(model, inputs, optimizer, getattr(torch, case.dtype), case.device)
-    if case.device == "cuda":
-        return torch.cuda.max_memory_allocated()
-    return read_status("VmHWM") - baseline
 
 
 def random_batch(case: Case) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-__all__ = ["MOST_ROWS", "Programs", "record_cuda_graph"]
+__all__ = ["MOST_ROWS", "Programs", "Recorded", "record_calls", "record_cuda_graph"]
 
 # Rows of tokens above which the products take longer than the launches; an estimate (48 launches of
 # 5 us against the products of a head of 6 blocks, 1024 wide, at 500 TFLOP/s), not a measurement.
@@ -58,6 +58,12 @@ def record_cuda_graph(function: Callable[[], Tensor], pool: Any) -> Recorded:
     return Recorded(graph.replay, output, graph.pool())
 
 
+def record_calls(function: Callable[[], Tensor], pool: Any) -> Recorded:
+    """Stand for a graph where there is none: the function is called again, on the same memory."""
+    output = function()
+    return Recorded(lambda: output.copy_(function()), output)
+
+
 class StaticProgram:
     """A function of tensors, whose inputs and result have fixed places.
 
@@ -77,6 +83,11 @@ class StaticProgram:
     ) -> None:
         self._buffers = [x.clone(memory_format=torch.contiguous_format) for x in inputs]
         self.recorded = record(lambda: function(*self._buffers), pool)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the inputs' and the result's places."""
+        return sum(x.nbytes for x in [*self._buffers, self.recorded.output])
 
     def __call__(self, inputs: Sequence[Tensor]) -> Tensor:
         """The function's result for these inputs."""
@@ -114,6 +125,11 @@ class Programs:
     def keys(self) -> list[Hashable]:
         """What the programs were recorded for, but for their shapes."""
         return [key for key, _ in self._programs]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that all programs keep, but for what graphs need while they run."""
+        return sum(program.nbytes for program in self._programs.values())
 
     def __len__(self) -> int:
         return len(self._programs)

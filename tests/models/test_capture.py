@@ -7,17 +7,11 @@ import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from torch import nn
 
-from diffnext.models.capture import Programs, Recorded
+from diffnext.models.capture import Programs, record_calls
 from diffnext.models.guidance_scaler import GuidanceScaler
 from diffnext.pipelines.nova import sampling
 from diffnext.schedulers.scheduling_ddpm import DDPMScheduler
 from tests.tiny import generation_inputs, make_model, make_prompts
-
-
-def record_calls(function, pool):
-    """As on a GPU: the inputs are read, and the result is written, where they lay at first."""
-    output = function()
-    return Recorded(lambda: output.copy_(function()), output)
 
 
 def make_recording(**options):
@@ -116,6 +110,16 @@ def test_results_are_not_overwritten():
     results = [programs.run("double", lambda x: x * 2, [torch.full((3,), n)]) for n in (1.0, 2.0)]
     assert len(programs) == 1
     assert [result.tolist() for result in results] == [[2.0] * 3, [4.0] * 3]
+
+
+def test_the_memory_of_programs_is_that_of_their_inputs_and_results():
+    """As what one keeps of a drawing without data: buffers, and nothing of what is between."""
+    programs = Programs(record_calls)
+    x, y = torch.zeros(3, 5), torch.zeros(7, dtype=torch.float64)
+    programs.run("sum", lambda x, y: (x * 2).sum(dim=1) + y[:3].float(), [x, y])
+    assert programs.nbytes == x.nbytes + y.nbytes + 3 * 4
+    programs.run("sum", lambda x: x.sum(), [x])
+    assert programs.nbytes == 2 * x.nbytes + y.nbytes + 3 * 4 + 4
 
 
 def test_changed_weights_are_seen_and_moved_ones_recorded_anew():
