@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ from pathlib import Path
 
 from accelerate.state import AcceleratorState
 
-from check_resume import CONFIG, write_records
+from check_resume import make_inputs
 from diffnext.config.load import get_config, parse
 from diffnext.config.schema import TrainConfig
 from diffnext.engine.engine_utils import count_params
@@ -56,7 +55,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--turns", type=int, default=5, help="saves of each kind (5)")
     parser.add_argument("arguments", nargs="*", help="for scripts/train.py, behind --")
     args = parser.parse_args(argv)
-    inputs = [*make_inputs(args.output), *args.arguments]
+    inputs = [
+        *make_inputs(args.output, arch=None),
+        f"experiment.output_dir={(args.output / 'run').resolve()}",
+        "experiment.resume_from_checkpoint=''",
+        "experiment.log_every=20",
+        "training.batch_size=8",
+        "train_dataloader.params.num_workers=0",
+        "ema.params.update_every=20",
+        "checkpoint.keep_last=1",
+        *args.arguments,
+    ]
     print("| save | step alone, s | step beside it, s | ratio | blocked, s | on disk after, s |")
     print("|---|---|---|---|---|---|")
     for asynchronous in (False, True):
@@ -72,37 +81,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
 
 
-def make_inputs(folder: Path) -> list[str]:
-    """Write a model and records; returns the arguments that name them."""
-    model = folder / "model"
-    dataset = folder / "records"
-    if not model.exists():
-        command = [sys.executable, "-m", "diffnext.cli.main", "init"]
-        command += ["--config", CONFIG, "--tiny", "--output", model]
-        subprocess.run(command, check=True, capture_output=True)
-    if not dataset.exists():
-        dataset.mkdir(parents=True)
-        write_records(dataset)
-    return [
-        f"config={CONFIG}",
-        f"pipeline.paths.pretrained_path={model.resolve()}",
-        f"train_dataloader.params.dataset={dataset.resolve()}",
-        f"experiment.output_dir={(folder / 'run').resolve()}",
-        "experiment.resume_from_checkpoint=''",
-        "training.batch_size=8",
-        "checkpoint.keep_last=1",
-        "wandb=null",
-    ]
-
-
 def measure(inputs: Sequence[str], asynchronous: bool, args: argparse.Namespace) -> Measurement:
     """Train and save in turns."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    options = [*inputs, f"checkpoint.async_save={str(asynchronous).lower()}"]
-    config = parse(get_config([*options, "training.max_train_steps=1000000"]), TrainConfig)
-    accelerator = build_accelerator(config)
-    logger = set_logger(level="WARNING", accelerator=accelerator)
-    trainer = Trainer(config, accelerator, logger)
+    trainer = make_trainer([*inputs, f"checkpoint.async_save={str(asynchronous).lower()}"])
     if not asynchronous:
         print(f"{count_params(trainer.bare_model):.1f}M parameters\n", file=sys.stderr)
     for _ in range(WARM_UP):
@@ -120,6 +101,14 @@ def measure(inputs: Sequence[str], asynchronous: bool, args: argparse.Namespace)
         trainer.writer.wait()
     trainer.close()
     return result
+
+
+def make_trainer(options: Sequence[str]) -> Trainer:
+    """A trainer whose steps are taken one by one."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    config = parse(get_config([*options, "training.max_train_steps=1000000"]), TrainConfig)
+    accelerator = build_accelerator(config)
+    return Trainer(config, accelerator, set_logger(level="WARNING", accelerator=accelerator))
 
 
 def step(trainer: Trainer) -> float:

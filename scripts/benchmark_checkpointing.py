@@ -14,7 +14,6 @@ import argparse
 import json
 import resource
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -23,6 +22,7 @@ import numpy as np
 import torch
 from omegaconf import OmegaConf
 
+from benchmarking.processes import run_script
 from diffnext.models.transformers.transformer_nova import NOVATransformer3DModel
 from diffnext.schedulers.scheduling_cfm import FlowMatchEulerDiscreteScheduler
 
@@ -60,9 +60,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def run_level(level: int, argv: list[str]) -> dict[str, float]:
     """Measure one level in a fresh process, so that its peak of memory is its own."""
-    command = [sys.executable, __file__, *argv, "--level", str(level)]
-    result = subprocess.run(command, check=True, capture_output=True, text=True)
-    return json.loads(result.stdout.splitlines()[-1])
+    return run_script(__file__, *argv, "--level", str(level))
 
 
 def measure(args: argparse.Namespace) -> dict[str, float]:

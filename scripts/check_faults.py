@@ -22,7 +22,8 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-from check_resume import family, last_step, make_inputs, run_to_end, started
+from benchmarking.processes import family
+from check_resume import last_step, make_inputs, run_to_end, started
 from diffnext.config.targets import ConfigError
 from diffnext.data.records import RecordDataset, RecordWriter
 from diffnext.engine.resume import LATEST, find_resume_point

@@ -20,14 +20,16 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-import psutil
 
+from benchmarking.processes import kill
 from diffnext.data.records import RecordWriter
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -94,24 +96,26 @@ def main(argv: Sequence[str] | None = None) -> None:
     sys.exit(1 if differing else 0)
 
 
-def make_inputs(folder: Path) -> list[str]:
-    """Write a tiny model and records; returns the arguments that name them."""
-    model = (folder / "model").resolve()
-    dataset = (folder / "records").resolve()
-    if not model.exists():
-        command = ["-m", "diffnext.cli.main", "init", "--config", CONFIG, "--tiny"]
-        command += ["--output", model]
-        subprocess.run([sys.executable, *command], check=True, capture_output=True)
-        shutil.rmtree(model / "transformer")  # larger than needed here
-        write_small_transformer(model)
-    if not dataset.exists():
-        dataset.mkdir(parents=True)
-        write_records(dataset)
+def make_inputs(folder: Path, arch: Sequence[str] | None = ARCH) -> list[str]:
+    """Write a tiny model and records; returns the arguments that name them.
+
+    Args:
+        folder: Is made; several processes may do so at once.
+        arch: Of the transformer; the config's when None.
+    """
+    folder = folder.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, write in (("model", partial(write_model, arch=arch)), ("records", write_records)):
+        if not (folder / name).exists():
+            with tempfile.TemporaryDirectory(dir=folder) as scratch:
+                write(Path(scratch) / name)
+                with contextlib.suppress(OSError):  # another process was faster
+                    (Path(scratch) / name).rename(folder / name)
     return [
         f"config={CONFIG}",
-        f"pipeline.paths.pretrained_path={model}",
-        f"train_dataloader.params.dataset={dataset}",
-        f"pipeline.paths.module_config.transformer.arch=[{','.join(ARCH)}]",
+        f"pipeline.paths.pretrained_path={folder / 'model'}",
+        f"train_dataloader.params.dataset={folder / 'records'}",
+        *([f"pipeline.paths.module_config.transformer.arch=[{','.join(arch)}]"] if arch else []),
         "wandb=null",
         "validation=null",
         "lr_scheduler.params.warmup_steps=10",
@@ -122,8 +126,19 @@ def make_inputs(folder: Path) -> list[str]:
     ]
 
 
+def write_model(folder: Path, arch: Sequence[str] | None) -> None:
+    """A release folder, with a smaller transformer than that of the config if ``arch`` says so."""
+    command = ["-m", "diffnext.cli.main", "init", "--config", CONFIG, "--tiny"]
+    command += ["--output", folder]
+    subprocess.run([sys.executable, *command], check=True, capture_output=True)
+    if arch:
+        shutil.rmtree(folder / "transformer")
+        write_transformer(folder, arch)
+
+
 def write_records(folder: Path) -> None:
     """Records whose latents, captions and short captions differ example by example."""
+    folder.mkdir()
     rng = np.random.default_rng(0)
     features = {"moments": "bytes", "caption": "string", "text": "string", "shape": ["int64"]}
     with RecordWriter(str(folder), features) as writer:
@@ -139,8 +154,8 @@ def write_records(folder: Path) -> None:
             )
 
 
-def write_small_transformer(model: Path) -> None:
-    """Draw the weights of a smaller transformer."""
+def write_transformer(model: Path, arch: Sequence[str]) -> None:
+    """Draw the weights of a transformer."""
     import torch
     from omegaconf import OmegaConf
 
@@ -148,7 +163,7 @@ def write_small_transformer(model: Path) -> None:
     from diffnext.pipelines.release_folder import write_shim
 
     overlay = OmegaConf.load(CONFIG).pipeline.paths.module_config.transformer
-    config = {**OmegaConf.to_container(overlay), "arch": ARCH}
+    config = {**OmegaConf.to_container(overlay), "arch": list(arch)}
     torch.manual_seed(0)
     NOVATransformer3DModel(**config).save_pretrained(model / "transformer")
     write_shim(model / "transformer", "transformer", "NOVATransformer3DModel")
@@ -244,25 +259,6 @@ def run_and_kill(
             time.sleep(0.005)
         time.sleep(delay)
     return last_step(output)
-
-
-def kill(process: subprocess.Popen) -> None:
-    """Kill a run with all its processes, and wait until they are gone."""
-    victims = family(process)
-    for victim in victims:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            victim.kill()
-    psutil.wait_procs(victims)
-    process.wait()
-
-
-def family(process: subprocess.Popen) -> list[psutil.Process]:
-    """A launcher and all its descendants; ranks are leaders of sessions of their own."""
-    try:
-        launcher = psutil.Process(process.pid)
-        return [launcher, *launcher.children(recursive=True)]
-    except psutil.NoSuchProcess:
-        return []
 
 
 def last_step(output: Path) -> int:

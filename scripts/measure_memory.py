@@ -19,9 +19,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 from dataclasses import asdict, dataclass
 from unittest import mock
 
@@ -29,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from benchmarking.processes import run_script
 from diffnext.engine.memory import (
     BatchShape,
     LiveBytes,
@@ -191,10 +189,7 @@ class WithoutData(Programs):
 
 def run_child(case: Case) -> int:
     """Measure a case in a fresh process."""
-    command = [sys.executable, __file__, "--case", json.dumps(asdict(case))]
-    environment = {**os.environ, **ALLOCATOR}
-    result = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
-    return int(result.stdout.splitlines()[-1])
+    return run_script(__file__, "--case", json.dumps(asdict(case)), **ALLOCATOR)
 
 
 def measure(case: Case) -> int:
