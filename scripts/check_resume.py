@@ -29,7 +29,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarking.processes import kill
+from benchmarking.processes import describe_end, kill
 from diffnext.data.records import RecordWriter
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,6 +43,10 @@ LAUNCHERS = {
     "zero2": [*ACCELERATE, "--config_file", str(LAUNCH_FILES / "1_gpus_zero2.yaml")],
 }
 LAUNCHERS["zero2_x2"] = [*LAUNCHERS["zero2"], "--num_processes=2"]
+ON_CPU = tuple(LAUNCHERS)
+LAUNCHERS["fsdp2"] = [
+    *(*ACCELERATE, "--config_file", str(LAUNCH_FILES / "8_gpus_fsdp2.yaml"), "--num_processes=1")
+]
 ARCH = ["vit_d2w64", "vit_d4w64", "mlp_d2w64"]  # small enough for a hundred restarts
 NUM_RECORDS = 37  # several passes, the last batch of each is shared with the next
 FILES = ("checkpoints", "ema_checkpoints")
@@ -69,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", type=Path, default=Path("resume_check"), help="folder to write")
-    parser.add_argument("--launcher", nargs="+", choices=LAUNCHERS, default=list(LAUNCHERS))
+    parser.add_argument("--launcher", nargs="+", choices=LAUNCHERS, default=ON_CPU)
     parser.add_argument("--precision", nargs="+", choices=["no", "bf16"], default=["no", "bf16"])
     parser.add_argument("--steps", type=int, default=120, help="length of a run (120)")
     parser.add_argument("--kills", type=int, default=10, help="of one run (10)")
@@ -233,9 +237,11 @@ def run_to_end(launcher: str, options: Sequence[str], output: Path) -> None:
     Raises:
         RuntimeError: If it fails.
     """
+    log = output.with_name(f"{output.name}.log")
     with started(launcher, options, output) as process:
-        if process.wait() != 0:
-            raise RuntimeError(f"the run failed, see {output}.log")
+        error = describe_end(process.wait(), log)
+    if error:
+        raise RuntimeError(f"the run failed, see {log}: {error}")
 
 
 def run_and_kill(

@@ -13,6 +13,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,9 @@ import torch
 from omegaconf import OmegaConf
 
 from benchmarking import NONE, PLAIN
-from diffnext.pipelines.pipeline_utils import cosine_set_sizes
 
 ROOT = Path(__file__).resolve().parents[2]  # holds the package, and in a checkout the configs
-WORKER = Path(__file__).resolve().parent / "worker.py"
+SCRIPTS = Path(__file__).resolve().parents[1]
 IMPORTS = {  # what is timed: (what is imported before, what is timed)
     "import diffnext": ("pass", "import diffnext"),
     "import diffnext.pipelines": (
@@ -143,8 +143,8 @@ def make_growth_specs(
     return specs
 
 
-def make_model_spec(args: argparse.Namespace, weights: Path) -> dict[str, Any]:
-    """Settings of work with a model."""
+def make_model_spec(args: argparse.Namespace, weights: Path | None) -> dict[str, Any]:
+    """Settings of work with a model, whose weights are shared by way of a file if one is named."""
     spec = {
         "transformer": make_model_arguments(args),
         "scheduler": args.scheduler,
@@ -152,11 +152,13 @@ def make_model_spec(args: argparse.Namespace, weights: Path) -> dict[str, Any]:
         "device": args.device,
         "dtype": args.dtype,
         "compile": args.compile,
-        "weights": str(weights),
+        "weights": str(weights or ""),
     }
     is_video = spec["transformer"]["video_base_size"][0] > 1
     spec["frames"] = args.frames or (9 if is_video else 1)
     if args.command in ("generate", "growth"):
+        from diffnext.pipelines.pipeline_utils import cosine_set_sizes  # takes seconds
+
         tokens = math.prod(spec["transformer"]["image_base_size"])
         num_preds = cosine_set_sizes(args.sets, tokens).tolist()
         spec |= {"num_preds": num_preds, "steps": args.steps, "guidance": args.guidance}
@@ -262,11 +264,15 @@ def start_side(args: argparse.Namespace, name: str, work: str, spec: dict[str, A
     package = ROOT if name in ("ours", PLAIN) else Path(name).resolve()
     settings = {"work": work, "spec": spec, "is_plain": name == PLAIN, "threads": args.threads}
     process = subprocess.Popen(
-        [sys.executable, str(WORKER), json.dumps(settings)],
+        [sys.executable, str(SCRIPTS / "benchmarking" / "worker.py"), json.dumps(settings)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(package), "OMP_NUM_THREADS": str(args.threads)},
+        env={
+            **os.environ,
+            "PYTHONPATH": f"{package}{os.pathsep}{SCRIPTS}",
+            "OMP_NUM_THREADS": str(args.threads),
+        },
     )
     side = Side(name, process)
     side.read()
@@ -322,17 +328,29 @@ def processor_name() -> str:
     return names[0] if names else "CPU"
 
 
-def measure_matrix_rate(device: str, dtype: torch.dtype, size: int = 2048, runs: int = 5) -> float:
-    """Floating-point operations a second of a large square product, the best of some runs."""
+def measure_matrix_rate(device: str, dtype: torch.dtype, size: int = 2048) -> float:
+    """Floating-point operations per second of a large square product."""
     a, b = torch.randn(2, size, size, device=device).to(dtype).unbind(0)
+    return 2 * size**3 / best_seconds(lambda: a @ b, device)
+
+
+def measure_bandwidth(device: str, size: int = 2**28) -> float:
+    """Bytes per second that copying inside a device's memory reads and writes."""
+    source = torch.zeros(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * size / best_seconds(lambda: target.copy_(source), device)
+
+
+def best_seconds(function: Callable[[], Any], device: str, runs: int = 6) -> float:
+    """Seconds of the fastest of some runs."""
     best = float("inf")
-    for _ in range(runs + 1):
+    for _ in range(runs):
         begin = time.perf_counter()
-        a @ b
+        function()
         if device.startswith("cuda"):
             torch.cuda.synchronize()
         best = min(best, time.perf_counter() - begin)
-    return 2 * size**3 / best
+    return best
 
 
 def find_exponents(results: list[dict[str, Any]]) -> dict[str, float]:

@@ -27,11 +27,13 @@ class Job:
         name: Of its files.
         command: Its words.
         limit: Seconds after which it is killed.
+        is_alone: Whether nothing else may run beside it.
     """
 
     name: str
     command: Sequence[str]
     limit: float
+    is_alone: bool = False
 
 
 @dataclass(frozen=True)

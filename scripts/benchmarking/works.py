@@ -57,7 +57,7 @@ class ModelWork(Work):
 
     Spec: ``transformer`` (arguments of the model), ``scheduler`` ("flow" or "ddpm"), ``batch``,
     ``frames`` (latent frames), ``device``, ``dtype``, ``weights`` (a file that the first process
-    writes and others read), ``compile``, ``prepack``.
+    writes and others read, if any), ``compile``, ``prepack``.
     """
 
     def __init__(self, spec: Spec, is_plain: bool = False) -> None:
@@ -68,7 +68,8 @@ class ModelWork(Work):
         self.dtype = getattr(torch, spec["dtype"])
         torch.manual_seed(0)
         self.model = NOVATransformer3DModel(**spec["transformer"])
-        load_or_save(self.model, Path(spec["weights"]))
+        if spec["weights"]:
+            load_or_save(self.model, Path(spec["weights"]))
         self.model.to(self.device, self.dtype)
         if spec.get("compile"):
             self.compile()
@@ -105,7 +106,8 @@ class ModelWork(Work):
 class GenerateWork(ModelWork):
     """Sampling of latents.
 
-    Spec, besides that of :class:`ModelWork`: ``num_preds``, ``steps``, ``guidance``.
+    Spec, besides that of :class:`ModelWork`: ``num_preds``, ``steps``, ``guidance``, and
+    ``compile_options`` of a compiled model, if any.
     """
 
     rate_unit = "sample"
@@ -117,7 +119,14 @@ class GenerateWork(ModelWork):
 
     def compile(self) -> None:
         """Compile the model for drawing, as other packages call it or as this one does."""
-        getattr(self.model, "compile_drawing", self.model.compile_parts)()
+        compile_drawing = getattr(self.model, "compile_drawing", self.model.compile_parts)
+        compile_drawing(**self.spec.get("compile_options", {}))
+
+    def record(self, recorder: str) -> None:
+        """Draw by recorded programs from now on; ``recorder`` is a function's name."""
+        from diffnext.models import capture
+
+        self.model.programs = capture.Programs(getattr(capture, recorder))
 
     def inputs(self) -> dict[str, Any]:
         """Inputs of the model; the same in every run."""

@@ -1,0 +1,193 @@
+"""Check and measure everything that needs a GPU, in at most 8 minutes.
+
+    python scripts/check_gpu.py --output gpu_check
+    python scripts/check_gpu.py --baseline /path/to/folder/with/another/diffnext
+    python scripts/check_gpu.py --rehearse            # every row, small, on the CPU
+    python scripts/check_gpu.py --list --only training
+
+Each row runs in a process of its own, until its end or its limit, so that one that hangs or
+crashes costs no other. Rows that measure time run alone and come first, the others side by side.
+Weights are random; nothing is downloaded. The output folder gets report.json, report.md (also when
+the check is interrupted), and what each row printed. The exit code is 1 if a row failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import fnmatch
+import json
+import os
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarking.gpu_rows import BASELINE_ROWS, REHEARSAL, RELEASED, ROOT, ROWS, Context, Row
+from benchmarking.processes import Job, Outcome, run_job
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if args.row is not None:
+        run_row(args)
+        return 0
+    rows = choose_rows(parser, args)
+    if args.list:
+        for row in rows:
+            print(f"{row.name:<16} {row.limit * args.limit_scale:5.3g} s")
+        return 0
+    if not args.rehearse and not torch.cuda.is_available():
+        parser.error("there is no CUDA device: --rehearse runs the rows on the CPU, small")
+    args.output.mkdir(parents=True, exist_ok=True)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    if args.rehearse:
+        environment["CUDA_VISIBLE_DEVICES"] = ""
+    jobs = [make_job(row, args) for row in rows]
+    outcomes = run_jobs(jobs, args.output, args.jobs, environment)
+    failed = sum(bool(outcome.error) for outcome in outcomes)
+    print(f"{len(outcomes)} rows, {failed} failed; see {args.output / 'report.md'}")
+    return 1 if failed else 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output", type=Path, default=Path("gpu_check"), help="folder to write")
+    parser.add_argument("--rehearse", action="store_true", help="on the CPU, with small models")
+    parser.add_argument("--only", default="*", metavar="PATTERN", help="rows whose name has this")
+    parser.add_argument("--list", action="store_true", help="name rows and limits; runs nothing")
+    parser.add_argument("--baseline", type=Path, help="folder of another diffnext to draw with")
+    parser.add_argument("--limit-scale", type=float, help="of the limits (1; rehearsing 10)")
+    parser.add_argument("--jobs", type=int, help="rows side by side (all; rehearsing 1)")
+    parser.add_argument("--row", help=argparse.SUPPRESS)
+    return parser
+
+
+def choose_rows(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[Row]:
+    """The rows to run; completes the arguments."""
+    if args.limit_scale is None:
+        args.limit_scale = 10.0 if args.rehearse else 1.0
+    if args.jobs is None:
+        args.jobs = 1 if args.rehearse else len(ROWS)
+    if args.limit_scale <= 0 or args.jobs < 1:
+        parser.error("--limit-scale must be greater than 0, --jobs at least 1")
+    if args.baseline and not (args.baseline / "diffnext").is_dir():
+        parser.error(f"--baseline {args.baseline} holds no folder diffnext")
+    rows = [*ROWS, *(BASELINE_ROWS if args.baseline else ())]
+    chosen = [row for row in rows if fnmatch.fnmatch(row.name, f"*{args.only}*")]
+    if not chosen:
+        parser.error(f"--only {args.only}: no row has this name; --list names them")
+    return chosen
+
+
+def run_row(args: argparse.Namespace) -> None:
+    """Run one row in this process; its figures are printed, one object per line."""
+    (row,) = [row for row in (*ROWS, *BASELINE_ROWS) if row.name == args.row]
+    folder = (args.output / row.name.replace(" ", "-")).resolve()
+    folder.mkdir(exist_ok=True)
+    scale = REHEARSAL if args.rehearse else RELEASED
+    for figures in row.measure(Context(scale, folder, args.baseline)):
+        print(json.dumps(figures), flush=True)
+
+
+def make_job(row: Row, args: argparse.Namespace) -> Job:
+    """The process that runs a row."""
+    command = [sys.executable, __file__, "--row", row.name, "--output", str(args.output)]
+    command += ["--rehearse"] if args.rehearse else []
+    command += ["--baseline", str(args.baseline)] if args.baseline else []
+    return Job(row.name, command, row.limit * args.limit_scale, row.is_timed)
+
+
+def run_jobs(
+    jobs: Sequence[Job], folder: Path, at_once: int, environment: Mapping[str, str] = os.environ
+) -> list[Outcome]:
+    """Run those that must be alone, then the others; tell of each, and report after each.
+
+    Args:
+        jobs: What to run.
+        folder: Gets the report, and what the jobs print.
+        at_once: How many of the others run side by side.
+        environment: Of the jobs.
+    """
+    outcomes: list[Outcome] = []
+
+    def run(job: Job) -> Outcome:
+        say(f"{job.name}: at most {job.limit:.3g} s")
+        return run_job(job, folder, environment)
+
+    def finish(outcome: Outcome) -> None:
+        say(f"{outcome.name}: {outcome.error or 'passed'}, {outcome.seconds:.1f} s")
+        outcomes.append(outcome)
+        write_report(outcomes, folder)
+
+    for job in jobs:
+        if job.is_alone:
+            finish(run(job))
+    pool = ThreadPoolExecutor(at_once)
+    try:
+        for future in as_completed([pool.submit(run, job) for job in jobs if not job.is_alone]):
+            finish(future.result())
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return outcomes
+
+
+def say(words: str) -> None:
+    """Print a line, also from a thread."""
+    sys.stdout.write(f"{time.strftime('%X')} {words}\n")
+    sys.stdout.flush()
+
+
+def write_report(outcomes: Sequence[Outcome], folder: Path) -> None:
+    """Write what is known so far."""
+    rows = [dataclasses.asdict(outcome) for outcome in outcomes]
+    (folder / "report.json").write_text(json.dumps(rows, indent=2) + "\n")
+    head = [
+        {"row": one.name, "outcome": one.error or "passed", "s": one.seconds} for one in outcomes
+    ]
+    figures = add_shares([one for outcome in outcomes for one in outcome.answers])
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for one in figures:
+        groups.setdefault(next(iter(one)), []).append(one)
+    tables = [format_table(group) for group in (head, *groups.values())]
+    (folder / "report.md").write_text("\n\n".join(tables) + "\n")
+
+
+def add_shares(figures: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Say for each drawing how near it comes to its floor, which the eager one knows."""
+    figures = list(figures)
+    floors = {one["drawing"]: one["floor, s"] for one in figures if "floor, s" in one}
+    return [
+        one | {"share of the floor": floors[one["drawing"]] / one["s"]}
+        if one.get("drawing") in floors
+        else one
+        for one in figures
+    ]
+
+
+def format_table(figures: Sequence[dict[str, Any]]) -> str:
+    """A Markdown table of objects, with a column for every name that occurs."""
+    names = list(dict.fromkeys(name for one in figures for name in one))
+    lines = [names, ["---"] * len(names)]
+    lines += [[format_cell(one.get(name)) for name in names] for one in figures]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def format_cell(value: Any) -> str:
+    """A number with four digits, whole ones as they are, or text."""
+    if isinstance(value, float):
+        return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return "-" if value is None else str(value).replace("|", "/")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
