@@ -116,7 +116,10 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument(
         "--prepack", action="store_true", help="lay out the weights of our side for a CPU"
     )
-    commands.add_parser("train", parents=[common, device, model])
+    train = commands.add_parser("train", parents=[common, device, model])
+    train.add_argument(
+        "--levels", type=int, nargs="+", default=[0], help="of gradient checkpointing, each (0)"
+    )
     growth = commands.add_parser("growth", parents=[common, device, model])
     growth.add_argument("--plot", type=Path, help="picture of the curves (PNG)")
     data = commands.add_parser("data", parents=[common])

@@ -20,14 +20,14 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarking.gpu_rows import BASELINE_ROWS, REHEARSAL, RELEASED, ROOT, ROWS, Context, Row
+from benchmarking.gpu_rows import BASELINE_ROWS, ROOT, ROWS, Context, Row
 from benchmarking.processes import Job, Outcome, run_job
 
 
@@ -50,7 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.rehearse:
         environment["CUDA_VISIBLE_DEVICES"] = ""
     jobs = [make_job(row, args) for row in rows]
-    outcomes = run_jobs(jobs, args.output, args.jobs, environment)
+    at_once = 1 if args.rehearse else len(jobs)
+    outcomes = run_jobs(jobs, args.output, at_once, environment)
     failed = sum(bool(outcome.error) for outcome in outcomes)
     print(f"{len(outcomes)} rows, {failed} failed; see {args.output / 'report.md'}")
     return 1 if failed else 0
@@ -67,7 +68,6 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--list", action="store_true", help="name rows and limits; runs nothing")
     parser.add_argument("--baseline", type=Path, help="folder of another diffnext to draw with")
     parser.add_argument("--limit-scale", type=float, help="of the limits (1; rehearsing 10)")
-    parser.add_argument("--jobs", type=int, help="rows side by side (all; rehearsing 1)")
     parser.add_argument("--row", help=argparse.SUPPRESS)
     return parser
 
@@ -76,10 +76,8 @@ def choose_rows(parser: argparse.ArgumentParser, args: argparse.Namespace) -> li
     """The rows to run; completes the arguments."""
     if args.limit_scale is None:
         args.limit_scale = 10.0 if args.rehearse else 1.0
-    if args.jobs is None:
-        args.jobs = 1 if args.rehearse else len(ROWS)
-    if args.limit_scale <= 0 or args.jobs < 1:
-        parser.error("--limit-scale must be greater than 0, --jobs at least 1")
+    if args.limit_scale <= 0:
+        parser.error(f"--limit-scale must be greater than 0, got {args.limit_scale}")
     if args.baseline and not (args.baseline / "diffnext").is_dir():
         parser.error(f"--baseline {args.baseline} holds no folder diffnext")
     rows = [*ROWS, *(BASELINE_ROWS if args.baseline else ())]
@@ -94,8 +92,7 @@ def run_row(args: argparse.Namespace) -> None:
     (row,) = [row for row in (*ROWS, *BASELINE_ROWS) if row.name == args.row]
     folder = (args.output / row.name.replace(" ", "-")).resolve()
     folder.mkdir(exist_ok=True)
-    scale = REHEARSAL if args.rehearse else RELEASED
-    for figures in row.measure(Context(scale, folder, args.baseline)):
+    for figures in row.measure(Context(args.rehearse, folder, args.baseline)):
         print(json.dumps(figures), flush=True)
 
 
@@ -162,16 +159,16 @@ def write_report(outcomes: Sequence[Outcome], folder: Path) -> None:
     (folder / "report.md").write_text("\n\n".join(tables) + "\n")
 
 
-def add_shares(figures: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+def add_shares(figures: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Say for each drawing how near it comes to its floor, which the eager one knows."""
-    figures = list(figures)
     floors = {one["drawing"]: one["floor, s"] for one in figures if "floor, s" in one}
-    return [
-        one | {"share of the floor": floors[one["drawing"]] / one["s"]}
+    shares = [
+        {"share of the floor": floors[one["drawing"]] / one["s"]}
         if one.get("drawing") in floors
-        else one
+        else {}
         for one in figures
     ]
+    return [one | share for one, share in zip(figures, shares, strict=True)]
 
 
 def format_table(figures: Sequence[dict[str, Any]]) -> str:

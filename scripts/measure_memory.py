@@ -19,6 +19,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import subprocess
+import sys
 from dataclasses import asdict, dataclass
 from unittest import mock
 
@@ -26,7 +29,6 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from benchmarking.processes import run_script
 from diffnext.engine.memory import (
     BatchShape,
     LiveBytes,
@@ -189,7 +191,10 @@ class WithoutData(Programs):
 
 def run_child(case: Case) -> int:
     """Measure a case in a fresh process."""
-    return run_script(__file__, "--case", json.dumps(asdict(case)), **ALLOCATOR)
+    command = [sys.executable, __file__, "--case", json.dumps(asdict(case))]
+    environment = {**os.environ, **ALLOCATOR}
+    result = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    return int(result.stdout.splitlines()[-1])
 
 
 def measure(case: Case) -> int:

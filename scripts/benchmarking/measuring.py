@@ -45,7 +45,7 @@ VAES = {
 }
 
 
-UNCHANGED = {"compile": False, "prepack": False}  # the model of a baseline
+UNCHANGED = {"compile": False, "prepack": False, "checkpointing": 0}  # the model of a baseline
 GROWTH = {  # setting: values
     "sets": (4, 8, 16, 32),
     "steps": (5, 10, 20, 40),
@@ -126,7 +126,11 @@ def make_specs(args: argparse.Namespace, scratch: Path) -> list[tuple[str, str, 
             return [(f"{args.vae_class} {args.direction}", "vae", make_vae_spec(args))]
         case "growth":
             return make_growth_specs(args, scratch)
-    return [(args.command, args.command, make_model_spec(args, scratch / "weights.pt"))]
+    spec = make_model_spec(args, scratch / "weights.pt")
+    if args.command == "train":
+        levels = args.levels
+        return [(f"train, level {n}", "train", spec | {"checkpointing": n}) for n in levels]
+    return [(args.command, args.command, spec)]
 
 
 def make_growth_specs(

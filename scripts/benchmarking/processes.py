@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from typing import Any
 
 import psutil
 
-__all__ = ["Job", "Outcome", "family", "kill", "read_answers", "run_job", "run_script"]
+__all__ = ["Job", "Outcome", "describe_end", "family", "kill", "run_job"]
 
 
 @dataclass(frozen=True)
@@ -91,18 +90,6 @@ def read_answers(output: Path) -> list[dict[str, Any]]:
             if line.startswith("{"):
                 answers.append(json.loads(line))
     return answers
-
-
-def run_script(script: str, *arguments: str, **environment: str) -> Any:
-    """Run a script in a fresh process; returns the JSON that it printed last."""
-    result = subprocess.run(
-        [sys.executable, script, *arguments],
-        env={**os.environ, **environment},
-        check=True,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    return json.loads(result.stdout.splitlines()[-1])
 
 
 def kill(process: subprocess.Popen) -> None:

@@ -93,8 +93,8 @@ class Worker:
             line: ``run`` answers with the seconds it took; ``count``, if need be with the machine's
                 matrix rate and bandwidth, with the operations and matrix work of one run, and
                 ``launches`` with what the host gave to the device; ``change JSON`` changes the
-                spec for later runs, ``record RECORDER`` how they are drawn; ``save PATH`` writes
-                the result of the last run.
+                spec for later runs, ``record RECORDER`` how they are drawn (by none: eagerly);
+                ``save PATH`` writes the result of the last run.
         """
         word, _, argument = line.strip().partition(" ")
         if word == "run":
@@ -146,16 +146,17 @@ def counted(work: Work, counter: WorkCounter) -> dict[str, float]:
     return {"operations": counter.operations, "flops": counter.flops, "floor": counter.floor}
 
 
-def launched(work: Work) -> dict[str, int]:
-    """Calls by which the host gives work to the device in one run; operations on a CPU."""
+def launched(work: Work) -> dict[str, float]:
+    """Calls by which the host gives work to the device in one timed run; operations on a CPU."""
     if not is_on_gpu(work):
-        return {"launches": int(counted(work, WorkCounter())["operations"])}
+        with WorkCounter() as counter:
+            _, report = timed(work)
+        return report | {"launches": counter.operations}
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
-        work.run()
-        synchronize(work)
+        _, report = timed(work)
     events = profiler.profiler.kineto_results.events()  # tables of so many take minutes
     names = Counter(event.name() for event in events)
-    return {"launches": sum(names[name] for name in names if name.startswith(HOST_CALLS))}
+    return report | {"launches": sum(names[name] for name in names if name.startswith(HOST_CALLS))}
 
 
 def is_on_gpu(work: Work) -> bool:

@@ -123,10 +123,15 @@ class GenerateWork(ModelWork):
         compile_drawing(**self.spec.get("compile_options", {}))
 
     def record(self, recorder: str) -> None:
-        """Draw by recorded programs from now on; ``recorder`` is a function's name."""
+        """Draw by recorded programs from now on, or no more.
+
+        Args:
+            recorder: Name of a function of ``diffnext.models.capture``, or nothing.
+        """
         from diffnext.models import capture
 
-        self.model.programs = capture.Programs(getattr(capture, recorder))
+        programs = capture.Programs(getattr(capture, recorder)) if recorder else None
+        self.model.programs = programs
 
     def inputs(self) -> dict[str, Any]:
         """Inputs of the model; the same in every run."""
@@ -154,13 +159,18 @@ class GenerateWork(ModelWork):
 
 
 class TrainWork(ModelWork):
-    """One training step: losses, gradients, clipping, AdamW."""
+    """One training step: losses, gradients, clipping, AdamW.
+
+    Spec, besides that of :class:`ModelWork`: ``checkpointing``, a level.
+    """
 
     rate_unit = "sample"
 
     def __init__(self, spec: Spec, is_plain: bool = False) -> None:
         super().__init__(spec, is_plain)
         self.model.train()
+        if spec.get("checkpointing"):
+            self.model.set_gradient_checkpointing(spec["checkpointing"])
         self.model.noise_scheduler = self.make_scheduler()
         if self.model.text_embed is not None:
             self.model.text_embed.dropout = 0
