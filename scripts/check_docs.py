@@ -5,10 +5,10 @@
     python scripts/check_docs.py docs/inference.md
     python scripts/check_docs.py --list               # what would run; runs nothing
 
-The pages are README.md, TRAINING.md, CONTRIBUTING.md and docs/**/*.md. Blocks marked python, bash
-and yaml are run in order, in one folder that looks like the repository; the Python blocks of a page
-share their names. YAML is parsed and, where it sets keys of a training, checked against them. HTML
-comments, which no reader sees, say what else is needed:
+The pages are *.md and docs/**/*.md. Blocks marked python, bash and yaml are run in order, in one
+folder that looks like the repository; the Python blocks of a page share their names. YAML is
+parsed and, where it sets keys of a training, checked against them. HTML comments, which no reader
+sees, say what else is needed:
 
     <!-- skip: needs a GPU -->              the next block is not run; or "needs a download"
     <!-- replace: old => new -->            old, which must occur in the next block, is run as new
@@ -130,10 +130,7 @@ class _Pending:
 
 def page_paths() -> list[Path]:
     """All pages of the documentation, sorted."""
-    return [
-        *(ROOT / name for name in ("README.md", "TRAINING.md", "CONTRIBUTING.md")),
-        *sorted((ROOT / "docs").rglob("*.md")),
-    ]
+    return [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def read_page(path: Path) -> Page:

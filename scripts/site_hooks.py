@@ -1,66 +1,80 @@
 """Hooks of mkdocs: the site has the repository's own layout, so that links need no rewriting.
 
-README.md becomes its first page; pages outside of docs/ and files that pages link to are part of
-it. The order of the navigation is ORDER, then whatever else there is in docs/.
+README.md becomes its first page. The pages of packages, from their docstrings, and of notebooks
+are made here.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import nbformat
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parent.parent
-PARTS = (
-    "README.md",
-    "TRAINING.md",
-    "CONTRIBUTING.md",
-    "LICENSE",
-    "docs/**/*.md",
-    "docs/**/*.png",
-    "docs/**/*.ipynb",
-    "assets/**/README.md",
-)
-ORDER = (
-    "README.md",
-    "docs/index.md",
-    "docs/inference.md",
-    "docs/apps.md",
-    "TRAINING.md",
-    "docs/cache.md",
-    "docs/data_format.md",
-    "docs/configuration.md",
-    "docs/scaling.md",
-    "docs/reliability.md",
-    "docs/performance.md",
-    "docs/evaluation.md",
-    "docs/faq.md",
-    "docs/troubleshooting.md",
-    "docs/migration.md",
-    "docs/ARCHITECTURE.md",
-    "CONTRIBUTING.md",
-)
-
-
-def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """List the pages that exist."""
-    pages = [name for name in site_files() if name.endswith(".md")]
-    first = [name for name in ORDER if name in pages]
-    config.nav = [*first, *(name for name in pages if name not in first)]
-    return config
+PARTS = ("*.md", "LICENSE", "docs/**/*.*", "assets/**/README.md")
 
 
 def on_files(files: Files, *, config: MkDocsConfig) -> Files:
     """Exchange the files of docs/ for those of the site, and keep the theme's."""
-    own = [
-        File(name, str(ROOT), config.site_dir, config.use_directory_urls) for name in site_files()
-    ]
-    others = [file for file in files if not Path(file.abs_src_path or "").is_relative_to(ROOT)]
-    return Files([*own, *others])
+    paths = [path for pattern in PARTS for path in sorted(ROOT.glob(pattern))]
+    names = [path.relative_to(ROOT).as_posix() for path in paths]
+    notebooks = [name for name in names if name.endswith(".ipynb")]
+    pages = {name.replace(".ipynb", ".md"): notebook_page(name) for name in notebooks}
+    pages |= {f"docs/api/{name}.md": package_page(name) for name in packages()}
+    return Files(
+        [
+            *(File(name, str(ROOT), config.site_dir, config.use_directory_urls) for name in names),
+            *(File.generated(config, name, content=text) for name, text in pages.items()),
+            *(file for file in files if not Path(file.abs_src_path or "").is_relative_to(ROOT)),
+        ]
+    )
 
 
-def site_files() -> list[str]:
-    """Paths of all files of the site, within the repository."""
-    found = [path for pattern in PARTS for path in sorted(ROOT.glob(pattern))]
-    return [path.relative_to(ROOT).as_posix() for path in found]
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Let links to notebooks lead to their pages."""
+    return markdown.replace(".ipynb)", ".md)")
+
+
+def packages() -> list[str]:
+    """Packages whose modules are documented; the commands explain themselves (`--help`)."""
+    folders = (path.parent for path in sorted(ROOT.glob("diffnext/**/__init__.py")))
+    names = (".".join(folder.relative_to(ROOT).parts) for folder in folders)
+    return [name for name in names if name != "diffnext.cli" and modules(name)]
+
+
+def modules(package: str) -> list[str]:
+    """Modules of a package, without those of packages in it."""
+    folder = ROOT.joinpath(*package.split("."))
+    return [path.stem for path in sorted(folder.glob("*.py")) if not path.name.startswith("__")]
+
+
+def package_page(package: str) -> str:
+    """Docstrings of the modules of a package."""
+    blocks = [f"::: {package}.{module}\n" for module in modules(package)]
+    return "\n".join([f"# {package}\n", *blocks])
+
+
+def notebook_page(name: str) -> str:
+    """A notebook as Markdown, with the outputs that it has."""
+    notebook = nbformat.read(ROOT / name, as_version=4)
+    parts = [part for cell in notebook.cells for part in cell_parts(cell)]
+    download = f'<a href="{Path(name).name}" download>Download this notebook</a>'
+    return "\n\n".join([parts[0], download, *parts[1:]])
+
+
+def cell_parts(cell: nbformat.NotebookNode) -> Iterator[str]:
+    """A cell, and what it printed or showed."""
+    if cell.cell_type == "markdown":
+        yield cell.source
+        return
+    yield f"```python\n{cell.source}\n```"
+    for output in cell.outputs:
+        data = output.get("data", {})
+        if "image/png" in data:
+            yield f"![](data:image/png;base64,{data['image/png'].strip()})"
+        else:
+            yield f"```text\n{output.get('text') or data.get('text/plain', '')}\n```"

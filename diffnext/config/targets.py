@@ -29,11 +29,7 @@ __all__ = [
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot be used.
-
-    Args:
-        *problems: Everything that is wrong, a line each: key, value and rule.
-    """
+    """A configuration that cannot be used; its arguments are the problems, a line each."""
 
     @property
     def problems(self) -> tuple[str, ...]:
