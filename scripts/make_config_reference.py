@@ -30,7 +30,7 @@ HEAD = """\
 <!-- Written by scripts/make_config_reference.py: do not edit. -->
 <!-- slow page -->
 
-A training reads one YAML file and then the command line, whose `key=value` win:
+A training reads one YAML file and then the command line, whose `key=value` pairs take precedence:
 
 <!-- setup: bash
 python scripts/make_shapes_dataset.py --output my_dataset --vae assets/nova-tiny/vae --num 8
@@ -45,25 +45,24 @@ python scripts/train.py config=configs/nova_shapes_t2i.yaml \\
 | Written | Means |
 |---|---|
 | `key=value` | the value is YAML: `1e-4`, `true`, `null`, `[1,2]`, `{t2i: 1, i2v: 2}` |
-| `+key=value` | add a key that does not exist; nothing reads it but your own code |
+| `+key=value` | add a key that does not exist; only your own code reads it |
 | `~key` | delete a key of the file, such as a whole section |
 | `${other.key}` | the value of another key |
 | `${eval:'1e-4*8'}` | arithmetic; `+ - * / // % **`, comparisons, `min max round int float` |
 
-Everything is checked before anything is loaded, and all that is wrong is printed at once: each
-unknown key, value of another type or beyond its limits, and values that contradict each other, the
-base folder or the records, in a line that begins with `error:` and names the key. The exit code is
-2 then. `python scripts/train.py --help` prints the keys below.
+Everything is checked before anything is loaded, and all errors are printed at once: unknown keys,
+values of the wrong type or outside their limits, and values that contradict each other, the base
+folder or the records. Each is one line that begins with `error:` and names the key; the exit code
+is 2. `python scripts/train.py --help` prints the keys below.
 
 ## What is trusted
 
 A configuration names classes by dotted path (`target:`), and importing a class can run anything:
-use only configurations that you trust. Nothing else that a run reads runs code (the base folder,
-checkpoints, the dataset), unless `trust_remote_code=true`: then the Python files of the base folder
-are run.
+use only configurations you trust. Nothing else that a run reads (the base folder, checkpoints, the
+dataset) can run code, unless `trust_remote_code=true` runs the Python files of the base folder.
 
-T2I and T2V below are what `nova_d48w1024_sdxl1024.yaml` and `nova_d48w1024_osp480.yaml` in
-`configs/` set. "The base folder's" is the default of keys that are laid over its files: there, null
+The columns T2I and T2V show what `nova_d48w1024_sdxl1024.yaml` and `nova_d48w1024_osp480.yaml` in
+`configs/` set. "The base folder's" is the default of keys that override its files; for these, null
 is a value of its own.
 """
 

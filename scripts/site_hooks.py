@@ -53,9 +53,9 @@ def modules(package: str) -> list[str]:
 
 
 def package_page(package: str) -> str:
-    """Docstrings of the modules of a package."""
+    """Docstrings of the modules of a package; guides come first in a search."""
     blocks = [f"::: {package}.{module}\n" for module in modules(package)]
-    return "\n".join([f"# {package}\n", *blocks])
+    return "\n".join(["---\nsearch: {boost: 0.2}\n---", f"# {package}\n", *blocks])
 
 
 def notebook_page(name: str) -> str:
