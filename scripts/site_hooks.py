@@ -71,7 +71,8 @@ def cell_parts(cell: nbformat.NotebookNode) -> Iterator[str]:
     if cell.cell_type == "markdown":
         yield cell.source
         return
-    yield f"```python\n{cell.source}\n```"
+    language = "bash" if cell.source.startswith("%%bash") else "python"
+    yield f"```{language}\n{cell.source}\n```"
     for output in cell.outputs:
         data = output.get("data", {})
         if "image/png" in data:

@@ -1,4 +1,4 @@
-"""The notebooks run from the first cell to the last."""
+"""The notebooks run from the first cell to the last; RENEW_NOTEBOOKS=1 keeps their outputs."""
 
 import os
 import shutil
@@ -33,17 +33,32 @@ def test_a_notebook_runs(path, tmp_path, monkeypatch):
     place = in_a_copy(path, tmp_path)
     notebook = nbformat.read(place / path.name, as_version=4)
     resources = {"metadata": {"path": str(place)}}
-    nbclient.NotebookClient(notebook, timeout=900, resources=resources).execute()
+    client = nbclient.NotebookClient(
+        notebook, timeout=900, resources=resources, record_timing=False
+    )
+    client.execute()
     outputs = [out for cell in notebook.cells for out in cell.get("outputs", [])]
     assert any("image/png" in out.get("data", {}) for out in outputs)
     assert os.listdir(tmp_path)
+    if "RENEW_NOTEBOOKS" in os.environ:
+        for cell in code_cells(notebook):  # progress bars and warnings of this machine
+            cell.outputs = [out for out in cell.outputs if out.get("name") != "stderr"]
+        nbformat.write(notebook, path)
+
+
+def code_cells(notebook):
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_is_committed_clean(path):
+def test_a_notebook_shows_the_outputs_of_one_whole_run(path):
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
-    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    assert all(cell.outputs == [] and cell.execution_count is None for cell in code)
+    code = code_cells(notebook)
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    outputs = [out for cell in code for out in cell.outputs]
+    assert any("image/png" in out.get("data", {}) for out in outputs)
+    assert not [out for out in outputs if out.output_type == "error" or "stderr" in out.values()]
     text = path.read_text()
+    assert len(text) < 400_000
     assert "/home/" not in text and "/root/" not in text and "/tmp/" not in text
