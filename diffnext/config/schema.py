@@ -188,7 +188,7 @@ class LossWeights(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class LoraOptions(Section):
-    """Train low-rank adapters and nothing else; leave the section out to train the model."""
+    """Train only low-rank adapters; leave the section out to train the whole model."""
 
     rank: Count = key("Rank of the adapters.", 16)
     alpha: Positive | None = key(
