@@ -3,7 +3,7 @@
 # make nova-tiny  make assets/nova-tiny and -video anew, in nova_tiny/; takes hours, continues when stopped
 # make test       set up, lint, run the tests
 # make test-slow  the slow tests as well
-# make docs       the documentation as a site: site/index.html
+# make docs       the documentation as a site: site/index.html (python -m http.server -d site)
 #
 # TORCH picks another build of PyTorch, for example one without CUDA libraries:
 #   make demo TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
@@ -33,7 +33,7 @@ test-slow: setup-test
 	$(PYTEST) -m "slow and not gpu" -n 2 --dist loadfile
 
 docs: setup-test
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 lint: setup-test
 	$(BIN)/ruff check .
