@@ -86,7 +86,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--num-frames", type=int, default=17, help="frames of a clip (17)")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each side (5)")
     parser.add_argument(
-        "--batch-size", type=int, help="of the builder (8, of videos 1, as build_cache.py has it)"
+        "--batch-size", type=int, help="of the builder (8, of videos 1, as `diffnext cache` has it)"
     )
     parser.add_argument("--workers", type=int, default=2, help="threads of the builder (2)")
     parser.add_argument("--flow", type=float, help="motion strength (the builder measures it)")

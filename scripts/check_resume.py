@@ -132,7 +132,7 @@ def make_inputs(folder: Path, arch: Sequence[str] | None = ARCH) -> list[str]:
 
 def write_model(folder: Path, arch: Sequence[str] | None) -> None:
     """A release folder, with a smaller transformer than that of the config if ``arch`` says so."""
-    command = ["-m", "diffnext.cli.main", "init", "--config", CONFIG, "--tiny"]
+    command = ["-m", "diffnext", "init", "--config", CONFIG, "--tiny"]
     command += ["--output", folder]
     subprocess.run([sys.executable, *command], check=True, capture_output=True)
     if arch:

@@ -115,7 +115,7 @@ def init_model(config: Path, model_dir: Path) -> None:
     """Write a release folder with fresh weights, unless it is there."""
     if not model_dir.exists():
         options = ["--config", config, "--output", model_dir, "--tiny"]
-        run([sys.executable, "-m", "diffnext.cli.main", "init", *options])
+        run([sys.executable, "-m", "diffnext", "init", *options])
 
 
 def train(

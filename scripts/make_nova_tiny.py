@@ -35,7 +35,7 @@ from diffnext.utils.json_files import read_json, write_json
 from shapes_world.scenes import CATEGORIES, CLIP_CATEGORIES
 
 SCRIPTS = ROOT / "scripts"
-DIFFNEXT = (sys.executable, "-m", "diffnext.cli.main")
+DIFFNEXT = (sys.executable, "-m", "diffnext")
 CONFIGS = ROOT / "configs"
 IMAGE_AUTOENCODER_CONFIG = CONFIGS / "autoencoder_shapes.yaml"
 VIDEO_AUTOENCODER_CONFIG = CONFIGS / "autoencoder_shapes_video.yaml"

@@ -38,7 +38,7 @@ from a table, relative to the table's folder:
 
 on all GPUs of the machine, or on several machines that see the same folders (the same command on
 each; they share the work, and take over what a machine leaves that goes down):
-  accelerate launch scripts/build_cache.py images photos --output data --vae nova/vae --size 1024
+  accelerate launch -m diffnext cache images photos --output data --vae nova/vae --size 1024
 
 after pictures or captions were changed, added or removed:
   diffnext cache images photos --output data --vae nova/vae --size 1024 --update

@@ -18,7 +18,7 @@ Draw the samples of a benchmark, in the layout that its scorer reads.
     --ckpt BAAI/nova-d48w1024-sdxl1024 --outdir geneval/nova
   diffnext evaluate vbench --prompt prompts.json --prompt_key dense_prompt \\
     --ckpt BAAI/nova-d48w1024-osp480 --outdir vbench/nova
-  torchrun --nproc_per_node 8 -m diffnext.cli.main evaluate geneval ...
+  torchrun --nproc_per_node 8 -m diffnext evaluate geneval ...
 
 What is there already is not drawn again, so that the same command goes on after a stop. Prompts
 come from the benchmarks' own repositories; docs/evaluation.md says how.

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import psutil
 import pytest
@@ -23,8 +22,6 @@ from tests.data.caching_inputs import (
     write_pictures,
     write_video,
 )
-
-ROOT = Path(__file__).parents[2]
 
 # A decoder that does what a file says; every other file goes to the real one.
 FAKE_AV = """
@@ -147,7 +144,7 @@ def test_decoding_processes_that_cannot_start_end_the_build(tmp_path, vae, monke
 
 
 def start_build(source, output, vae, *options, **environment):
-    command = [sys.executable, str(ROOT / "scripts" / "build_cache.py"), "images", str(source)]
+    command = [sys.executable, "-m", "diffnext", "cache", "images", str(source)]
     command += ["--output", str(output), "--vae", str(vae), "--size", "32", "--workers", "1"]
     return subprocess.Popen(
         [*command, "--chunk-size", "2", "--shard-size", "7", "--quiet", *options],

@@ -28,12 +28,11 @@ from tests.data.caching_inputs import (
 )
 
 ROOT = Path(__file__).parents[2]
-SCRIPT = ROOT / "scripts" / "build_cache.py"
 PATIENCE = 600  # seconds that a loaded machine may take to begin
 
 
 def command(*arguments):
-    return [sys.executable, str(SCRIPT), *(str(argument) for argument in arguments)]
+    return [sys.executable, "-m", "diffnext", "cache", *map(str, arguments)]
 
 
 def environment():

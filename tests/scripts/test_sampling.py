@@ -245,7 +245,7 @@ def test_other_settings_do_not_mix_in_one_folder(metadata, tmp_path, capsys):
 @pytest.mark.slow
 def test_a_killed_run_goes_on(metadata, drawn, tmp_path):
     words = geneval_arguments(metadata, tmp_path, *GROUPS)
-    command = [sys.executable, "-m", "diffnext.cli.main", *words]
+    command = [sys.executable, "-m", "diffnext", *words]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
     while not list(tmp_path.glob("*/samples/[0-9]*.png")) and process.poll() is None:
@@ -261,7 +261,7 @@ def test_a_killed_run_goes_on(metadata, drawn, tmp_path):
 def test_two_launched_processes_draw_the_same(metadata, drawn, tmp_path):
     words = geneval_arguments(metadata, tmp_path, *GROUPS)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    command = [*launcher, "-m", "diffnext.cli.main", *words]
+    command = [*launcher, "-m", "diffnext", *words]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     subprocess.run(command, env=environment, check=True, capture_output=True)
     assert contents(tmp_path) == drawn
