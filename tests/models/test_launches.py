@@ -89,11 +89,11 @@ def count_launches(model, name):
     """Launches of a whole drawing, from two short ones.
 
     A set of tokens costs something itself, for each step, and each time modulations are computed.
-    All of it follows from a few sets, and other sets show that nothing else counts. Frames behind
-    the first cost the same as each other.
+    All of it follows from a few sets, and other sets show that nothing else counts; one of a single
+    token may save a copy. Frames behind the first cost the same as each other.
     """
     tokens = math.prod(model.config["image_base_size"])
-    sets = (4, 8, tokens // 4, tokens - tokens // 4 - 12)
+    sets = (4, 8, tokens // 4, tokens - tokens // 4 - 13, 1)
     frames = min(FRAMES[name], 2)
     chunks = {steps: [count_chunks(model, n, steps) for n in sets] for steps in (2, 5)}
     costs = {}
@@ -101,22 +101,24 @@ def count_launches(model, name):
         device, run = draw(model, sets, steps, frames)
         assert not device.pageable
         ends = [after - before for before, after in itertools.pairwise(run.marks)]
-        costs[steps] = [ends[first : first + 6] for first in range(0, 6 * frames, 6)]
+        costs[steps] = [ends[first : first + 7] for first in range(0, 7 * frames, 7)]
     begin = run.marks[0]
-    of_sets = {steps: frame[0][1:5] for steps, frame in costs.items()}
+    of_sets = {steps: frame[0][1:6] for steps, frame in costs.items()}
     for_chunk = (of_sets[5][3] - of_sets[5][0]) // (chunks[5][3] - chunks[5][0])
     for_step = (of_sets[5][0] - of_sets[2][0] - for_chunk * (chunks[5][0] - chunks[2][0])) // 3
     own = of_sets[2][0] - 2 * for_step - for_chunk * chunks[2][0]
+    saved = of_sets[2][0] - of_sets[2][4]
 
-    def of_set(steps, number):
-        return own + for_step * steps + for_chunk * number
+    def of_set(steps, n):
+        chunks = count_chunks(model, n, steps)
+        return own + for_step * steps + for_chunk * chunks - saved * (n == 1)
 
-    for steps, numbers in chunks.items():
+    for steps in chunks:
         for frame in costs[steps]:
-            assert frame[1:5] == [of_set(steps, number) for number in numbers]
-            assert frame[5] == costs[2][0][5]
+            assert frame[1:6] == [of_set(steps, n) for n in sets]
+            assert frame[6] == costs[2][0][6]
     sizes = [n for n in cosine_set_sizes(SETS, tokens).tolist() if n > 0]
-    whole = sum(of_set(STEPS, count_chunks(model, n, STEPS)) for n in sizes) + costs[2][0][5]
+    whole = sum(of_set(STEPS, n) for n in sizes) + costs[2][0][6]
     later = FRAMES[name] - 1
     return begin + costs[2][0][0] + whole + later * (costs[2][-1][0] + whole)
 
