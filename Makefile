@@ -3,6 +3,7 @@
 # make nova-tiny  make assets/nova-tiny and -video anew, in nova_tiny/; takes hours, continues when stopped
 # make test       set up, lint, run the tests
 # make test-slow  the slow tests as well
+# make check-gpu  what needs a GPU, tested and measured: gpu_check/report.md
 # make docs       the documentation as a site: site/index.html (python -m http.server -d site)
 #
 # TORCH picks another build of PyTorch, for example one without CUDA libraries:
@@ -14,7 +15,7 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: demo demo-video nova-tiny test test-slow docs lint format setup setup-test clean-demo
+.PHONY: demo demo-video nova-tiny test test-slow check-gpu docs lint format setup setup-test clean-demo
 
 demo: setup
 	$(BIN)/python scripts/draw_shapes.py --output demo
@@ -31,6 +32,9 @@ test: setup-test lint
 
 test-slow: setup-test
 	$(PYTEST) -m "slow and not gpu" -n 2 --dist loadfile
+
+check-gpu: setup-test
+	$(BIN)/python scripts/check_gpu.py
 
 docs: setup-test
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
