@@ -1,23 +1,28 @@
-"""Drawing by CUDA graphs: what is launched for a shape is recorded once, and replayed.
+"""Drawing without Python: the operations for a shape are recorded once, and replayed.
 
-A recorded program reads and writes at fixed places in memory. Inputs are copied there, and the
-result is copied out before the next replay can touch it.
+On a GPU as CUDA graphs, which read and write at fixed places in memory: inputs are copied there,
+and the result is copied out before the next replay can touch it. On a CPU by TorchScript's tracer.
 """
 
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Callable, Hashable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["MOST_ROWS", "Programs", "Recorded", "record_calls", "record_cuda_graph"]
+from diffnext.models.compilation import FEWEST_TOKENS
+
+__all__ = ["Programs", "Recorded", "TracedPrograms", "record_calls", "record_cuda_graph"]
 
 # Rows of tokens above which the products take longer than the launches; an estimate (48 launches of
 # 5 us against the products of a head of 6 blocks, 1024 wide, at 500 TFLOP/s), not a measurement.
 MOST_ROWS = 4096
+MOST_TRACED_ROWS = 64  # where products of matrices on a core take as long as Python
 WARM_UPS = 2
 
 
@@ -98,6 +103,44 @@ class StaticProgram:
         return self.recorded.output.clone()
 
 
+class _Traceable(nn.Module):
+    """A function with the model whose weights it uses, which stay parameters when it is traced."""
+
+    def __init__(self, function: Callable[..., Tensor], model: nn.Module) -> None:
+        super().__init__()
+        self.function = function
+        self.model = model
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.function(self.model, *inputs)
+
+
+class TracedProgram:
+    """A function of tensors as the list of its operations, which are run without Python between.
+
+    Args:
+        function: Is called with the model and tensors like ``inputs``, and returns one.
+        model: Whose weights it uses.
+        inputs: Examples.
+    """
+
+    nbytes = 0  # it keeps no tensors but the weights
+
+    def __init__(
+        self, function: Callable[..., Tensor], model: nn.Module, inputs: Sequence[Tensor]
+    ) -> None:
+        with warnings.catch_warnings():
+            # The tracer warns that sizes become constants, which they are here, and that
+            # `torch.compile` is to take its place, which needs a minute for what takes it a second.
+            warnings.simplefilter("ignore")
+            traceable = _Traceable(function, model).eval()
+            self._run = torch.jit.trace(traceable, tuple(inputs), check_trace=False)
+
+    def __call__(self, inputs: Sequence[Tensor]) -> Tensor:
+        """The function's result for these inputs."""
+        return self._run(*inputs)
+
+
 class Programs:
     """The recorded programs of one model.
 
@@ -106,12 +149,17 @@ class Programs:
 
     Args:
         record: How a program is recorded.
+
+    Attributes:
+        fewest_tokens: To which the tokens of a set are padded at least.
     """
+
+    fewest_tokens = FEWEST_TOKENS
 
     def __init__(self, record: Recorder = record_cuda_graph) -> None:
         self._record = record
         self._lock = threading.Lock()
-        self._programs: dict[tuple[Hashable, Hashable], StaticProgram] = {}
+        self._programs: dict[tuple[Hashable, Hashable], StaticProgram | TracedProgram] = {}
         self._weights: tuple[Hashable, ...] = ()
         self._pool: Any = None
 
@@ -137,14 +185,22 @@ class Programs:
     def fit(self, model: nn.Module, device: torch.device) -> bool:
         """Whether a model's weights stay where they are and are read as they are.
 
-        Not on a CPU, nor with hooks of offloading, nor with adapters, whose strength is not a
-        tensor, nor under autocast, which keeps converted weights for a while.
+        Not on another kind of device, nor with hooks of offloading, nor with adapters, whose
+        strength is not a tensor, nor under autocast, which keeps converted weights for a while.
         """
-        if self._record is record_cuda_graph and device.type != "cuda":
+        if not self._runs_on(device):
             return False
         is_hooked = any(hasattr(part, "_hf_hook") for part in model.modules())
         has_adapters = bool(getattr(model, "peft_config", None))
         return not (is_hooked or has_adapters or torch.is_autocast_enabled(device.type))
+
+    def encode(self, num_rows: int) -> bool:
+        """Whether a call of the image encoder for so many rows of tokens is to be recorded."""
+        return True
+
+    def denoise(self, num_rows: int) -> bool:
+        """Whether the steps of a set of so many rows of tokens are to be recorded."""
+        return num_rows <= MOST_ROWS
 
     def prepare(self, model: nn.Module) -> None:
         """Forget all programs if a model's weights are not those that they read."""
@@ -156,20 +212,62 @@ class Programs:
                 self._weights = places
 
     def run(
-        self, key: Hashable, function: Callable[..., Tensor], inputs: Sequence[Tensor]
+        self,
+        key: Hashable,
+        function: Callable[..., Tensor],
+        model: nn.Module,
+        inputs: Sequence[Tensor],
     ) -> Tensor:
         """The function's result, by a program that is recorded at the first call.
 
         Args:
             key: All that the function depends on but shapes and contents of the inputs.
-            function: Called with tensors like ``inputs``; draws no random numbers.
+            function: Called with the model and tensors like ``inputs``; draws no random numbers.
+            model: Whose weights it uses.
             inputs: Tensors.
         """
         shapes = tuple((x.shape, x.dtype, x.device) for x in inputs)
         with self._lock:
             program = self._programs.get((key, shapes))
             if program is None:
-                program = StaticProgram(function, inputs, self._record, self._pool)
-                self._pool = program.recorded.pool
+                program = self._make(function, model, inputs)
                 self._programs[key, shapes] = program
             return program(inputs)
+
+    def _runs_on(self, device: torch.device) -> bool:
+        return self._record is not record_cuda_graph or device.type == "cuda"
+
+    def _make(
+        self, function: Callable[..., Tensor], model: nn.Module, inputs: Sequence[Tensor]
+    ) -> StaticProgram | TracedProgram:
+        program = StaticProgram(partial(function, model), inputs, self._record, self._pool)
+        self._pool = program.recorded.pool
+        return program
+
+
+class TracedPrograms(Programs):
+    """The same for a CPU, where calls of Python are what takes the time for few rows of tokens."""
+
+    fewest_tokens = 1
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TracedPrograms:
+        return TracedPrograms()
+
+    def __reduce__(self) -> tuple[type[Programs], tuple[Any, ...]]:
+        return TracedPrograms, ()
+
+    def encode(self, num_rows: int) -> bool:
+        """Whether a call of the image encoder for so many rows of tokens is to be traced."""
+        return num_rows <= MOST_TRACED_ROWS
+
+    def denoise(self, num_rows: int) -> bool:
+        """Whether the steps of a set of so many rows of tokens are to be traced."""
+        return num_rows <= MOST_TRACED_ROWS
+
+    def _runs_on(self, device: torch.device) -> bool:
+        return device.type == "cpu"
+
+    def _make(
+        self, function: Callable[..., Tensor], model: nn.Module, inputs: Sequence[Tensor]
+    ) -> TracedProgram:
+        return TracedProgram(function, model, inputs)

@@ -61,7 +61,7 @@ def repeat_last(x: Tensor, length: int) -> Tensor:
     return torch.cat([x, x[:, -1:].expand(-1, missing, -1)], dim=1) if missing else x
 
 
-def pad_tokens(x: Tensor) -> Tensor:
-    """Tokens or ids (B, n, ...) with the last repeated, up to a power of two of at least 8."""
+def pad_tokens(x: Tensor, fewest: int = FEWEST_TOKENS) -> Tensor:
+    """Tokens or ids (B, n, ...) with the last repeated, up to a power of two, or to ``fewest``."""
     n = x.size(1)
-    return repeat_last(x, max(FEWEST_TOKENS, 1 << (n - 1).bit_length()))
+    return repeat_last(x, max(fewest, 1 << (n - 1).bit_length()))

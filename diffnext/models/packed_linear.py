@@ -37,7 +37,8 @@ class PackedLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., in_features) to (..., out_features)."""
-        if torch.compiler.is_compiling() or not self._takes(x):
+        is_compiled = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        if is_compiled or not self._takes(x):
             return F.linear(x, self.weight, self.bias)
         return torch.ops.mkldnn._linear_pointwise(x, self._pack(), self.bias, "none", [], "")
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["QUANTIZATIONS", "check_not_quantized", "quantize_blocks"]
+__all__ = ["QUANTIZATIONS", "check_not_quantized", "is_quantized", "quantize_blocks"]
 
 QUANTIZATIONS = {
     "int8": "Int8WeightOnlyConfig",
@@ -50,11 +50,16 @@ def check_not_quantized(model: nn.Module, what: str) -> None:
     Raises:
         ValueError: If weights of the model are quantised.
     """
-    if any(type(parameter).__module__.startswith("torchao") for parameter in model.parameters()):
+    if is_quantized(model):
         raise ValueError(
             f"a quantised model cannot be {what}: load it anew, and quantise it last, "
             "after casting or saving it"
         )
+
+
+def is_quantized(model: nn.Module) -> bool:
+    """Whether weights of the model are quantised."""
+    return any(type(one).__module__.startswith("torchao") for one in model.parameters())
 
 
 def _is_inside_block(module: nn.Module, name: str) -> bool:

@@ -7,9 +7,10 @@ import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from torch import nn
 
-from diffnext.models.capture import Programs, record_calls
+from diffnext.models import capture
+from diffnext.models.capture import Programs, TracedPrograms, record_calls
 from diffnext.models.guidance_scaler import GuidanceScaler
-from diffnext.pipelines.nova import sampling
+from diffnext.models.packed_linear import prepack_linears
 from diffnext.schedulers.scheduling_ddpm import DDPMScheduler
 from tests.tiny import generation_inputs, make_model, make_prompts
 
@@ -106,8 +107,11 @@ def test_programs_are_few_and_shared():
 
 
 def test_results_are_not_overwritten():
+    def double(model, x):
+        return x * 2
+
     programs = Programs(record_calls)
-    results = [programs.run("double", lambda x: x * 2, [torch.full((3,), n)]) for n in (1.0, 2.0)]
+    results = [programs.run("double", double, None, [torch.full((3,), n)]) for n in (1.0, 2.0)]
     assert len(programs) == 1
     assert [result.tolist() for result in results] == [[2.0] * 3, [4.0] * 3]
 
@@ -116,14 +120,16 @@ def test_the_memory_of_programs_is_that_of_their_inputs_and_results():
     """As what one keeps of a drawing without data: buffers, and nothing of what is between."""
     programs = Programs(record_calls)
     x, y = torch.zeros(3, 5), torch.zeros(7, dtype=torch.float64)
-    programs.run("sum", lambda x, y: (x * 2).sum(dim=1) + y[:3].float(), [x, y])
+    programs.run("sum", lambda _, x, y: (x * 2).sum(dim=1) + y[:3].float(), None, [x, y])
     assert programs.nbytes == x.nbytes + y.nbytes + 3 * 4
-    programs.run("sum", lambda x: x.sum(), [x])
+    programs.run("sum", lambda _, x: x.sum(), None, [x])
     assert programs.nbytes == 2 * x.nbytes + y.nbytes + 3 * 4 + 4
 
 
-def test_changed_weights_are_seen_and_moved_ones_recorded_anew():
-    model, plain = make_recording(), make_model()
+@pytest.mark.parametrize("programs", [Programs(record_calls), TracedPrograms()], ids=["", "traced"])
+def test_changed_weights_are_seen_and_moved_ones_recorded_anew(programs):
+    model, plain = make_model(), make_model()
+    model.programs = programs
     draw(model)
     programs = list(model.programs._programs.values())
     with torch.no_grad():
@@ -141,7 +147,7 @@ def test_changed_weights_are_seen_and_moved_ones_recorded_anew():
 def test_what_cannot_be_recorded_is_drawn_eagerly(reason, monkeypatch):
     model = make_recording()
     if reason == "rows":
-        monkeypatch.setattr(sampling, "MOST_ROWS", 31)  # 2 passes, 2 samples, 8 tokens and more
+        monkeypatch.setattr(capture, "MOST_ROWS", 7)  # 2 passes, 2 samples, 2 tokens and more
     elif reason == "hook":
         add_hook_to_module(model.text_embed, ModelHook())
     elif reason == "adapter":
@@ -152,6 +158,42 @@ def test_what_cannot_be_recorded_is_drawn_eagerly(reason, monkeypatch):
         draw(model)
     names = {name_of(key) for key in model.programs.keys}
     assert names == ({"encoder"} if reason == "rows" else set())
+
+
+@pytest.mark.parametrize("options", [{}, {"rotary_pos_embed": True}], ids=["tables", "rotary"])
+@pytest.mark.parametrize("scheduler", ["flow", "ddpm"])
+@pytest.mark.parametrize("is_prepacked", [False, True], ids=["", "prepacked"])
+def test_compiling_on_a_cpu_traces_small_drawings(options, scheduler, is_prepacked):
+    model = make_model(**options)
+    if scheduler == "ddpm":
+        model.sample_scheduler = DDPMScheduler()
+    inputs = {"batch_size": 1, "num_preds": [1, 2, 3, 6, 12], "num_diffusion_steps": 3}
+    variants = ({}, {"seed": 1, "guidance_scale": 2.5, "prompt": make_prompts(2, seed=3)})
+    eager = [draw(model, **inputs, **{"prompt": make_prompts(2), **one}) for one in variants]
+    if is_prepacked:
+        prepack_linears(model)
+    model.compile_drawing()
+    for _ in range(3):  # traced, optimised, then as it stays
+        for one, expected in zip(variants, eager, strict=True):
+            result = draw(model, **inputs, **{"prompt": make_prompts(2), **one})
+            torch.testing.assert_close(result, expected, atol=1e-4, rtol=1e-4)
+            assert {name_of(key) for key in model.programs.keys} == {"encoder", "head"}
+            assert len(model.programs) == 5 + 5  # 1, 2, 4, 8 and 16 tokens
+
+
+@pytest.mark.parametrize("reason", ["rows", "options", "device"])
+def test_what_a_cpu_does_not_trace(reason):
+    model = make_model()
+    options = {"backend": "aot_eager"} if reason == "options" else {}
+    model.compile_drawing(**options)
+    if reason == "options":
+        assert model.programs is None and model.image_decoder.is_compiled
+    elif reason == "device":
+        assert not model.programs.fit(model, torch.device("cuda"))
+    else:
+        prompt = [one for one in make_prompts(2) for _ in range(8)]
+        draw(model, batch_size=8, num_preds=[24], prompt=prompt)
+        assert len(model.programs) == 0
 
 
 def test_a_copy_of_the_model_records_for_itself():

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from diffnext.models.attention import BlockCausalMask
-from diffnext.models.capture import Programs
+from diffnext.models.capture import Programs, TracedPrograms
 from diffnext.models.compilation import check_options
 from diffnext.models.diffusion_mlp import DiffusionMLP
 from diffnext.models.embeddings import (
@@ -29,6 +29,7 @@ from diffnext.models.embeddings import (
     VideoPosEmbed,
     gather_tokens,
 )
+from diffnext.models.quantization import is_quantized
 from diffnext.models.vision_transformer import VisionTransformer, set_checkpointing
 
 __all__ = ["NoiseScheduler", "Transformer3DModel"]
@@ -338,6 +339,8 @@ class Transformer3DModel(nn.Module):
     def compile_drawing(self, **options: Any) -> None:
         """Compile the image encoder's blocks and the denoising step for drawing.
 
+        On a CPU, without options, what is drawn for few rows of tokens is traced instead.
+
         Args:
             **options: Of ``torch.compile``.
 
@@ -345,6 +348,9 @@ class Transformer3DModel(nn.Module):
             ValueError: For options that cannot work, with the reason.
         """
         check_options(options)
+        if not options and next(self.parameters()).device.type == "cpu" and not is_quantized(self):
+            self.programs = TracedPrograms()
+            return
         self.image_encoder.compile_blocks(**options)
         self.image_decoder.compile_denoising(**options)
 

@@ -161,6 +161,9 @@ class GenerationPipeline(AdapterLoading, PipelineMixin, DiffusionPipeline):
         reuse its graphs, whatever their prompts, seeds and weights of guidance. It pays where
         launching operations is what takes the time: small batches on a GPU.
 
+        On a CPU, without options, small drawings are traced instead: what at most 64 rows of tokens
+        go through is then run without Python.
+
         Args:
             cuda_graphs: Also record them as CUDA graphs, which a host replays by one call a set of
                 tokens each. Recording runs each of them three times, and buffers take memory.

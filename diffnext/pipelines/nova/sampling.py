@@ -24,8 +24,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffnext.models.attention import KVCache
-from diffnext.models.capture import MOST_ROWS, Programs
-from diffnext.models.compilation import pad_length, pad_tokens, repeat_last
+from diffnext.models.capture import Programs
+from diffnext.models.compilation import FEWEST_TOKENS, pad_length, pad_tokens, repeat_last
 from diffnext.models.diffusion_mlp import Modulation
 from diffnext.models.embeddings import (
     RotaryEmbed3D,
@@ -569,7 +569,8 @@ class SetEncoder:
         known, wanted = order[:, :begin], order[:, begin:end]
         states = self.states if is_guided else self.states[: len(tokens)]
         tokens = self.guidance.expand(tokens) if is_guided else tokens
-        if self.programs is None:
+        num_rows = len(states) * (states.size(1) + order.size(1))
+        if self.programs is None or not self.programs.encode(num_rows):
             return self.image_encoder(
                 tokens, states, known, pos=self.rotation, out_ids=wanted, table=self.table
             )
@@ -578,13 +579,13 @@ class SetEncoder:
         num_condition = states.size(1)
         places = torch.arange(num_condition + known.size(1), device=tokens.device)
         visible = places[None] < num_condition + begin
-        inputs = [tokens, states, known, visible, pad_tokens(wanted)]
+        inputs = [tokens, states, known, visible, pad_tokens(wanted, self.programs.fewest_tokens)]
         if self.rotation is not None:
             inputs += [self.rotation.cos, self.rotation.sin]
         elif self.table is not None:
             inputs += [self.table]
-        program = partial(_encode_padded, self.image_encoder)
-        return self.programs.run("encoder", program, inputs)[:, : end - begin]
+        states = self.programs.run("encoder", _encode_padded, self.image_encoder, inputs)
+        return states[:, : end - begin]
 
 
 def _encode_padded(
@@ -653,8 +654,12 @@ def denoise(
         Patches of the predicted tokens, (B, n, p*p*C).
     """
     n = ids.size(1)
-    if model.image_decoder.is_compiled or run.programs is not None:
-        ids, z = pad_tokens(ids), pad_tokens(z)
+    programs = run.programs
+    if programs is not None and not programs.denoise(z.size(0) * n):
+        programs = None
+    if model.image_decoder.is_compiled or programs is not None:
+        fewest = FEWEST_TOKENS if programs is None else programs.fewest_tokens
+        ids, z = pad_tokens(ids, fewest), pad_tokens(z, fewest)
     if guidance.guidance_renorm < 1 or run.scheduler.updates is None:
         return _denoise_frame(model, guidance, run, schedule, z, noise, ids, scale)[:, :n]
     embed = model.image_decoder.patch_embed
@@ -666,8 +671,9 @@ def denoise(
             fresh.append(gather_tokens(embed.patchify(frame), ids))
     scale = guidance.guidance_scale if scale is None else scale
     inputs = [sample, z, schedule.embeddings, *fresh]
-    if run.programs is None or z.size(0) * z.size(1) > MOST_ROWS:
-        return _denoise_tokens(model, guidance, schedule.steps, scale, *inputs)[:, :n]
+    if programs is None:
+        tokens = _denoise_tokens(model, scale, *inputs, guidance=guidance, steps=schedule.steps)
+        return tokens[:, :n]
     # Recorded once for all weights of the prompt.
     guidance = replace(
         guidance,
@@ -676,32 +682,32 @@ def denoise(
         guidance_reuse=1,
     )
     key = ("head", guidance, tuple((step.value, step.update) for step in schedule.steps))
-    program = partial(_denoise_tokens, model, guidance, schedule.steps)
+    program = partial(_denoise_tokens, guidance=guidance, steps=schedule.steps)
     weight = torch.full((), scale, dtype=torch.float32, device=z.device)
-    return run.programs.run(key, program, [weight, *inputs])[:, :n]
+    return programs.run(key, program, model, [weight, *inputs])[:, :n]
 
 
 def _denoise_tokens(
     model: Transformer3DModel,
-    guidance: GuidanceScaler,
-    steps: Sequence[DenoisingStep],
     scale: float | Tensor,
     sample: Tensor,
     z: Tensor,
     embeddings: Tensor,
     *fresh: Tensor,
+    guidance: GuidanceScaler,
+    steps: Sequence[DenoisingStep],
 ) -> Tensor:
     """All steps of a set; of tensors alone, and without a random draw, so that it can be recorded.
 
     Args:
         model: The networks.
-        guidance: Guidance weights, but that of the prompt.
-        steps: The schedule; every step is linear.
         scale: Weight of the prompt.
         sample: Start noise, (B, n, p*p*C).
         z: States of the tokens, (P*B, n, D).
         embeddings: Of the timesteps, (S, 1, 1, 1, Dd).
         *fresh: Noise of each step that adds some, like ``sample``.
+        guidance: Guidance weights, but that of the prompt.
+        steps: The schedule; every step is linear.
     """
     decoder = model.image_decoder
     matrix = decoder.patch_embed.matrix()
