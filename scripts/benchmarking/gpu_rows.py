@@ -133,7 +133,7 @@ def draw(context: Context, name: str, modes: Sequence[str]) -> Iterator[Figures]
     """Draw latents with a model of random weights: pictures, or a clip."""
     spec = make_spec(context, name)
     if "compiled" in modes:
-        options = {"backend": "aot_eager"} if context.is_rehearsal else {}
+        options = {"backend": "eager"} if context.is_rehearsal else {}
         spec |= {"compile": True, "compile_options": options}
     yield from measure_sizes(start_worker(spec).ask, context, name, modes)
 
