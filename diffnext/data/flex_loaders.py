@@ -167,7 +167,7 @@ class DataLoaderBase(ABC):
         """Return the places in the dataset of the last ``count`` examples, oldest first."""
 
     def describe_last(self, count: int, skip: int = 0) -> str:
-        """Name the last ``count`` examples but ``skip`` behind them, for messages."""
+        """Name the ``count`` examples before the last ``skip``, for messages."""
         return f"examples {self.last_examples(count + skip)[:count]} of the dataset"
 
     @abstractmethod
@@ -298,7 +298,7 @@ class DataLoader(DataLoaderBase):
         return [index for _, index in self._last(count)]
 
     def describe_last(self, count: int, skip: int = 0) -> str:
-        """Name the last ``count`` examples but ``skip`` behind them, for messages."""
+        """Name the ``count`` examples before the last ``skip``, for messages."""
         if len(self.datasets) == 1:
             return super().describe_last(count, skip)
         names = [

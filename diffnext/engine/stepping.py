@@ -1,7 +1,7 @@
 """What a training step gives the device to do: forward, backward, optimizer; nothing waits for it.
 
-Whether a step was finite decides the device by itself, so that no weight ever takes one that was
-not. The host is told while the device is at the next one.
+The device itself leaves out a step that is not finite, so that no weight ever takes it. The host
+learns of it while the device is at the next step.
 """
 
 from __future__ import annotations

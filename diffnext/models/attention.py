@@ -51,8 +51,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def _is_explicit_faster(q: Tensor, k: Tensor) -> bool:
     """Whether two products and a softmax beat PyTorch's fused kernel.
 
-    In bfloat16 on a CPU its backward does for short sequences, up to seven times; its forward
-    alone does not.
+    They do for short sequences in bfloat16 on a CPU when gradients are needed: the kernel's
+    backward takes up to seven times as long, its forward does not.
     """
     is_bfloat16_on_cpu = q.device.type == "cpu" and q.dtype == torch.bfloat16
     return is_bfloat16_on_cpu and q.requires_grad and k.size(2) <= MOST_EXPLICIT_KEYS

@@ -32,8 +32,8 @@ class Defaults:
 
     Attributes:
         guidance_scale: Weight of the prompt.
-        num_inference_steps: Sets of tokens a frame.
-        num_diffusion_steps: Denoising steps a set.
+        num_inference_steps: Sets of tokens per frame.
+        num_diffusion_steps: Denoising steps per set.
         negative_prompt: What to avoid.
         examples: Prompts to choose from.
     """
