@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diffnext.cli.parsing import command_parser
+
 if TYPE_CHECKING:  # both import torch, which --help does not need
     from diffnext.data.caching.building import CacheReport
     from diffnext.data.caching.settings import CacheSettings
@@ -73,12 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of the command line."""
-    parser = argparse.ArgumentParser(
-        prog="diffnext cache",
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("diffnext cache", DESCRIPTION, EPILOG)
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="images|videos")
     for kind in ("images", "videos"):
         command = kinds.add_parser(

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from diffnext.cli.parsing import command_parser
+
 DESCRIPTION = """\
 Encode the prompts of a benchmark, so that sampling needs no text encoder.
 
@@ -36,11 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        prog="diffnext encode",
-        description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("diffnext encode", DESCRIPTION)
     add = parser.add_argument
     add("--ckpt", required=True, help="folder or Hub id with the text encoder")
     add("--prompts", type=Path, required=True, help="file of prompts (JSON)")

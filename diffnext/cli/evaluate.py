@@ -8,6 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diffnext.cli.parsing import command_parser
+from diffnext.evaluation import SEED
+
 if TYPE_CHECKING:  # takes seconds that --help does not need
     from diffnext.evaluation.sampling import SamplingOptions
 
@@ -31,7 +34,6 @@ VBENCH = """\
 Draw the videos of VBench's standard suite (arXiv:2311.17982): OUTDIR/<tag>/<prompt>-<sample>.mp4,
 12 frames per second.
 """
-SEED = 1337
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,11 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of the command line."""
-    parser = argparse.ArgumentParser(
-        prog="diffnext evaluate",
-        description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("diffnext evaluate", DESCRIPTION)
     benchmarks = parser.add_subparsers(required=True, metavar="BENCHMARK")
     geneval = benchmarks.add_parser("geneval", help="pictures", description=GENEVAL)
     geneval.add_argument("--metadata", required=True, help="the benchmark's metadata (.jsonl)")

@@ -8,6 +8,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diffnext.cli.parsing import command_parser
+
 if TYPE_CHECKING:  # these take seconds that --help does not need
     from numpy import ndarray
     from PIL.Image import Image
@@ -63,11 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of the command line."""
-    parser = argparse.ArgumentParser(
-        prog="diffnext generate",
-        description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("diffnext generate", DESCRIPTION)
     add = parser.add_argument
     add("prompt", nargs="*", help="what to draw")
     add("--prompts", type=Path, metavar="FILE", help="more prompts, one per line")

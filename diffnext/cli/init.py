@@ -7,6 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from diffnext.cli.parsing import command_parser
+
 DESCRIPTION = """\
 Write a release folder with a freshly initialised NOVA, ready to be trained from scratch.
 
@@ -37,11 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of the command line."""
-    parser = argparse.ArgumentParser(
-        prog="diffnext init",
-        description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("diffnext init", DESCRIPTION)
     add = parser.add_argument
     add("--config", type=Path, required=True, help="training config (YAML)")
     add("--output", type=Path, required=True, help="folder to write; must be new")

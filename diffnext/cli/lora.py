@@ -7,6 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from diffnext.cli.parsing import command_parser
+
 DESCRIPTION = """\
 Merge trained adapters into their model.
 
@@ -33,11 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of the command line."""
-    parser = argparse.ArgumentParser(
-        prog="diffnext lora",
-        description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("diffnext lora", DESCRIPTION)
     parser.add_argument("action", choices=("merge",), help="what to do")
     parser.add_argument("checkpoint", type=Path, help="folder with the adapters")
     parser.add_argument("output", type=Path, help="folder to write; must be new")

@@ -22,6 +22,7 @@ from numpy import ndarray
 from torch import Tensor
 from tqdm import tqdm
 
+from diffnext.evaluation import SEED
 from diffnext.evaluation.layouts import Layout, write_whole
 from diffnext.evaluation.prompts import PromptSet, check_model, encode_prompts
 from diffnext.pipelines.nova.pipeline_nova import NOVAPipeline
@@ -29,14 +30,12 @@ from diffnext.utils.device_utils import AUTO, parse_device, parse_precision
 from diffnext.utils.json_files import read_json, write_json
 
 __all__ = [
-    "SEED",
     "SamplingOptions",
     "Shard",
     "draw_benchmark",
     "sample_seed",
 ]
 
-SEED = 1337
 SETTINGS_FILE = ".sampling.json"
 
 
