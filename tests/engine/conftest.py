@@ -1,6 +1,7 @@
 """A release folder with a model of a few thousand weights, and records to train it on."""
 
 import contextlib
+import functools
 import io
 import json
 import os
@@ -8,6 +9,7 @@ import runpy
 import socket
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +28,7 @@ from diffnext.pipelines import NOVAPipeline
 from tests.tiny import make_vae
 
 ROOT = Path(__file__).parents[2]
+WARM_PYTHON = Path(__file__).with_name("warm_python.py")
 TRANSFORMER = {
     "image_dim": 4,
     "image_size": [64, 64],
@@ -113,7 +116,7 @@ class TinyRun:
 
 
 def launch(run: TinyRun, launcher: str, *overrides: str, script: str = "scripts/train.py") -> str:
-    """Train, and return what was printed."""
+    """Train as from a shell, but for the imports, and return what was printed."""
     if "zero2" in launcher:
         pytest.importorskip("deepspeed")
     arguments = run.arguments("training.max_train_steps=6", "ema.params.update_every=2", *overrides)
@@ -121,11 +124,24 @@ def launch(run: TinyRun, launcher: str, *overrides: str, script: str = "scripts/
     command = [*options, str(ROOT / script), *arguments]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # ninja for DeepSpeed
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": path, "PYTHONPATH": str(ROOT)}
+    environment |= {"WARM_SOCKET": warm_socket("zero2" in launcher), "PYTHON_EXEC": str(WARM_PYTHON)}
     done = subprocess.run(
-        [sys.executable, *command], env=environment, capture_output=True, text=True, timeout=300
+        [str(WARM_PYTHON), *command], env=environment, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout
+
+
+@functools.cache
+def warm_socket(with_deepspeed: bool) -> str:
+    """Start the process that launched runs are forked from; it ends with this one."""
+    path = str(Path(tempfile.mkdtemp()) / "socket")
+    preloaded = ["deepspeed"] if with_deepspeed else []
+    command = [sys.executable, str(WARM_PYTHON), "--serve", path, *preloaded]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    server = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+    assert "ready\n" in server.stdout
+    return path
 
 
 def free_port() -> int:
