@@ -41,27 +41,22 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     Returns:
         (B, H, n, d).
     """
-    if _is_explicit_faster(q, k):
+    if _is_explicit_better(q, k):
         return ((q * q.size(-1) ** -0.5) @ k.mT).softmax(-1) @ v
-    if torch.compiler.is_compiling() and torch.is_grad_enabled() and q.device.type == "cpu":
-        return _attend_uncompiled(q, k, v)
     return F.scaled_dot_product_attention(q, k, v)
 
 
-def _is_explicit_faster(q: Tensor, k: Tensor) -> bool:
+def _is_explicit_better(q: Tensor, k: Tensor) -> bool:
     """Whether two products and a softmax beat PyTorch's fused kernel.
 
-    They do for short sequences in bfloat16 on a CPU when gradients are needed: the kernel's
-    backward takes up to seven times as long, its forward does not.
+    They do on a CPU when gradients are needed, for short sequences in bfloat16, as the kernel's
+    backward takes up to seven times as long (its forward does not), and when compiled, as that
+    backward rejects shapes that change (PyTorch 2.13).
     """
-    is_bfloat16_on_cpu = q.device.type == "cpu" and q.dtype == torch.bfloat16
-    return is_bfloat16_on_cpu and q.requires_grad and k.size(2) <= MOST_EXPLICIT_KEYS
-
-
-@torch.compiler.disable
-def _attend_uncompiled(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Compiled, its backward on a CPU refuses shapes that change (PyTorch 2.13)."""
-    return F.scaled_dot_product_attention(q, k, v)
+    if q.device.type != "cpu" or not torch.is_grad_enabled():
+        return False
+    is_short = q.dtype == torch.bfloat16 and q.requires_grad and k.size(2) <= MOST_EXPLICIT_KEYS
+    return is_short or torch.compiler.is_compiling()
 
 
 class AttentionMask(Protocol):

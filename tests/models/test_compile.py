@@ -89,10 +89,7 @@ def test_options_that_cannot_work_are_refused(options, message):
 
 
 @pytest.mark.parametrize("level", [0, 3])
-def test_blocks_compile_without_graph_breaks_in_training(level, monkeypatch):
-    # As on a GPU: what a CPU leaves out of the graph is attention itself, and nothing else.
-    monkeypatch.setattr(attention, "_attend_uncompiled", F.scaled_dot_product_attention)
-
+def test_blocks_compile_without_graph_breaks_in_training(level):
     def gradients(model):
         model.train().set_gradient_checkpointing(level)
         torch.manual_seed(0)
