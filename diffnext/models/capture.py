@@ -6,6 +6,7 @@ and the result is copied out before the next replay can touch it. On a CPU by To
 
 from __future__ import annotations
 
+import math
 import threading
 import warnings
 from collections.abc import Callable, Hashable, Sequence
@@ -22,7 +23,7 @@ __all__ = ["Programs", "Recorded", "TracedPrograms", "record_calls", "record_cud
 # Rows of tokens above which the products take longer than the launches; an estimate (48 launches of
 # 5 us against the products of a head of 6 blocks, 1024 wide, at 500 TFLOP/s), not a measurement.
 MOST_ROWS = 4096
-MOST_TRACED_ROWS = 64  # where products of matrices on a core take as long as Python
+MOST_TRACED_ROWS = 64  # here a core's matrix products take as long as Python
 WARM_UPS = 2
 
 
@@ -64,7 +65,7 @@ def record_cuda_graph(function: Callable[[], Tensor], pool: Any) -> Recorded:
 
 
 def record_calls(function: Callable[[], Tensor], pool: Any) -> Recorded:
-    """Stand for a graph where there is none: the function is called again, on the same memory."""
+    """Replace a graph where there are none: the function is called again, on the same memory."""
     output = function()
     return Recorded(lambda: output.copy_(function()), output)
 
@@ -115,69 +116,58 @@ class _Traceable(nn.Module):
         return self.function(self.model, *inputs)
 
 
-class TracedProgram:
-    """A function of tensors as the list of its operations, which are run without Python between.
+def trace(
+    function: Callable[..., Tensor], model: nn.Module, inputs: Sequence[Tensor]
+) -> Callable[[Sequence[Tensor]], Tensor]:
+    """A function of tensors as the list of its operations, which runs without Python in between.
 
     Args:
         function: Is called with the model and tensors like ``inputs``, and returns one.
         model: Whose weights it uses.
         inputs: Examples.
     """
-
-    nbytes = 0  # it keeps no tensors but the weights
-
-    def __init__(
-        self, function: Callable[..., Tensor], model: nn.Module, inputs: Sequence[Tensor]
-    ) -> None:
-        with warnings.catch_warnings():
-            # The tracer warns that sizes become constants, which they are here, and that
-            # `torch.compile` is to take its place, which needs a minute for what takes it a second.
-            warnings.simplefilter("ignore")
-            traceable = _Traceable(function, model).eval()
-            self._run = torch.jit.trace(traceable, tuple(inputs), check_trace=False)
-
-    def __call__(self, inputs: Sequence[Tensor]) -> Tensor:
-        """The function's result for these inputs."""
-        return self._run(*inputs)
+    with warnings.catch_warnings():
+        # The tracer warns that sizes become constants, which they are here, and that
+        # `torch.compile` replaces it, which needs a minute for what takes the tracer a second.
+        warnings.simplefilter("ignore")
+        traceable = _Traceable(function, model).eval()
+        traced = torch.jit.trace(traceable, tuple(inputs), check_trace=False)
+    return lambda inputs: traced(*inputs)
 
 
 class Programs:
     """The recorded programs of one model.
 
     Threads take turns, on one stream: a replay on another could overtake it. Programs are
-    forgotten when a weight lies elsewhere than it did.
+    forgotten when a weight has moved to another place in memory.
 
     Args:
         record: How a program is recorded.
 
     Attributes:
-        fewest_tokens: To which the tokens of a set are padded at least.
+        fewest_tokens: The tokens of a set are padded at least to this number.
+        most_rows: Rows of tokens up to which a part of a drawing is recorded.
+        nbytes: Bytes that all programs keep, not counting what graphs need while they run.
     """
 
     fewest_tokens = FEWEST_TOKENS
+    most_rows = {"encoder": math.inf, "head": MOST_ROWS}
 
     def __init__(self, record: Recorder = record_cuda_graph) -> None:
         self._record = record
         self._lock = threading.Lock()
-        self._programs: dict[tuple[Hashable, Hashable], StaticProgram | TracedProgram] = {}
+        self._programs: dict[tuple[Hashable, Hashable], Callable[[Sequence[Tensor]], Tensor]] = {}
         self._weights: tuple[Hashable, ...] = ()
         self._pool: Any = None
+        self.nbytes = 0
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Programs:
-        return Programs(self._record)  # a copy of the model has its weights elsewhere
-
-    def __reduce__(self) -> tuple[type[Programs], tuple[Any]]:
-        return Programs, (self._record,)
+    def __reduce__(self) -> tuple[type[Programs], tuple[Any, ...]]:
+        return type(self), (self._record,)  # a copy of the model has its weights elsewhere
 
     @property
     def keys(self) -> list[Hashable]:
-        """What the programs were recorded for, but for their shapes."""
+        """What the programs were recorded for, without their shapes."""
         return [key for key, _ in self._programs]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that all programs keep, but for what graphs need while they run."""
-        return sum(program.nbytes for program in self._programs.values())
 
     def __len__(self) -> int:
         return len(self._programs)
@@ -188,28 +178,20 @@ class Programs:
         Not on another kind of device, nor with hooks of offloading, nor with adapters, whose
         strength is not a tensor, nor under autocast, which keeps converted weights for a while.
         """
-        if not self._runs_on(device):
-            return False
         is_hooked = any(hasattr(part, "_hf_hook") for part in model.modules())
         has_adapters = bool(getattr(model, "peft_config", None))
-        return not (is_hooked or has_adapters or torch.is_autocast_enabled(device.type))
-
-    def encode(self, num_rows: int) -> bool:
-        """Whether a call of the image encoder for so many rows of tokens is to be recorded."""
-        return True
-
-    def denoise(self, num_rows: int) -> bool:
-        """Whether the steps of a set of so many rows of tokens are to be recorded."""
-        return num_rows <= MOST_ROWS
+        is_cast = torch.is_autocast_enabled(device.type)
+        return self._runs_on(device) and not (is_hooked or has_adapters or is_cast)
 
     def prepare(self, model: nn.Module) -> None:
-        """Forget all programs if a model's weights are not those that they read."""
+        """Forget all programs if they read other weights than those of the model."""
         places = tuple((one.data_ptr(), one.shape, one.dtype) for one in model.parameters())
         with self._lock:
             if places != self._weights:
                 self._programs.clear()
                 self._pool = None
                 self._weights = places
+                self.nbytes = 0
 
     def run(
         self,
@@ -221,7 +203,7 @@ class Programs:
         """The function's result, by a program that is recorded at the first call.
 
         Args:
-            key: All that the function depends on but shapes and contents of the inputs.
+            key: Everything the function depends on except shapes and contents of the inputs.
             function: Called with the model and tensors like ``inputs``; draws no random numbers.
             model: Whose weights it uses.
             inputs: Tensors.
@@ -239,35 +221,23 @@ class Programs:
 
     def _make(
         self, function: Callable[..., Tensor], model: nn.Module, inputs: Sequence[Tensor]
-    ) -> StaticProgram | TracedProgram:
+    ) -> Callable[[Sequence[Tensor]], Tensor]:
         program = StaticProgram(partial(function, model), inputs, self._record, self._pool)
         self._pool = program.recorded.pool
+        self.nbytes += program.nbytes
         return program
 
 
 class TracedPrograms(Programs):
-    """The same for a CPU, where calls of Python are what takes the time for few rows of tokens."""
+    """The same for a CPU, where few rows of tokens spend most of their time in Python."""
 
     fewest_tokens = 1
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> TracedPrograms:
-        return TracedPrograms()
-
-    def __reduce__(self) -> tuple[type[Programs], tuple[Any, ...]]:
-        return TracedPrograms, ()
-
-    def encode(self, num_rows: int) -> bool:
-        """Whether a call of the image encoder for so many rows of tokens is to be traced."""
-        return num_rows <= MOST_TRACED_ROWS
-
-    def denoise(self, num_rows: int) -> bool:
-        """Whether the steps of a set of so many rows of tokens are to be traced."""
-        return num_rows <= MOST_TRACED_ROWS
+    most_rows = {"encoder": MOST_TRACED_ROWS, "head": MOST_TRACED_ROWS}
 
     def _runs_on(self, device: torch.device) -> bool:
         return device.type == "cpu"
 
     def _make(
         self, function: Callable[..., Tensor], model: nn.Module, inputs: Sequence[Tensor]
-    ) -> TracedProgram:
-        return TracedProgram(function, model, inputs)
+    ) -> Callable[[Sequence[Tensor]], Tensor]:
+        return trace(function, model, inputs)

@@ -1,13 +1,13 @@
 """Recorded programs give the eager results; a CPU replays them by calling them again."""
 
 import copy
+import math
 
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from torch import nn
 
-from diffnext.models import capture
 from diffnext.models.capture import Programs, TracedPrograms, record_calls
 from diffnext.models.guidance_scaler import GuidanceScaler
 from diffnext.models.packed_linear import prepack_linears
@@ -144,10 +144,11 @@ def test_changed_weights_are_seen_and_moved_ones_recorded_anew(programs):
 
 
 @pytest.mark.parametrize("reason", ["rows", "hook", "adapter", "autocast", "no GPU"])
-def test_what_cannot_be_recorded_is_drawn_eagerly(reason, monkeypatch):
+def test_what_cannot_be_recorded_is_drawn_eagerly(reason):
     model = make_recording()
     if reason == "rows":
-        monkeypatch.setattr(capture, "MOST_ROWS", 7)  # 2 passes, 2 samples, 2 tokens and more
+        # 2 passes, 2 samples, 2 tokens and more
+        model.programs.most_rows = {"encoder": math.inf, "head": 7}
     elif reason == "hook":
         add_hook_to_module(model.text_embed, ModelHook())
     elif reason == "adapter":

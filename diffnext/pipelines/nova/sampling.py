@@ -570,7 +570,7 @@ class SetEncoder:
         states = self.states if is_guided else self.states[: len(tokens)]
         tokens = self.guidance.expand(tokens) if is_guided else tokens
         num_rows = len(states) * (states.size(1) + order.size(1))
-        if self.programs is None or not self.programs.encode(num_rows):
+        if self.programs is None or num_rows > self.programs.most_rows["encoder"]:
             return self.image_encoder(
                 tokens, states, known, pos=self.rotation, out_ids=wanted, table=self.table
             )
@@ -655,7 +655,7 @@ def denoise(
     """
     n = ids.size(1)
     programs = run.programs
-    if programs is not None and not programs.denoise(z.size(0) * n):
+    if programs is not None and z.size(0) * n > programs.most_rows["head"]:
         programs = None
     if model.image_decoder.is_compiled or programs is not None:
         fewest = FEWEST_TOKENS if programs is None else programs.fewest_tokens
