@@ -31,8 +31,8 @@ class Modulation(NamedTuple):
 
     Attributes:
         factor: 1 + scale.
-        shift: Added behind the factor.
-        gate: Weight of the residual branch; None of the last norm.
+        shift: Added after the multiplication.
+        gate: Weight of the residual branch; the last norm has None.
     """
 
     factor: Tensor
@@ -70,7 +70,7 @@ class DiffusionBlock(nn.Module):
 
     def modulate(self, x: Tensor, modulation: Modulation) -> Tensor:
         """As :meth:`forward`, with the statistics of the condition; shapes broadcast."""
-        assert modulation.gate is not None  # that of a block
+        assert modulation.gate is not None  # only the last norm has none
         h = torch.addcmul(modulation.shift, self.norm1.norm(x), modulation.factor)
         return torch.addcmul(x, modulation.gate, self.norm2(self.proj(h)))
 
@@ -104,7 +104,7 @@ class TimeCondEmbed(nn.Module):
         """Embed.
 
         Args:
-            timestep: (B,) for all tokens, or one a token (B, n).
+            timestep: (B,) for all tokens, or one per token (B, n).
             z: Condition, (B, n, D).
 
         Returns:
@@ -134,7 +134,7 @@ class DiffusionMLP(nn.Module):
         self.norm = AdaLayerNorm(embed_dim, eps=1e-6)
         self.head = nn.Linear(embed_dim, patch_size**2 * image_dim)
         self._compiled: Callable[..., Tensor] | None = None
-        self._training_block: Callable[..., Tensor] | None = None
+        self._training_block: Callable[..., Tensor] = DiffusionBlock.__call__
 
     @property
     def _typed_blocks(self) -> Iterable[DiffusionBlock]:
@@ -142,7 +142,7 @@ class DiffusionMLP(nn.Module):
 
     @property
     def is_compiled(self) -> bool:
-        """Whether :meth:`denoise_step` is compiled, for which numbers of tokens are padded."""
+        """Whether :meth:`denoise_step` is compiled; numbers of tokens are then padded."""
         return self._compiled is not None
 
     def compile_denoising(self, **options: Any) -> None:
@@ -156,10 +156,9 @@ class DiffusionMLP(nn.Module):
     def denoise_step(
         self, patches: Tensor, modulations: Sequence[Modulation], matrix: PatchMatrix
     ) -> Tensor:
-        """:meth:`denoise_modulated`, compiled if that was asked for."""
-        if self._compiled is None:
-            return self.denoise_modulated(patches, modulations, matrix)
-        return self._compiled(self, patches, modulations, matrix)
+        """:meth:`denoise_modulated`, compiled after :meth:`compile_denoising`."""
+        denoise = self._compiled or type(self).denoise_modulated
+        return denoise(self, patches, modulations, matrix)
 
     def forward(
         self, x: Tensor, timestep: Tensor, z: Tensor, pred_ids: Tensor | None = None
@@ -168,7 +167,7 @@ class DiffusionMLP(nn.Module):
 
         Args:
             x: Noisy latents, (B, C, h, w).
-            timestep: Diffusion timestep, (B,) or one a token (B, N).
+            timestep: Diffusion timestep, (B,) or one per token (B, N).
             z: Condition of every token, (B, N, D).
             pred_ids: Tokens to work on, (B, n, 1); all when None.
 
@@ -196,18 +195,17 @@ class DiffusionMLP(nn.Module):
             (B, n, p*p*C).
         """
         y = self.patch_embed.embed_patches(patches)
-        compiled = self._training_block if torch.is_grad_enabled() else None
-        run = DiffusionBlock.__call__ if compiled is None else compiled
+        run = self._training_block if torch.is_grad_enabled() else DiffusionBlock.__call__
         for block in self._typed_blocks:
             y = run(block, y, z)
         return self.head(self.norm(y, z))
 
     @torch.no_grad()
     def prepare_modulations(self, z: Tensor) -> list[Modulation]:
-        """Everything that the denoiser computes from the condition alone.
+        """Everything the denoiser computes from the condition only.
 
         Args:
-            z: Embedded time and condition, (..., n, Dd), of as many steps as are wanted at once.
+            z: Embedded time and condition, (..., n, Dd), of one or many steps.
 
         Returns:
             The statistics of the norm of each block, then of the last norm.
@@ -224,8 +222,8 @@ class DiffusionMLP(nn.Module):
         Args:
             patches: (..., n, p*p*C), broadcastable to the statistics: passes of guidance may
                 share their patches.
-            modulations: Of (..., n, Dd).
-            matrix: That of ``patch_embed``, made once for all steps.
+            modulations: Each (..., n, Dd).
+            matrix: Projects patches, from ``patch_embed``, made once for all steps.
 
         Returns:
             (..., n, p*p*C) of the statistics' shape.
@@ -238,5 +236,5 @@ class DiffusionMLP(nn.Module):
 
 
 def _ready(scale: Tensor, shift: Tensor, gate: Tensor | None = None) -> Modulation:
-    """Statistics as the norms' projections put them out; the scale becomes a factor in place."""
+    """Statistics from a norm's projection; the scale becomes a factor in place."""
     return Modulation(scale.add_(1), shift, gate)

@@ -348,25 +348,22 @@ class PatchEmbed(nn.Module):
         patch_size: Patch side p.
 
     Attributes:
-        hw: Token grid of the last picture seen; (None, None) before the first.
+        height: Rows of tokens of the last picture seen; None before the first.
+        width: Its columns.
     """
 
     def __init__(self, image_dim: int, embed_dim: int, patch_size: int) -> None:
         super().__init__()
         self.image_dim = image_dim
         self.patch_size = patch_size
-        self.hw: tuple[int | None, int | None] = (None, None)
+        self.height: int | None = None
+        self.width: int | None = None
         self.proj = PatchProjection(image_dim, embed_dim, patch_size, stride=patch_size)
 
     @property
-    def height(self) -> int | None:
-        """Rows of ``hw``."""
-        return self.hw[0]
-
-    @property
-    def width(self) -> int | None:
-        """Columns of ``hw``."""
-        return self.hw[1]
+    def hw(self) -> tuple[Any, Any]:
+        """Rows and columns of the last picture seen; (None, None) before the first."""
+        return self.height, self.width
 
     def forward(self, x: Tensor) -> Tensor:
         """Embed latents.
@@ -379,7 +376,7 @@ class PatchEmbed(nn.Module):
         """
         if x.ndim == 3:
             return x
-        self.hw = self.grid(x)
+        self.height, self.width = self.grid(x)
         if x.ndim == 5:
             frames = x.transpose(1, 2)  # (B, T, C, h, w)
             return self.proj(frames.flatten(0, 1)).flatten(2).mT.unflatten(0, frames.shape[:2])

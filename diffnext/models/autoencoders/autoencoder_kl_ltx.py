@@ -20,13 +20,11 @@ from torch.nn import functional as F
 from diffnext.models.autoencoders.modeling_utils import DecoderOutput
 from diffnext.models.autoencoders.video_autoencoder import VideoAutoencoder
 from diffnext.models.autoencoders.video_layers import CausalConv3d, ClipEncoder, Level
-from diffnext.models.diffusion_mlp import Projector
-from diffnext.models.embeddings import timestep_features
+from diffnext.models.diffusion_transformer import TimeEmbed
 
 __all__ = ["AutoencoderKLLTXVideo"]
 
 PATCH_SIZE = 4
-FREQUENCIES = 256
 # (time, height, width) of each reduction of the encoder.
 STRIDES = ((1, 2, 2), (2, 1, 1), (2, 2, 2), (2, 2, 2))
 # Buffers that a checkpoint may hold.
@@ -80,22 +78,6 @@ def unpatchify(x: Tensor) -> Tensor:
     return depth_to_space(x.mT, (1, PATCH_SIZE, PATCH_SIZE)).mT
 
 
-class TimeEmbed(nn.Module):
-    """Projection of a timestep.
-
-    Args:
-        dim: Output width.
-    """
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.timestep_proj = Projector(FREQUENCIES, dim, dim)
-
-    def forward(self, features: Tensor) -> Tensor:
-        """Features (B, 256) to (B, dim)."""
-        return self.timestep_proj(features)
-
-
 def causal_conv(in_channels: int, out_channels: int) -> CausalConv3d:
     """Causal 3-D convolution of size 3 that keeps the size."""
     return CausalConv3d(in_channels, out_channels, 3, padding=1)
@@ -120,7 +102,7 @@ class ResBlock(nn.Module):
         self.register_parameter("scale_shift_table", table)
 
     def forward(self, x: Tensor, temb: Tensor | None = None) -> Tensor:
-        """(B, dim, F, H, W) to the same; ``temb`` (B, 4 dim) for decoders."""
+        """(B, dim, F, H, W) to the same; ``temb`` (B, 1, 4 dim) for decoders."""
         if temb is None or self.scale_shift_table is None:
             h = self.conv1(F.silu(rms_norm(x)))
             return x + self.conv2(F.silu(rms_norm(h)))
@@ -131,7 +113,7 @@ class ResBlock(nn.Module):
 
 def modulation(temb: Tensor, table: Tensor) -> tuple[Tensor, ...]:
     """Statistics (B, dim, 1, 1, 1) each, from a projected timestep and a learned table."""
-    stats = temb + table.flatten()  # (B, n * dim)
+    stats = temb.squeeze(1) + table.flatten()  # (B, n * dim)
     return stats.unflatten(1, table.shape)[..., None, None, None].unbind(1)
 
 
@@ -201,11 +183,11 @@ class ModulatedLevel(nn.Module):
         self.time_embed = TimeEmbed(4 * dim)
         self.resnets = nn.ModuleList(ResBlock(dim, is_decoder=True) for _ in range(depth))
 
-    def forward(self, x: Tensor, features: Tensor) -> Tensor:
-        """(B, c, T, h, w), enlarged, under timestep features."""
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        """(B, c, T, h, w), enlarged, under timesteps (B,)."""
         for upsample in self.upsamplers:
             x = upsample(x)
-        temb = self.time_embed(features)
+        temb = self.time_embed(timestep)
         for resnet in self.resnets:
             x = resnet(x, temb)
         return x
@@ -297,11 +279,10 @@ class Decoder(nn.Module):
             (B, 3, F, H, W).
         """
         timestep = temb * self.timestep_scale
-        features = timestep_features(timestep, FREQUENCIES, timestep.dtype)
-        x = self.mid_block(self.conv_in(z), features)
+        x = self.mid_block(self.conv_in(z), timestep)
         for block in self.up_blocks:
-            x = block(x, features)
-        shift, scale = modulation(self.time_embed(features), self.scale_shift_table)
+            x = block(x, timestep)
+        shift, scale = modulation(self.time_embed(timestep), self.scale_shift_table)
         x = rms_norm(x) * (1 + scale) + shift
         return unpatchify(self.conv_out(F.silu(x)))
 

@@ -1,6 +1,6 @@
 """NOVA's networks: what conditions them, how they read frames, and the losses they learn from.
 
-How frames are drawn with them stands in :mod:`diffnext.pipelines.nova.sampling`.
+:mod:`diffnext.pipelines.nova.sampling` draws frames with them.
 
 Paper: "Autoregressive Video Generation without Vector Quantization", arXiv:2412.14169.
 
@@ -11,7 +11,7 @@ Nv video tokens, D encoder width, Lc condition tokens, n hidden tokens, R loss r
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -32,27 +32,11 @@ from diffnext.models.embeddings import (
 from diffnext.models.quantization import is_quantized
 from diffnext.models.vision_transformer import VisionTransformer, set_checkpointing
 
-__all__ = ["NoiseScheduler", "Transformer3DModel"]
-
-
-class NoiseScheduler(Protocol):
-    """What training needs of a scheduler."""
-
-    config: Any
-
-    def sample_timesteps(
-        self, size: int | tuple[int, ...], device: torch.device | str | None = None
-    ) -> Tensor:
-        """Draw training indices."""
-
-    def corrupt(
-        self, original_samples: Tensor, noise: Tensor, index: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Noisy data and its timesteps at training indices."""
+__all__ = ["Transformer3DModel"]
 
 
 def identity(inputs: dict[str, Any]) -> dict[str, Any]:
-    """The preprocessing of a model that no caller has claimed."""
+    """The preprocessing of a model as long as no training pipeline has set its own."""
     return inputs
 
 
@@ -76,10 +60,9 @@ class Transformer3DModel(nn.Module):
         pipeline_preprocess: Applied to the inputs of :meth:`forward`.
         loss_repeat: How many noise levels each token is trained at in one step, for callers of
             :meth:`forward` who pass no number.
-        context_noise: Most noise that the earlier frames get in training, a share from 0 to 1; see
+        context_noise: Largest share of noise, 0 to 1, in earlier frames in training; see
             :meth:`disturb`.
-        programs: Recorded parts of drawings, if they are to be recorded; see
-            :meth:`capture_drawing`.
+        programs: Recorded parts of drawings, if recording is on; see :meth:`capture_drawing`.
     """
 
     def __init__(
@@ -120,16 +103,16 @@ class Transformer3DModel(nn.Module):
             inputs: Left as it is. ``prompt`` (text states, class ids, or prompts for
                 ``text_embed.encoders``), ``c`` (a list of condition tokens), ``motion_flow`` and
                 ``fps``. In training also ``x``, scaled latents (B, C, h, w) or (B, C, T, h, w),
-                and, in place of the attributes, ``noise_scheduler`` and ``loss_repeat``; other
-                features of a batch are left alone. Else what
+                and, to override the attributes, ``noise_scheduler`` and ``loss_repeat``; other
+                features of a batch are ignored. In evaluation mode what
                 :func:`diffnext.pipelines.nova.sampling.draw_inputs` takes.
 
-                In place of all these a function without arguments, which is run: what uses the
-                weights outside of a training step is called this way, so that the hooks of
-                offloading and of sharding see it.
+                Or a function without arguments, which is run: whatever uses the weights outside
+                a training step is called this way, so the hooks of offloading and sharding see
+                it.
 
         Returns:
-            Losses in training, else ``x``: latents, (B, C, T, h, w); or the function's result.
+            Losses in training, otherwise ``x``: latents, (B, C, T, h, w); or the function's result.
 
         Raises:
             ValueError: If the inputs do not fit together, or a drawing has no use for one.
@@ -222,19 +205,19 @@ class Transformer3DModel(nn.Module):
         return states.flatten(0, 1)
 
     def mix_states(self, first: Tensor, states: Tensor) -> Tensor:
-        """The first frame's states modulated by a later frame's; those alone without a mixer."""
+        """The first frame's states modulated by a later frame's; without a mixer, the latter."""
         mixer = self.video_encoder.mixer
         return states if isinstance(mixer, nn.Identity) else mixer(first, states)
 
     def train_video(
-        self, x: Tensor, c: Tensor, noise_scheduler: NoiseScheduler, loss_repeat: int = 4
+        self, x: Tensor, c: Tensor, noise_scheduler: Any, loss_repeat: int = 4
     ) -> dict[str, Tensor]:
         """Losses of one batch.
 
         Args:
             x: Scaled latents, (B, C, h, w) or (B, C, T, h, w).
             c: Condition tokens, (B, Lc, D).
-            noise_scheduler: Adds noise.
+            noise_scheduler: Adds noise: one of diffnext's schedulers.
             loss_repeat: Noise levels R of each token.
 
         Returns:
@@ -262,12 +245,12 @@ class Transformer3DModel(nn.Module):
         )
 
     def disturb(self, video: Tensor) -> Tensor:
-        """Frames as later ones read them, (B, C, T, h, w): each with a drawn share of noise in it.
+        """Frames as later ones read them, (B, C, T, h, w): each with a random share of noise in it.
 
-        A model that has only read clean frames takes its own mistakes for what was shown, and adds
-        to them frame by frame. The share, up to ``context_noise``, is not told to the model.
+        A model that has only read clean frames believes its own mistakes, which then grow from
+        frame to frame. The model is not told the share, which is at most ``context_noise``.
 
-        Source: as in diffusion forcing (arXiv:2407.01392), by frames of one video.
+        Source: diffusion forcing (arXiv:2407.01392), here with a share for each frame of a video.
         """
         if self.context_noise == 0 or video.size(2) == 1:
             return video
@@ -280,7 +263,7 @@ class Transformer3DModel(nn.Module):
         z: Tensor,
         frames: Tensor,
         hidden_ids: Tensor,
-        noise_scheduler: NoiseScheduler,
+        noise_scheduler: Any,
         loss_repeat: int = 4,
         num_frames: int = 1,
     ) -> dict[str, Tensor]:
@@ -327,7 +310,7 @@ class Transformer3DModel(nn.Module):
         }
 
     def compile_parts(self, **options: Any) -> None:
-        """Compile the blocks of all three parts for training; without gradients they run as ever.
+        """Compile the blocks of all three parts for training; without gradients they stay eager.
 
         Args:
             **options: Of ``torch.compile``; by default shapes are dynamic, as sets of tokens vary.
@@ -339,7 +322,7 @@ class Transformer3DModel(nn.Module):
     def compile_drawing(self, **options: Any) -> None:
         """Compile the image encoder's blocks and the denoising step for drawing.
 
-        On a CPU, without options, what is drawn for few rows of tokens is traced instead.
+        On a CPU, without options, small drawings are traced instead.
 
         Args:
             **options: Of ``torch.compile``.
@@ -355,7 +338,7 @@ class Transformer3DModel(nn.Module):
         self.image_decoder.compile_denoising(**options)
 
     def capture_drawing(self) -> None:
-        """Record what sets of tokens launch as CUDA graphs, and replay them; see ``Programs``."""
+        """Record each set of tokens as CUDA graphs, and replay them; see ``Programs``."""
         self.programs = Programs()
 
     def set_gradient_checkpointing(self, level: int) -> None:
@@ -389,7 +372,7 @@ def per_sample(name: str, value: Any, batch: int, repeats: int) -> list[float] |
     return values.expand(batch).tolist() * repeats
 
 
-def prediction_target(scheduler: NoiseScheduler, clean: Tensor, noise: Tensor) -> Tensor:
+def prediction_target(scheduler: Any, clean: Tensor, noise: Tensor) -> Tensor:
     """What the diffusion head learns: the noise, or the flow from data to noise.
 
     Raises:
