@@ -561,7 +561,7 @@ class LabelEmbed(nn.Module):
         """Embed labels.
 
         Args:
-            input_ids: Classes, (B,) or (B, 1), int64 or int32.
+            input_ids: Classes, (B,) or (B, 1), int64 or int32, on any device.
 
         Returns:
             (B, 1, embed_dim).
@@ -570,7 +570,8 @@ class LabelEmbed(nn.Module):
             ValueError: If there is no such class (found on the CPU only: a GPU would have to be
                 waited for).
         """
-        ids = input_ids.unsqueeze(-1) if input_ids.ndim == 1 else input_ids
+        ids = send(input_ids, self.weight.device)
+        ids = ids.unsqueeze(-1) if ids.ndim == 1 else ids
         if self.training and self.dropout > 0:
             kept = torch.rand(ids.shape, device=ids.device) > self.dropout
             ids = torch.where(kept, ids, self.num_classes)

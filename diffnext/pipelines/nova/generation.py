@@ -360,8 +360,8 @@ class GenerationPipeline(AdapterLoading, PipelineMixin, DiffusionPipeline):
         )
         check_fit(self.transformer, request, run)
         # All is checked: only now the components begin to work.
-        condition = self._condition(prompts, arguments.num_images_per_prompt)
-        request = replace(request, **condition)
+        condition = self._encode_prompts(prompts, arguments.num_images_per_prompt)
+        request = replace(request, prompt=condition)
         if pixels is not None:
             frames = self._encode_pixels(pixels, samples, arguments.generator)
             request = replace(request, latents=tuple(frames))
@@ -371,8 +371,8 @@ class GenerationPipeline(AdapterLoading, PipelineMixin, DiffusionPipeline):
         """Checked prompts and, with guidance, those to avoid below them."""
         raise NotImplementedError
 
-    def _condition(self, prompts: Any, num_images_per_prompt: int) -> dict[str, Any]:
-        """The field of a request that says what is to be drawn, encoded from parsed prompts."""
+    def _encode_prompts(self, prompts: Any, num_images_per_prompt: int) -> Tensor:
+        """What the model reads for parsed prompts, each of them repeated."""
         raise NotImplementedError
 
     # Checks

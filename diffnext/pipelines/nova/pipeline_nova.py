@@ -90,20 +90,6 @@ class NOVAPipeline(GenerationPipeline, TextComponents):
         """
         return self.draw_pieces(arguments)
 
-    def _parse_prompts(self, arguments: CallArguments, is_guided: bool) -> list[str] | Tensor:
-        return self._texts_or_states(
-            arguments.prompt,
-            arguments.negative_prompt,
-            arguments.prompt_embeds,
-            arguments.negative_prompt_embeds,
-            is_guided,
-        )
-
-    def _condition(
-        self, prompts: list[str] | Tensor, num_images_per_prompt: int
-    ) -> dict[str, Tensor]:
-        return {"prompt": self._encode(prompts, num_images_per_prompt)}
-
     @torch.no_grad()
     def encode_prompt(
         self,
@@ -136,58 +122,46 @@ class NOVAPipeline(GenerationPipeline, TextComponents):
         if do_classifier_free_guidance is None:
             negatives = (negative_prompt, negative_prompt_embeds)
             do_classifier_free_guidance = any(one is not None for one in negatives)
-        prompts = self._texts_or_states(
-            prompt,
-            negative_prompt,
-            prompt_embeds,
-            negative_prompt_embeds,
-            do_classifier_free_guidance,
+        arguments = CallArguments(
+            prompt=prompt,
+            negative_prompt=negative_prompt,
+            prompt_embeds=prompt_embeds,
+            negative_prompt_embeds=negative_prompt_embeds,
         )
-        return self._encode(prompts, num_images_per_prompt)
+        prompts = self._parse_prompts(arguments, do_classifier_free_guidance)
+        return self._encode_prompts(prompts, num_images_per_prompt)
 
-    def _texts_or_states(
-        self,
-        prompt: Any,
-        negative_prompt: Any,
-        prompt_embeds: Any,
-        negative_prompt_embeds: Any,
-        is_guided: bool,
-    ) -> list[str] | Tensor:
+    def _parse_prompts(self, arguments: CallArguments, is_guided: bool) -> list[str] | Tensor:
         """Checked texts, or padded states (n or 2n, num_tokens, width), the negative ones last."""
         text_embed = self._text_embed()
-        if prompt_embeds is None:
-            if negative_prompt_embeds is not None:
+        if arguments.prompt_embeds is None:
+            if arguments.negative_prompt_embeds is not None:
                 raise ValueError("negative_prompt_embeds need prompt_embeds, but texts are given")
-            texts = as_texts("prompt", prompt)
-            negatives = negative_texts(negative_prompt, len(texts))
+            texts = as_texts("prompt", arguments.prompt)
+            negatives = negative_texts(arguments.negative_prompt, len(texts))
             return texts + negatives if is_guided else texts
-        states = padded_states("prompt_embeds", prompt_embeds, text_embed)
+        states = padded_states("prompt_embeds", arguments.prompt_embeds, text_embed)
         for name, is_given in (
-            ("prompt", prompt is not None),
-            ("negative_prompt", any(negative_texts(negative_prompt, len(states)))),
+            ("prompt", arguments.prompt is not None),
+            ("negative_prompt", any(negative_texts(arguments.negative_prompt, len(states)))),
         ):
             if is_given:
                 raise ValueError(
-                    f"{name} is given, but so are prompt_embeds: pass {name}_embeds alone"
+                    f"{name} is given, but so are prompt_embeds: pass only {name}_embeds"
                 )
-        nulls = [torch.zeros(0, text_embed.token_dim)] * len(states)
-        given = nulls if negative_prompt_embeds is None else negative_prompt_embeds
+        given = arguments.negative_prompt_embeds
+        if given is None:
+            given = [torch.zeros(0, text_embed.token_dim)] * len(states)
         negative_states = padded_states("negative_prompt_embeds", given, text_embed)
         check_count("negative_prompt_embeds", negative_states, states)
         return text_embed.pad_states([*states, *negative_states]) if is_guided else states
 
-    def _encode(self, prompts: list[str] | Tensor, num_images_per_prompt: int) -> Tensor:
-        """States of checked prompts, each repeated."""
+    def _encode_prompts(self, prompts: list[str] | Tensor, num_images_per_prompt: int) -> Tensor:
         if isinstance(prompts, list):
-            text_embed = self._text_embed()
-            states = encode_texts(
-                self.tokenizer,
-                self.text_encoder,
-                prompts,
-                text_embed.num_tokens,
-                text_embed.token_dim,
-            )
-            prompts = text_embed.pad_states(states)
+            embed = self._text_embed()
+            limits = (embed.num_tokens, embed.token_dim)
+            states = encode_texts(self.tokenizer, self.text_encoder, prompts, *limits)
+            prompts = embed.pad_states(states)
         return prompts.repeat_interleave(num_images_per_prompt, dim=0)
 
     def _text_embed(self) -> TextEmbed:

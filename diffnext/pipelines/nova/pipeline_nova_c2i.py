@@ -67,12 +67,6 @@ class NOVAC2IPipeline(GenerationPipeline, ClassComponents):
     def _name_of(self, x: Tensor) -> str:
         return "images" if x.ndim == 4 or x.size(2) == 1 else "frames"
 
-    def _parse_prompts(self, arguments: CallArguments, is_guided: bool) -> list[int]:
-        return self._classes(arguments.prompt, arguments.negative_prompt, is_guided)
-
-    def _condition(self, prompts: list[int], num_images_per_prompt: int) -> dict[str, Any]:
-        return {"c": [self._embed(prompts, num_images_per_prompt)]}
-
     @torch.no_grad()
     def encode_prompt(
         self,
@@ -99,18 +93,20 @@ class NOVAC2IPipeline(GenerationPipeline, ClassComponents):
         """
         if do_classifier_free_guidance is None:
             do_classifier_free_guidance = negative_prompt is not None
-        classes = self._classes(prompt, negative_prompt, do_classifier_free_guidance)
-        return self._embed(classes, num_images_per_prompt)
+        arguments = CallArguments(prompt=prompt, negative_prompt=negative_prompt)
+        classes = self._parse_prompts(arguments, do_classifier_free_guidance)
+        rows = self._encode_prompts(classes, num_images_per_prompt)
+        with evaluating(self.transformer):  # training drops some classes
+            return self.transformer(partial(self._label_embed(), rows))
 
-    def _classes(self, prompt: Any, negative_prompt: Any, is_guided: bool) -> list[int]:
+    def _parse_prompts(self, arguments: CallArguments, is_guided: bool) -> list[int]:
         """Checked class ids, those to avoid last."""
-        if prompt is None:
-            raise ValueError("prompt is None: give class ids")
         null = self._label_embed().num_classes
-        classes = as_classes("prompt", prompt, null)
-        negatives = as_classes(
-            "negative_prompt", null if negative_prompt is None else negative_prompt, null
-        )
+        if arguments.prompt is None:
+            raise ValueError("prompt is None: give class ids")
+        classes = as_classes("prompt", arguments.prompt, null)
+        given = arguments.negative_prompt
+        negatives = as_classes("negative_prompt", null if given is None else given, null)
         if len(negatives) not in (1, len(classes)):
             raise ValueError(
                 f"negative_prompt must be one class or one per prompt, got {len(negatives)} for "
@@ -119,11 +115,8 @@ class NOVAC2IPipeline(GenerationPipeline, ClassComponents):
         negatives *= len(classes) // len(negatives)
         return classes + negatives if is_guided else classes
 
-    def _embed(self, classes: list[int], num_images_per_prompt: int) -> Tensor:
-        """Tokens of checked classes, each repeated."""
-        with evaluating(self.transformer):  # training drops some classes
-            tokens = self.transformer(partial(self._label_embed(), torch.tensor(classes)))
-        return tokens.repeat_interleave(num_images_per_prompt, dim=0)
+    def _encode_prompts(self, prompts: list[int], num_images_per_prompt: int) -> Tensor:
+        return torch.tensor(prompts).repeat_interleave(num_images_per_prompt)
 
     def _label_embed(self) -> LabelEmbed:
         label_embed = None if self.transformer is None else self.transformer.label_embed

@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Annotated, Any, NamedTuple, TypeVar
 
@@ -105,10 +105,6 @@ class GenerationRequest:
 
     def __post_init__(self) -> None:
         """Check that the parts fit together."""
-        batch = self.latent_shape[0]
-        for name, values in (("motion_flow", self.motion_flow), ("fps", self.fps)):
-            if values is not None and len(values) not in (1, batch):
-                raise ValueError(f"{name} must be 1 or {batch} numbers, got {len(values)}")
         if len(self.latents) > self.max_latent_length:
             raise ValueError(
                 f"{len(self.latents)} latent frames are given, but max_latent_length is "
@@ -123,10 +119,11 @@ class GenerationRequest:
                 raise ValueError("latents must be finite, got NaN or infinity")
 
 
+@dataclass(eq=False)
 class GenerationRun:
     """One drawing in progress: where it draws from, what it keeps, and who follows it.
 
-    Args:
+    Attributes:
         scheduler: The drawing's copy of a scheduler.
         generator: Source of every draw; a list gives each sample its own.
         on_step: Called as ``on_step(frame, step, latents)`` after every set of tokens, with the
@@ -135,40 +132,29 @@ class GenerationRun:
         show_frames: Whether to draw a progress bar over frames.
         show_sets: Whether to draw a progress bar over the sets of a frame.
         bar_options: Arguments of the bars, as of tqdm.
-
-    Attributes:
         is_stopped: Whether to stop after the current set; a video then ends with its last whole
             frame, and a first frame stays as far as it is filled.
         order: Order of prediction, (B, N, 1) token ids; drawn at the first drawn frame.
         cache: Keys and values of earlier frames.
         first_states: The video encoder's states of the first frame, which a mixer modulates.
-        programs: Those of the model, if they can be used.
+        programs: Recorded parts of drawings, if this one can use them.
     """
 
-    def __init__(
-        self,
-        scheduler: DenoisingRun,
-        generator: Generators = None,
-        on_step: Callable[[int, int, Tensor], Tensor] | None = None,
-        show_frames: bool = False,
-        show_sets: bool = False,
-        bar_options: Mapping[str, Any] | None = None,
-    ) -> None:
-        self.scheduler = scheduler
-        self.generator = generator
-        self.on_step = on_step
-        self.show_frames = show_frames
-        self.show_sets = show_sets
-        self.bar_options = bar_options or {}
-        self.is_stopped = False
-        self.order: Tensor | None = None
-        self.cache: KVCache | None = None
-        self.first_states: Tensor | None = None
-        self.programs: Programs | None = None
+    scheduler: DenoisingRun
+    generator: Generators = None
+    on_step: Callable[[int, int, Tensor], Tensor] | None = None
+    show_frames: bool = False
+    show_sets: bool = False
+    bar_options: Mapping[str, Any] | None = None
+    is_stopped: bool = False
+    order: Tensor | None = None
+    cache: KVCache | None = None
+    first_states: Tensor | None = None
+    programs: Programs | None = None
 
     def bar(self, iterable: Iterable[T], is_shown: bool) -> Iterable[T]:
         """Iterate, with a progress bar if it is to be shown."""
-        return tqdm(iterable, **self.bar_options) if is_shown else iterable
+        return tqdm(iterable, **(self.bar_options or {})) if is_shown else iterable
 
 
 class DenoisingStep(NamedTuple):
