@@ -8,6 +8,7 @@ import logging
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import fields
+from inspect import Parameter
 from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 from pydantic import AfterValidator
@@ -34,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 R = TypeVar("R")
 
-# Arguments of the apps and evaluation scripts that are theirs alone.
+# Arguments that only the apps and evaluation scripts have.
 _TOLERATED = {"seed", "randomize_seed", "progress", "num_images"}
 
 
@@ -46,7 +47,7 @@ def _ascending(pair: tuple[float, float]) -> tuple[float, float]:
 
 @checked.dataclass(frozen=True, kw_only=True, config=CHECKED)
 class CallArguments(GuidanceScaler):
-    """What a pipeline is called with; the weights of guidance are those of :class:`GuidanceScaler`.
+    """What a pipeline is called with; :class:`GuidanceScaler` has the weights of guidance.
 
     Attributes:
         prompt: What to draw: a text, or a class id of a class-conditional model; one or several.
@@ -56,13 +57,14 @@ class CallArguments(GuidanceScaler):
             with 4 frames per latent makes 4 (T - 1) + 1 frames.
         num_frames: Frames of the whole video, in place of ``max_latent_length``.
         max_context_frames: How many of the latest latent frames the next one is drawn from, so
-            that long videos take no more memory than short ones; None is all. Results are equal
-            as long as no more frames than these came before.
-        flow_shift: Timestep shift of a flow-matching scheduler. It holds for later calls of this
-            pipeline in the same thread too, until another is given; None keeps the last, at first
-            the scheduler's own. The scheduler itself stays as it is; a stream's shift is its own.
-        motion_flow: Motion strength of videos: pixels from frame to frame at 480 pixels height that
-            what moves does move, about 1 to 10.
+            long videos need no more memory than short ones; None is all. Results are equal as
+            long as no more frames than these came before.
+        flow_shift: Timestep shift of a flow-matching scheduler. It also holds for later calls of
+            this pipeline in the same thread, until another is given; None keeps the last one, at
+            first the scheduler's own. The scheduler itself is not changed, and the shift of a
+            stream is only for that stream.
+        motion_flow: Motion strength of videos: how far moving things move from frame to frame, in
+            pixels at a height of 480, about 1 to 10.
         fps: Frames per second that the motion is measured at; 12 when None.
         negative_prompt: What to avoid with guidance, one for all or one per prompt; None is the
             empty text or the null class.
@@ -71,16 +73,16 @@ class CallArguments(GuidanceScaler):
         video: First frames, one clip for all or one per prompt, of a length the autoencoder
             takes; see ``VaeImageProcessor.preprocess_video`` for the forms.
         pixel_range: The values of black and white in arrays and tensors of ``image`` and
-            ``video``; None is (0, 1) for floating-point numbers, (0, 255) for integers. Pixels
-            that a pipeline returned as "pt" are (-1, 1). PIL images keep the range of their mode.
+            ``video``; None is (0, 1) for floating-point numbers, (0, 255) for integers. The "pt"
+            results of a pipeline are (-1, 1). PIL images have the range of their mode.
         resize_mode: What happens to pictures of another size: "crop" covers the model's size and
             cuts the rest, "fill" fits them into it, "default" distorts them.
         latents: Scaled latent frames the video begins with: a list of (B, C, h, w), or a tensor
-            (B, C, T, h, w) as "latent" returns it. They win over ``image`` and ``video``, unless
-            there are none.
+            (B, C, T, h, w) as "latent" returns it. If there are any, ``image`` and ``video`` are
+            ignored.
         num_images_per_prompt: Samples of each prompt.
-        generator: Source of randomness; a list gives each sample its own, so that its result does
-            not depend on its neighbours.
+        generator: Source of randomness; a list gives each sample its own, so its result does not
+            depend on its neighbours.
         prompt_embeds: Text states instead of prompts: a list of (k, D), or an array or tensor
             (B, k, D).
         negative_prompt_embeds: The same for the negative prompts.
@@ -91,13 +93,13 @@ class CallArguments(GuidanceScaler):
         vae_batch_size: Samples decoded at once.
         callback_on_step_end: Called as ``callback(pipe, step, frame, callback_kwargs)`` after
             each set of tokens; ``step`` counts the sets of all frames, given ones included, and
-            the latent frame's index is in place of a timestep. Where tokens are predicted already,
-            the drawing goes on with the ``latents`` in the dict that it returns, or else with
-            those it was given, which it may edit. Setting ``pipe._interrupt`` ends this drawing,
-            a video with its last whole frame.
+            ``frame`` is the index of the latent frame. Where tokens are predicted already, the
+            drawing continues with the ``latents`` in the dict it returns, otherwise with those it
+            was given, which it may edit. Setting ``pipe._interrupt`` ends this drawing, a video
+            with its last whole frame.
         callback_on_step_end_tensor_inputs: What ``callback_kwargs`` holds: "latents", the frame
             being filled, (B, C, h, w).
-        return_dict: Whether to name the result; else it is alone in a tuple.
+        return_dict: Whether to name the result; otherwise it comes in a tuple of one.
     """
 
     guidance_scale: AtLeastZero = 5
@@ -133,35 +135,31 @@ class CallArguments(GuidanceScaler):
 
     @property
     def guidance(self) -> GuidanceScaler:
-        """The weights of guidance alone."""
+        """Only the weights of guidance."""
         return take_checked(GuidanceScaler, dict(vars(self)))
 
 
 def takes(
     *positional: str, without: Sequence[str] = ()
 ) -> Callable[[Callable[[Any, CallArguments], R]], Callable[..., R]]:
-    """Let a method that wants :class:`CallArguments` be called with the arguments themselves.
+    """Call a method that takes :class:`CallArguments` with the arguments themselves.
 
     Args:
-        *positional: Names of the arguments that may be given by place, in order.
+        *positional: Names of the arguments that may be given by position, in order.
         without: Names that the pipeline does not have.
     """
     defaults = {one.name: one.default for one in fields(CallArguments) if one.name not in without}
+    names = [*positional, *(name for name in defaults if name not in positional)]
     kinds = get_type_hints(CallArguments)
-    parameters = [inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)]
-    parameters += [
-        inspect.Parameter(
-            name,
-            inspect.Parameter.POSITIONAL_OR_KEYWORD
-            if name in positional
-            else inspect.Parameter.KEYWORD_ONLY,
-            default=defaults[name],
-            annotation=kinds[name],
-        )
-        for name in [*positional, *(name for name in defaults if name not in positional)]
-    ]
-    parameters.append(inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD))
-    signature = inspect.Signature(parameters)
+
+    def parameter(name: str) -> Parameter:
+        may_be_placed = name in positional
+        kind = Parameter.POSITIONAL_OR_KEYWORD if may_be_placed else Parameter.KEYWORD_ONLY
+        return Parameter(name, kind, default=defaults[name], annotation=kinds[name])
+
+    this = Parameter("self", Parameter.POSITIONAL_OR_KEYWORD)
+    others = Parameter("kwargs", Parameter.VAR_KEYWORD)
+    signature = inspect.Signature([this, *map(parameter, names), others])
 
     def decorate(method: Callable[[Any, CallArguments], R]) -> Callable[..., R]:
         @functools.wraps(method)
@@ -170,8 +168,8 @@ def takes(
             given.pop("self")
             unknown = given.pop("kwargs", {}).keys() - _TOLERATED
             if unknown & set(without):
-                names = " or ".join(sorted(unknown & set(without)))
-                raise TypeError(f"{type(self).__name__} has no use for {names}")
+                wrong = " or ".join(sorted(unknown & set(without)))
+                raise TypeError(f"{type(self).__name__} has no use for {wrong}")
             if unknown:
                 logger.warning(
                     "%s ignores unknown arguments: %s", type(self).__name__, sorted(unknown)
@@ -180,7 +178,7 @@ def takes(
 
         vars(call)["__signature__"] = signature
         summary, *rest = inspect.cleandoc(method.__doc__ or "").split("\n\nReturns:")
-        meanings = [_MEANINGS[name] for name in signature.parameters if name in _MEANINGS]
+        meanings = [_MEANINGS[name] for name in names]
         call.__doc__ = "\n\nReturns:".join([f"{summary}\n\nArgs:\n" + "\n".join(meanings), *rest])
         return call
 
