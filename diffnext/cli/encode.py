@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from diffnext.cli.parsing import command_parser
+from diffnext.cli.parsing import command_parser, run
 
 DESCRIPTION = """\
 Encode the prompts of a benchmark, so that sampling needs no text encoder.
@@ -27,13 +26,7 @@ any, and a short text for each prompt.
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     args = parse_args(argv)
-    try:
-        count = encode(args)
-    except (OSError, RuntimeError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(f"Wrote {args.output}: {count} prompts")
-    return 0
+    return run(lambda: encode(args))
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -52,8 +45,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def encode(args: argparse.Namespace) -> int:
-    """Encode and write; returns the number of prompts."""
+def encode(args: argparse.Namespace) -> None:
+    """Encode prompts and write their states."""
     from tqdm import tqdm
 
     from diffnext.evaluation.prompts import (
@@ -70,4 +63,4 @@ def encode(args: argparse.Namespace) -> int:
     states = encode_prompts(args.ckpt, [str(text) for text in prompts.prompts], device, dtype)
     encoded = tuple(tqdm(states, total=len(prompts), unit="prompt"))
     save_states(args.output, replace(prompts, prompts=encoded))
-    return len(encoded)
+    print(f"Wrote {args.output}: {len(encoded)} prompts")

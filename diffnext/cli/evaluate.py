@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from diffnext.cli.parsing import command_parser
+from diffnext.cli.parsing import command_parser, run
 from diffnext.evaluation import SEED
 
 if TYPE_CHECKING:  # takes seconds that --help does not need
-    from diffnext.evaluation.sampling import SamplingOptions
+    from diffnext.evaluation.layouts import Layout
+    from diffnext.evaluation.prompts import PromptSet
 
 DESCRIPTION = """\
 Draw the samples of a benchmark, in the layout that its scorer reads.
@@ -23,8 +24,8 @@ Draw the samples of a benchmark, in the layout that its scorer reads.
     --ckpt BAAI/nova-d48w1024-osp480 --outdir vbench/nova
   torchrun --nproc_per_node 8 -m diffnext evaluate geneval ...
 
-What is there already is not drawn again, so that the same command goes on after a stop. Prompts
-come from the benchmarks' own repositories; docs/evaluation.md says how.
+Samples that exist are not drawn again, so the same command continues after a stop. Prompts come
+from the benchmarks' own repositories; docs/evaluation.md says how.
 """
 GENEVAL = """\
 Draw the pictures of GenEval (arXiv:2310.11513): OUTDIR/<prompt, 5 digits>/metadata.jsonl and
@@ -39,13 +40,7 @@ Draw the videos of VBench's standard suite (arXiv:2311.17982): OUTDIR/<tag>/<pro
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     args = build_parser().parse_args(argv)
-    try:
-        done = args.draw(args)
-    except (OSError, RuntimeError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(f"Wrote {done} to {args.outdir}")
-    return 0
+    return run(lambda: args.draw(args))
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -75,7 +70,7 @@ def add_sampling_arguments(
     add(
         "--ckpt", type=nonempty, required=True, help="release folder, training checkpoint or Hub id"
     )
-    add("--outdir", type=nonempty, required=True, help="folder; what is there is not drawn again")
+    add("--outdir", type=nonempty, required=True, help="folder; samples that exist are kept")
     add("--prompt_key", default="prompt", help="text to draw: prompt or dense_prompt (prompt)")
     add("--num_pred_steps", type=int, default=128, help="sets of tokens per frame (128)")
     add("--num_diff_steps", type=int, default=25, help="denoising steps of each (25)")
@@ -90,61 +85,39 @@ def add_sampling_arguments(
 
 
 def nonempty(text: str) -> str:
-    """A value that says something: an empty path would mean the current folder."""
+    """A text that is not empty: an empty path would mean the current folder."""
     if not text:
         raise argparse.ArgumentTypeError("must not be empty")
     return text
 
 
-def draw_geneval(args: argparse.Namespace) -> str:
-    """Draw pictures; says how many were written."""
+def draw_geneval(args: argparse.Namespace) -> None:
+    """Draw pictures."""
     from diffnext.evaluation.layouts import GenEvalLayout
     from diffnext.evaluation.prompts import read_geneval
-    from diffnext.evaluation.sampling import Shard, draw_benchmark
 
     prompts, records = read_geneval(args.metadata, args.prompt, args.prompt_key)
-    layout = GenEvalLayout(args.outdir, records)
-    count = draw_benchmark(prompts, layout, options_from(args), Shard.from_environment())
-    return f"{count} pictures"
+    draw(prompts, GenEvalLayout(args.outdir, records), args, "pictures")
 
 
-def draw_vbench(args: argparse.Namespace) -> str:
-    """Draw videos; says how many were written."""
+def draw_vbench(args: argparse.Namespace) -> None:
+    """Draw videos."""
     from diffnext.evaluation.layouts import VBenchLayout
     from diffnext.evaluation.prompts import read_vbench
-    from diffnext.evaluation.sampling import Shard, draw_benchmark
 
     prompts = read_vbench(args.prompt, args.prompt_key)
     layout = VBenchLayout(args.outdir, prompts.texts or (), prompts.tags or ())
-    options = options_from(args, max_latent_length=args.max_latent_length, flow=args.flow)
-    count = draw_benchmark(prompts, layout, options, Shard.from_environment())
-    return f"{count} videos"
+    draw(prompts, layout, args, "videos")
 
 
-def options_from(args: argparse.Namespace, **others: Any) -> SamplingOptions:
-    """Options of a command line.
-
-    Args:
-        args: Parsed with :func:`add_sampling_arguments`.
-        **others: Options that only this benchmark has.
-
-    Raises:
-        ValueError: If a value cannot be.
-    """
-    from diffnext.evaluation.sampling import SamplingOptions
+def draw(prompts: PromptSet, layout: Layout, args: argparse.Namespace, what: str) -> None:
+    """Draw this process's share of a benchmark, and print how many samples it wrote."""
+    from diffnext.evaluation.sampling import SamplingOptions, Shard, draw_benchmark
 
     ckpt = Path(args.ckpt).expanduser()
-    return SamplingOptions(
-        ckpt=str(ckpt.absolute()) if ckpt.exists() else args.ckpt,
-        num_pred_steps=args.num_pred_steps,
-        num_diff_steps=args.num_diff_steps,
-        guidance_scale=args.guidance_scale,
-        prompt_size=args.prompt_size,
-        sample_size=args.sample_size,
-        vae_batch_size=args.vae_batch_size,
-        seed=args.seed,
-        compat=args.compat,
-        device=args.device,
-        precision=args.precision,
-        **others,
-    )
+    args.ckpt = str(ckpt.absolute()) if ckpt.exists() else args.ckpt
+    names = {one.name for one in fields(SamplingOptions)}
+    options = {name: value for name, value in vars(args).items() if name in names}
+    shard = Shard.from_environment()
+    count = draw_benchmark(prompts, layout, SamplingOptions(**options), shard)
+    print(f"Wrote {count} {what} to {args.outdir}")

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import sys
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffnext.cli.parsing import command_parser
+from diffnext.cli.parsing import command_parser, run
 
 if TYPE_CHECKING:  # these take seconds that --help does not need
     from numpy import ndarray
@@ -27,19 +27,13 @@ Draw pictures or videos of prompts.
   diffnext generate --model BAAI/nova-d48w1024-osp480 "the boat sails away" --image boat.jpg \\
     --num-frames 33 --output boat.mp4
 
-What is not said is taken from the model's card. Sample k, counted over all prompts, is drawn with
---seed + k, so that each can be drawn again alone. The parameters are written into each file.
+  diffnext generate --model experiments/targets "a blue target"
+
+Defaults come from the model's card. Sample k, counted over all prompts, is drawn with --seed + k,
+so you can draw each of them again. The parameters are written into each file.
 """
-FALLBACK: dict[str, Any] = {
-    "guidance_scale": 5.0,
-    "num_inference_steps": 64,
-    "num_diffusion_steps": 25,
-}
-RANGES: dict[str, Any] = {
-    "guidance_scale": (0, 100),
-    "num_inference_steps": (1, 4096),
-    "num_diffusion_steps": (1, 4096),
-}
+STEPS = ("num_inference_steps", "num_diffusion_steps")
+COUNTS = ("num_images", "num_frames", "max_context_frames", *STEPS)
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 VIDEOS = (".mp4",)
 
@@ -54,13 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code.
     """
     args = parse_args(argv)
-    try:
-        for path in generate(args):
-            print(path, flush=True)
-    except (OSError, RuntimeError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return run(lambda: generate(args))
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -69,7 +57,12 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("prompt", nargs="*", help="what to draw")
     add("--prompts", type=Path, metavar="FILE", help="more prompts, one per line")
-    add("--model", required=True, help="release folder, training checkpoint or Hub id")
+    add(
+        "--model",
+        required=True,
+        help="release folder, training checkpoint, Hub id, or the output folder of a training, of "
+        "which the newest checkpoint is taken, with averaged weights if it has them",
+    )
     add("--negative-prompt", help="what to avoid (the card's, or nothing)")
     add("--num-images", type=int, default=1, metavar="N", help="samples per prompt (1)")
     add("--seed", type=int, default=0, help="of the first sample (0)")
@@ -77,6 +70,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--num-inference-steps", type=int, metavar="N", help="sets per frame (the card's, or 64)")
     add("--num-diffusion-steps", type=int, metavar="N", help="steps per set (the card's, or 25)")
     add("--num-frames", type=int, default=1, metavar="N", help="of a video; 1 is a picture (1)")
+    add(
+        "--max-context-frames",
+        type=int,
+        metavar="N",
+        help="of a video: latent frames that the next one is drawn from, to bound memory (all)",
+    )
     add("--motion-flow", type=float, default=5.0, metavar="F", help="motion of videos (5)")
     add("--image", type=Path, help="picture that the video begins with")
     add(
@@ -102,7 +101,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args.prompt += read_prompts(parser, args.prompts)
     if not args.prompt:
         parser.error("a prompt is needed: what is to be drawn")
-    for name in ("num_images", "num_frames", "num_inference_steps", "num_diffusion_steps"):
+    for name in COUNTS:
         value = getattr(args, name)
         if value is not None and value < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, got {value}")
@@ -133,34 +132,25 @@ def choose_outputs(given: Path | None, count: int, suffix: str) -> list[Path]:
     """The file of each sample.
 
     Args:
-        given: That of the command line; None for new ones.
+        given: From the command line; None for new files.
         count: Number of samples.
-        suffix: Of new files.
+        suffix: Ending of new files.
     """
     if given is not None and count == 1:
         return [given]
     if given is not None:
         return [given.with_stem(f"{given.stem}-{index}") for index in range(count)]
-    paths: list[Path] = []
-    number = 0
-    while len(paths) < count:
-        path = Path(f"generated-{number}{suffix}" if number else f"generated{suffix}")
-        if not path.exists():
-            paths.append(path)
-        number += 1
-    return paths
+    names = (f"generated-{number}" if number else "generated" for number in itertools.count())
+    paths = (Path(f"{name}{suffix}") for name in names)
+    return list(itertools.islice((path for path in paths if not path.exists()), count))
 
 
-def generate(args: argparse.Namespace) -> Iterator[Path]:
-    """Draw what a command line asks for, prompt by prompt.
-
-    Yields:
-        The files, as they are written.
-    """
-    from diffnext.utils.folders import find_folder
+def generate(args: argparse.Namespace) -> None:
+    """Draw what a command line asks for, prompt by prompt; print each file once it is written."""
+    from diffnext.utils.folders import find_folder, newest_checkpoint
     from diffnext.utils.pictures import load_picture
 
-    folder = find_folder(args.model)
+    folder = newest_checkpoint(find_folder(args.model))
     settings = read_settings(args, folder)
     image = None if args.image is None else load_picture(args.image)
     pipe = load_pipeline(folder, args)
@@ -170,18 +160,18 @@ def generate(args: argparse.Namespace) -> Iterator[Path]:
         for number, clip in enumerate(clips, start=first):
             parameters = describe(prompt, args.seed + number, settings, args)
             write(clip, args.output[number], parameters)
-            yield args.output[number]
+            print(args.output[number], flush=True)
 
 
 def read_settings(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """What the command line says and, where it says nothing, the model's card."""
+    """Values of the command line or, where it has none, of the model's card."""
     from diffnext.pipelines.model_card import Defaults, Ranges, read_defaults
 
-    fallback = Defaults(**FALLBACK, negative_prompt="")
-    recommended = vars(read_defaults(folder, fallback, Ranges(**RANGES)))
-    names = (*FALLBACK, "negative_prompt")
-    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    return {name: recommended[name] for name in names} | given
+    ranges = Ranges((0, 100), (1, 4096), (1, 4096))
+    settings = vars(read_defaults(folder, Defaults(), ranges))
+    names = ("guidance_scale", *STEPS, "negative_prompt")
+    given = {name: getattr(args, name) for name in names}
+    return {name: settings[name] if value is None else value for name, value in given.items()}
 
 
 def write(clip: ndarray, path: Path, parameters: dict[str, Any]) -> None:
@@ -225,6 +215,7 @@ def draw(
         image=image,
         num_images_per_prompt=args.num_images,
         num_frames=args.num_frames if args.num_frames > 1 else None,
+        max_context_frames=args.max_context_frames,
         motion_flow=args.motion_flow,
         generator=[torch.Generator(pipe.device).manual_seed(one) for one in seeds],
         output_type="np",
@@ -237,15 +228,16 @@ def draw(
 def describe(
     prompt: str, seed: int, settings: dict[str, Any], args: argparse.Namespace
 ) -> dict[str, Any]:
-    """What a sample was drawn with."""
+    """The parameters of a sample, as its file holds them."""
     parameters = {
         "model": args.model,
         "prompt": prompt,
         "negative_prompt": settings["negative_prompt"] or None,
         "image": None if args.image is None else str(args.image),
         "seed": seed,
-        **{name: settings[name] for name in FALLBACK},
+        **{name: settings[name] for name in ("guidance_scale", *STEPS)},
         "num_frames": args.num_frames,
+        "max_context_frames": args.max_context_frames,
         "motion_flow": args.motion_flow if args.num_frames > 1 else None,
     }
     return {name: value for name, value in parameters.items() if value is not None}

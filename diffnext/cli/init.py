@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from diffnext.cli.parsing import command_parser
+from diffnext.cli.parsing import command_parser, run
 
 DESCRIPTION = """\
 Write a release folder with a freshly initialised NOVA, ready to be trained from scratch.
@@ -28,13 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     from diffnext.pipelines.fresh_folder import write_folder
 
-    try:
-        write_folder(args)
-    except (ValueError, OSError, KeyError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(f"Wrote {args.output}")
-    return 0
+    return run(lambda: write_folder(args))
 
 
 def build_parser() -> argparse.ArgumentParser:

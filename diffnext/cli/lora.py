@@ -1,13 +1,12 @@
-"""``diffnext lora``: what is done with trained adapters."""
+"""``diffnext lora``: merge trained adapters into their model."""
 
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from diffnext.cli.parsing import command_parser
+from diffnext.cli.parsing import command_parser, run
 
 DESCRIPTION = """\
 Merge trained adapters into their model.
@@ -24,13 +23,7 @@ PRECISIONS = ("float32", "float16", "bfloat16")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     args = build_parser().parse_args(argv)
-    try:
-        merge(args.checkpoint, args.output, args.dtype)
-    except (OSError, RuntimeError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(f"Wrote {args.output}")
-    return 0
+    return run(lambda: merge(args.checkpoint, args.output, args.dtype))
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -72,3 +65,4 @@ def merge(checkpoint: Path, output: Path, dtype: str) -> None:
     pipe.fuse_lora()
     pipe.unload_lora_weights()
     pipe.to(dtype=getattr(torch, dtype)).save_pretrained(output)
+    print(f"Wrote {output}")

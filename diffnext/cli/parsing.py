@@ -1,10 +1,12 @@
-"""What the parsers of all commands share."""
+"""What all commands share: how they show their texts, and how they report errors."""
 
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Callable
 
-__all__ = ["command_parser"]
+__all__ = ["command_parser", "run"]
 
 
 def command_parser(
@@ -23,3 +25,17 @@ def command_parser(
         epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+
+
+def run(command: Callable[[], None]) -> int:
+    """Do what a command line asks for.
+
+    Returns:
+        The exit code: 0, or 1 after an error, which is printed as one line.
+    """
+    try:
+        command()
+    except (OSError, RuntimeError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0

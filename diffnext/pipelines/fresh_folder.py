@@ -33,7 +33,7 @@ TINY_VAES = {
 }
 PAD_TOKEN = "<|pad|>"
 
-# Captions to learn word pieces from; other text falls back to smaller pieces and to bytes.
+# Words to learn word pieces from; other text is cut into smaller pieces or bytes.
 TOKENIZER_CORPUS = """
 a an the of on in at by with and or to from near above below under over left right behind before
 one two three four small large big tiny bright dark quiet calm misty sunny night day morning
@@ -50,10 +50,10 @@ short long text caption describes shows there is are stands A An There This Two 
 
 
 def write_folder(args: argparse.Namespace) -> None:
-    """Write everything beside the output and move it into place at the end.
+    """Write a release folder: everything beside its place, moved there at the end.
 
     Args:
-        args: Those of ``diffnext init``.
+        args: The command line of ``diffnext init``.
 
     Raises:
         ValueError: If the parts do not fit together, or the output exists.
@@ -61,16 +61,17 @@ def write_folder(args: argparse.Namespace) -> None:
     if args.output.exists() and (not args.output.is_dir() or any(args.output.iterdir())):
         raise ValueError(f"--output {args.output} exists: name a new folder or remove it")
     config: Any = OmegaConf.to_container(OmegaConf.load(args.config), resolve=True)
-    target = config["pipeline"]["target"]
-    model_config = config["pipeline"]["paths"]["module_config"]["transformer"]
+    with reading(args.config, "a training config"):
+        pipeline = config["pipeline"]["target"].rpartition(".")[2]
+        model_config = config["pipeline"]["paths"]["module_config"]["transformer"]
     args.output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.output.parent, prefix=".init-") as temporary:
         folder = Path(temporary) / args.output.name
         torch.manual_seed(args.seed)
         index = {
-            "_class_name": pipeline_class(target),
+            "_class_name": "NOVAC2IPipeline" if "C2I" in pipeline else "NOVAPipeline",
             "scheduler": write_scheduler(folder / "scheduler", args),
-            "vae": write_vae(folder / "vae", args, target, model_config),
+            "vae": write_vae(folder / "vae", args, pipeline, model_config),
         }
         if model_config.get("text_token_dim"):
             index["tokenizer"] = write_tokenizer(folder / "tokenizer", args)
@@ -80,12 +81,7 @@ def write_folder(args: argparse.Namespace) -> None:
         if args.output.exists():
             args.output.rmdir()
         folder.rename(args.output)
-
-
-def pipeline_class(target: str) -> str:
-    """The pipeline that generates with what the pipeline ``target`` trains."""
-    is_class_conditional = target.rsplit(".", 1)[-1] == "NOVATrainC2IPipeline"
-    return "NOVAC2IPipeline" if is_class_conditional else "NOVAPipeline"
+    print(f"Wrote {args.output}")
 
 
 def write_scheduler(folder: Path, args: argparse.Namespace) -> list[str]:
@@ -99,22 +95,23 @@ def write_scheduler(folder: Path, args: argparse.Namespace) -> list[str]:
 
 
 def write_vae(
-    folder: Path, args: argparse.Namespace, target: str, model_config: dict[str, Any]
+    folder: Path, args: argparse.Namespace, pipeline: str, model_config: dict[str, Any]
 ) -> list[str]:
-    """Copy the autoencoder that the pipeline's kind needs; returns its index entry."""
-    is_video = target.rsplit(".", 1)[-1] == "NOVATrainT2VPipeline"
-    class_name = "AutoencoderKLOpenSora" if is_video else "AutoencoderKL"
+    """Copy the autoencoder that the training pipeline needs; returns its index entry."""
+    class_name = "AutoencoderKLOpenSora" if "T2V" in pipeline else "AutoencoderKL"
     source = args.vae or (TINY_VAES[class_name] if args.tiny else None)
     if source is None:
-        raise ValueError(f"{target} needs --vae, the folder of an {class_name}")
-    component_files(source)
+        raise ValueError(f"{pipeline} needs --vae, the folder of an {class_name}")
     vae_config = read_json(source / "config.json")
     if vae_config.get("_class_name", class_name) != class_name:
-        raise ValueError(f"{target} needs an {class_name}, {source} is {vae_config['_class_name']}")
-    wanted = {"latent_channels": model_config["image_dim"], "stride": model_config["image_stride"]}
+        raise ValueError(
+            f"{pipeline} needs an {class_name}, {source} is an {vae_config['_class_name']}"
+        )
+    channels, stride = model_config.get("image_dim"), model_config.get("image_stride")
+    wanted = {"latent_channels": channels, "stride": stride}
     with reading(source, class_name):
-        stride = 2 ** (len(vae_config["block_out_channels"]) - 1)
-        found = {"latent_channels": vae_config["latent_channels"], "stride": stride}
+        halvings = len(vae_config["block_out_channels"]) - 1
+        found = {"latent_channels": vae_config["latent_channels"], "stride": 2**halvings}
     if wanted != found:
         raise ValueError(f"the config needs an autoencoder with {wanted}, {source} has {found}")
     copy_component(source, folder)
@@ -122,8 +119,8 @@ def write_vae(
 
 
 def copy_component(source: Path, folder: Path) -> None:
-    """Copy a component, but for Python files."""
-    component_files(source)  # raises unless they are its own
+    """Copy a component without its Python files."""
+    component_files(source)  # checks that they are its own
     shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.py", BASE_FOLDER_FILE))
 
 
@@ -160,7 +157,6 @@ def write_text_encoder(
     """Copy or initialise the text encoder; returns its index entry."""
     width = model_config["text_token_dim"]
     if args.text_encoder:
-        component_files(args.text_encoder)
         found = read_json(args.text_encoder / "config.json").get("hidden_size")
         if found != width:
             raise ValueError(
@@ -198,7 +194,8 @@ def write_transformer(
     folder: Path, model_config: dict[str, Any], args: argparse.Namespace
 ) -> list[str]:
     """Initialise and save NOVA; returns its index entry."""
-    model = NOVATransformer3DModel(**model_config)
+    with reading(args.config, "a NOVA"):
+        model = NOVATransformer3DModel(**model_config)
     for module in model.modules():
         if isinstance(module, Block):  # residual branches that end with a norm: arXiv:2111.09883
             nn.init.constant_(module.norm1.weight, args.branch_gain)
@@ -210,7 +207,7 @@ def write_transformer(
 
 
 def take_weights(model: NOVATransformer3DModel, source: Path) -> None:
-    """Copy the weights of a trained model, and name the parts that it does not have.
+    """Copy the weights of a trained model, and print the parts that it does not have.
 
     Args:
         model: Changed in place.

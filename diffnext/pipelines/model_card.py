@@ -17,9 +17,9 @@ __all__ = ["Defaults", "Ranges", "read_defaults"]
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Ranges:
-    """Least and greatest values that may be recommended."""
+    """Least and greatest values that a card may recommend."""
 
     guidance_scale: tuple[float, float] = (1, 10)
     num_inference_steps: tuple[int, int] = (1, 128)
@@ -28,7 +28,7 @@ class Ranges:
 
 @dataclass(frozen=True, kw_only=True)
 class Defaults:
-    """What is drawn with when nobody says otherwise.
+    """What to draw with unless the user says otherwise; the values are NOVA's.
 
     Attributes:
         guidance_scale: Weight of the prompt.
@@ -38,10 +38,10 @@ class Defaults:
         examples: Prompts to choose from.
     """
 
-    guidance_scale: float
-    num_inference_steps: int
-    num_diffusion_steps: int
-    negative_prompt: str
+    guidance_scale: float = 5.0
+    num_inference_steps: int = 64
+    num_diffusion_steps: int = 25
+    negative_prompt: str = ""
     examples: tuple[str, ...] = ()
 
 
@@ -51,7 +51,7 @@ def read_defaults(folder: Path, fallback: Defaults, ranges: Ranges) -> Defaults:
     The card is the README.md of the model's folder or, for a training checkpoint, of its base
     folder. As on the Hub, its header holds values under ``inference: parameters:``, by the names
     of the pipeline's arguments, and prompts under ``widget:``, each a ``text``. Values out of range
-    are reported and left out.
+    are ignored with a warning.
 
     Args:
         folder: Of the model.
@@ -68,18 +68,16 @@ def read_defaults(folder: Path, fallback: Defaults, ranges: Ranges) -> Defaults:
         header = ModelCard(card.read_text(encoding="utf-8")).data.to_dict()
     except (yaml.YAMLError, ValueError) as error:
         raise ValueError(f"the header of {card} cannot be read: {error}") from error
-    recommended: dict[str, Any] = {}
-    for name, value in read_mapping(read_mapping(header, "inference"), "parameters").items():
-        limits = getattr(ranges, name, None)
-        if name == "negative_prompt" and isinstance(value, str):
+    parameters = read_mapping(read_mapping(header, "inference"), "parameters")
+    recommended: dict[str, Any] = {"examples": read_examples(header) or fallback.examples}
+    if isinstance(parameters.get("negative_prompt"), str):
+        recommended["negative_prompt"] = parameters["negative_prompt"]
+    for name, (least, most) in vars(ranges).items():
+        value = parameters.get(name, getattr(fallback, name))
+        if type(value) in (int, float) and least <= value <= most:
             recommended[name] = value
-        elif limits is not None and is_number_within(value, limits):
-            recommended[name] = value
-        elif limits is not None:
-            logger.warning("%s: %s is %r, not %g to %g", card, name, value, *limits)
-    examples = read_examples(header)
-    if examples:
-        recommended["examples"] = examples
+        else:
+            logger.warning("%s: %s is %r, not %g to %g", card, name, value, least, most)
     return replace(fallback, **recommended)
 
 
@@ -102,9 +100,3 @@ def read_examples(header: dict[str, Any]) -> tuple[str, ...]:
     entries = widget if isinstance(widget, list) else []
     texts = [entry.get("text") for entry in entries if isinstance(entry, dict)]
     return tuple(text for text in texts if isinstance(text, str))
-
-
-def is_number_within(value: Any, limits: tuple[float, float]) -> bool:
-    """Whether a value is a number of a range."""
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return is_number and limits[0] <= value <= limits[1]

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from diffnext.utils.folders import INDEX_FILE
 from diffnext.utils.json_files import FileError, read_json
 
 __all__ = [
@@ -30,7 +31,6 @@ __all__ = [
     "reading",
 ]
 
-INDEX_FILE = "model_index.json"
 BASE_FOLDER_FILE = "base_folder.json"
 PICKLES = (".pkl", ".pickle")  # of Python objects: no component needs one
 

@@ -8,7 +8,11 @@ from typing import Any
 
 from diffnext.utils.messages import did_you_mean
 
-__all__ = ["HUB_ARGUMENTS", "find_folder"]
+__all__ = ["HUB_ARGUMENTS", "INDEX_FILE", "find_folder", "newest_checkpoint"]
+
+INDEX_FILE = "model_index.json"  # of a release folder or checkpoint
+STATUS_FILE = "status.json"  # of the output folder of a training
+CHECKPOINT_FOLDERS = ("checkpoints", "ema_checkpoints")  # in it: raw, then averaged weights
 
 HUB_ARGUMENTS = (
     "cache_dir",
@@ -56,3 +60,25 @@ def find_folder(path_or_id: str | os.PathLike, **hub_kwargs: Any) -> Path:
             f"there is no folder {name}, nor a model of that name {where}: {reason}"
             f"{did_you_mean(folder)}"
         ) from error
+
+
+def newest_checkpoint(folder: Path) -> Path:
+    """The newest checkpoint in the output folder of a training, averaged weights before raw ones.
+
+    Args:
+        folder: Of a model; one that is not the output of a training is returned as it is.
+
+    Raises:
+        FileNotFoundError: If the training has not written a checkpoint yet.
+    """
+    if (folder / INDEX_FILE).is_file() or not (folder / STATUS_FILE).is_file():
+        return folder
+    steps = {
+        path.parent: path.parent.name.removeprefix("checkpoint-")
+        for kind in CHECKPOINT_FOLDERS
+        for path in (folder / kind).glob(f"checkpoint-*/{INDEX_FILE}")
+    }
+    found = sorted((int(step), path) for path, step in steps.items() if step.isdecimal())
+    if not found:
+        raise FileNotFoundError(f"the training in {folder} has not written a checkpoint yet")
+    return found[-1][1]
