@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from importlib import import_module
@@ -17,6 +18,8 @@ from diffnext.cli import generate
 from diffnext.cli.main import COMMANDS, main
 from diffnext.pipelines import NOVAPipeline
 from diffnext.utils import read_parameters
+from diffnext.utils.folders import newest_checkpoint
+from diffnext.utils.json_files import write_json
 from diffnext.version import __version__
 from tests.pipelines.conftest import make_class_pipeline, make_video_pipeline
 
@@ -197,6 +200,49 @@ def test_a_video_model_draws_a_picture(video_model, tmp_path):
         assert picture.size == (96, 64)
 
 
+def write_run(folder, checkpoints):
+    """The output folder of a training, with checkpoints of nothing but their names."""
+    write_json(folder / "status.json", {})
+    for name in checkpoints:
+        (folder / name).mkdir(parents=True)
+        (folder / name / "model_index.json").touch()
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("checkpoints", "newest"),
+    [
+        (["checkpoints/checkpoint-9", "checkpoints/checkpoint-10"], "checkpoints/checkpoint-10"),
+        (
+            ["checkpoints/checkpoint-9", "ema_checkpoints/checkpoint-9"],
+            "ema_checkpoints/checkpoint-9",
+        ),
+        (["checkpoints/checkpoint-9", "ema_checkpoints/checkpoint-8"], "checkpoints/checkpoint-9"),
+        (["checkpoints/checkpoint-9", "checkpoints/checkpoint-10.tmp"], "checkpoints/checkpoint-9"),
+    ],
+)
+def test_the_newest_checkpoint_of_a_run_is_found(tmp_path, checkpoints, newest):
+    assert newest_checkpoint(write_run(tmp_path, checkpoints)) == tmp_path / newest
+
+
+def test_a_run_draws_with_its_newest_checkpoint(tmp_path, capsys):
+    run = write_run(tmp_path, ["checkpoints/checkpoint-1"])
+    shutil.copytree(NOVA_TINY, run / "ema_checkpoints" / "checkpoint-1")
+    assert run_generate("--model", run, "a red star", "--output", tmp_path / "a.png") == 0
+    shutil.rmtree(run / "ema_checkpoints")
+    shutil.rmtree(run / "checkpoints")
+    message = refuse_generate(capsys, "--model", run, "a red star", "--output", tmp_path / "b.png")
+    assert message == f"error: the training in {run} has not written a checkpoint yet"
+
+
+def test_a_long_video_is_drawn_from_its_latest_frames(video_model, tmp_path):
+    words = ["--model", video_model, "a cat", "--num-frames", "13", "--output"]
+    assert run_generate(*words, tmp_path / "a.mp4") == 0
+    assert run_generate(*words, tmp_path / "b.mp4", "--max-context-frames", "1") == 0
+    assert (tmp_path / "a.mp4").read_bytes() != (tmp_path / "b.mp4").read_bytes()
+    assert read_parameters(tmp_path / "b.mp4")["max_context_frames"] == 1
+
+
 def test_new_files_replace_none(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("generated.png").touch()
@@ -233,6 +279,7 @@ def test_what_is_not_said_is_taken_from_the_card(tmp_path):
     ("words", "message"),
     [
         (["--num-images", "0"], "--num-images must be at least 1, got 0"),
+        (["--max-context-frames", "0"], "--max-context-frames must be at least 1, got 0"),
         (["--num-frames", "0"], "--num-frames must be at least 1, got 0"),
         (["--seed", "-1"], "--seed must be at least 0, got -1"),
         (["--output", "a.mp4"], "--output a.mp4 must be the name of a picture: use .png"),
