@@ -113,11 +113,12 @@ def draw_vbench(args: argparse.Namespace) -> None:
 def draw(prompts: PromptSet, layout: Layout, args: argparse.Namespace, what: str) -> None:
     """Draw this process's share of a benchmark, and print how many samples it wrote."""
     from diffnext.evaluation.sampling import SamplingOptions, Shard, draw_benchmark
+    from diffnext.utils.arguments import build_checked
 
     ckpt = Path(args.ckpt).expanduser()
     args.ckpt = str(ckpt.absolute()) if ckpt.exists() else args.ckpt
     names = {one.name for one in fields(SamplingOptions)}
     options = {name: value for name, value in vars(args).items() if name in names}
     shard = Shard.from_environment()
-    count = draw_benchmark(prompts, layout, SamplingOptions(**options), shard)
+    count = draw_benchmark(prompts, layout, build_checked(SamplingOptions, options), shard)
     print(f"Wrote {count} {what} to {args.outdir}")

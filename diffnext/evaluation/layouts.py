@@ -1,11 +1,10 @@
 """Where the samples of a benchmark go, and how they are written.
 
-Files appear under their names when they are whole, so that one that exists is finished.
+Files get their names when they are complete, so one that exists is finished.
 """
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import os
@@ -45,18 +44,11 @@ class Layout(ABC):
     def write(self, prompt: int, sample: int, frames: ndarray) -> None:
         """Write a sample, (F, H, W, 3) of uint8, whose file is :meth:`path`."""
 
-    def notes(self, prompt: int) -> dict[Path, str]:
-        """Texts that stand beside the samples of a prompt, by their files."""
-        return {}
-
-    def prepare(self, prompt: int) -> None:
-        """Write the notes of a prompt that are not there."""
-        for path, text in self.notes(prompt).items():
-            if not path.is_file():
-                write_whole(path, functools.partial(Path.write_text, data=text))
+    def prepare(self, prompt: int) -> None:  # noqa: B027 - most need nothing
+        """Write the files beside the samples of a prompt, if there are any."""
 
     def repeats(self, prompt: int) -> bool:
-        """Whether the files of a prompt are those of an earlier one."""
+        """Whether a prompt shares its files with an earlier one."""
         return False
 
     def missing(self, prompt: int, num_samples: int) -> list[int]:
@@ -80,10 +72,12 @@ class GenEvalLayout(Layout):
         """The file of a sample."""
         return self.outdir / f"{prompt:05}" / "samples" / f"{sample:05}.png"
 
-    def notes(self, prompt: int) -> dict[Path, str]:
-        """The metadata of a prompt."""
+    def prepare(self, prompt: int) -> None:
+        """Write the metadata of a prompt."""
+        path = self.outdir / f"{prompt:05}" / "metadata.jsonl"
         line = json.dumps(self.records[prompt]) + "\n"
-        return {self.outdir / f"{prompt:05}" / "metadata.jsonl": line}
+        if not path.is_file():
+            write_whole(path, lambda partial: partial.write_text(line))
 
     def write(self, prompt: int, sample: int, frames: ndarray) -> None:
         """Write a picture, the first frame of a video."""
@@ -94,9 +88,9 @@ class GenEvalLayout(Layout):
 class VBenchLayout(Layout):
     """``<tag>/<text>-<sample>.mp4``.
 
-    Texts stay as they are but for path separators and control characters, which become "_", and
-    for names that the file system cannot hold or that another text has already: those get a part
-    of a SHA-256. Prompts that repeat tag and text share their files.
+    In texts, path separators and control characters become "_". Names that the file system cannot
+    hold or that another text already has end with a part of a SHA-256. Prompts that repeat tag and
+    text share their files.
 
     Args:
         outdir: Folder of all samples.
@@ -108,12 +102,9 @@ class VBenchLayout(Layout):
         self, outdir: str | os.PathLike, texts: Sequence[str], tags: Sequence[str]
     ) -> None:
         super().__init__(outdir)
-        self._keys = list(zip(tags, texts, strict=True))
-        self._firsts: dict[tuple[str, str], int] = {}
         self._stems: list[Path] = []
         owners: dict[Path, tuple[str, str]] = {}
-        for index, (tag, text) in enumerate(self._keys):
-            self._firsts.setdefault((tag, text), index)
+        for tag, text in zip(tags, texts, strict=True):
             stem = Path(safe_name(tag)) / safe_name(text.removesuffix(VIDEO_SUFFIX))
             if owners.setdefault(stem, (tag, text)) != (tag, text):
                 stem = stem.with_name(_hashed(stem.name, f"{tag}/{text}"))
@@ -126,7 +117,7 @@ class VBenchLayout(Layout):
 
     def repeats(self, prompt: int) -> bool:
         """Whether an earlier prompt has the same tag and text."""
-        return self._firsts[self._keys[prompt]] != prompt
+        return self._stems.index(self._stems[prompt]) < prompt
 
     def write(self, prompt: int, sample: int, frames: ndarray) -> None:
         """Write a clip of 12 frames per second."""
@@ -139,7 +130,7 @@ def safe_name(text: str, reserved: int = 24) -> str:
 
     Args:
         text: Any Unicode text.
-        reserved: Bytes to leave for what is put behind it.
+        reserved: Bytes to leave for what is appended to it.
 
     Returns:
         The text without path separators and control characters, cut if it is too long.
@@ -153,14 +144,14 @@ def safe_name(text: str, reserved: int = 24) -> str:
 
 
 def _hashed(name: str, text: str, reserved: int = 24) -> str:
-    """A name, cut where necessary, made unlike those of other texts."""
+    """A name, cut if necessary, that differs from the names of other texts."""
     digest = hashlib.sha256(text.encode()).hexdigest()[:12]
     room = MAX_NAME_BYTES - reserved - len(digest) - 1
     return f"{name.encode()[:room].decode(errors='ignore')}-{digest}"
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write a file beside its place and move it there.
+    """Write a file beside its place, then move it there.
 
     Args:
         path: Where it goes; its folder is made.

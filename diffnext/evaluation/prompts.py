@@ -1,4 +1,4 @@
-"""Prompts of a benchmark: reading texts and text states, and encoding the one as the other.
+"""Prompts of a benchmark: reading texts and text states, and encoding texts.
 
 Shapes: k tokens of a prompt, d width of the text encoder.
 """
@@ -16,13 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffnext.evaluation.layouts import write_whole
 from diffnext.models.text_encoders.encoding import encode_texts
 from diffnext.pipelines.nova.pipeline_nova import NOVAPipeline
-from diffnext.pipelines.release_folder import (
-    INDEX_FILE,
-    component_places,
-    read_class_name,
-)
+from diffnext.pipelines.release_folder import find_component, read_class_name
+from diffnext.utils.component_files import own_path
 from diffnext.utils.folders import find_folder
 from diffnext.utils.json_files import read_json
 
@@ -46,8 +44,8 @@ class PromptSet:
     """The prompts of a benchmark, in its order.
 
     Attributes:
-        prompts: What is drawn: all texts, or all text states, (k, d) each.
-        texts: The benchmark's own short texts, which name files; None if they are not known.
+        prompts: What to draw: only texts, or only text states, (k, d) each.
+        texts: The benchmark's own short texts, which name files; None if they are unknown.
         tags: Group of each prompt; None if there are none.
     """
 
@@ -66,7 +64,7 @@ def read_prompts(path: str | os.PathLike, key: str = "prompt") -> PromptSet:
         path: A ``.json`` file with a list of objects or a ``.jsonl`` file with an object per line,
             see :func:`prompts_of_records`, or a ``.pth`` file with ``{"prompts": [states, ...],
             "texts": [...], "tags": [...]}``, of which the last two may be absent.
-        key: Name of the text to draw; without effect on text states.
+        key: Name of the text to draw; has no effect on text states.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -223,7 +221,7 @@ def read_vbench(prompt: str | os.PathLike, key: str = "prompt") -> PromptSet:
 
 
 def save_states(path: str | os.PathLike, prompts: PromptSet) -> None:
-    """Write text states, with texts and tags if they are known; the file appears when it is whole.
+    """Write text states, with texts and tags if they are known; the file appears when complete.
 
     Args:
         path: A ``.pth`` file.
@@ -235,11 +233,7 @@ def save_states(path: str | os.PathLike, prompts: PromptSet) -> None:
         content["tags"] = list(prompts.tags)
     if prompts.texts is not None:
         content["texts"] = list(prompts.texts)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".partial-{path.name}")
-    torch.save(content, partial)
-    os.replace(partial, path)
+    write_whole(Path(path), lambda partial: torch.save(content, partial))
 
 
 def check_model(model: str | os.PathLike) -> int:
@@ -253,21 +247,17 @@ def check_model(model: str | os.PathLike) -> int:
         ValueError: If it draws something else, such as classes.
     """
     folder = find_folder(model)
-    if not (folder / INDEX_FILE).is_file():
-        raise FileNotFoundError(f"{folder} is not a pipeline folder: it has no {INDEX_FILE}")
     name = read_class_name(folder)
     if name != NOVAPipeline.__name__:
         raise ValueError(f"{model} is a {name}: prompts need a {NOVAPipeline.__name__}")
-    for place in component_places(folder, "transformer"):
-        if (place / "config.json").is_file():
-            length = read_json(place / "config.json").get("text_token_len")
-            if not isinstance(length, int):
-                raise ValueError(
-                    f"{place / 'config.json'}: text_token_len must be a whole number, got "
-                    f"{length!r:.80}"
-                )
-            return length
-    raise FileNotFoundError(f"{folder} has no transformer/config.json")
+    place = find_component(folder, "transformer")
+    if place is None:
+        raise FileNotFoundError(f"{folder} has no transformer")
+    file = own_path(place, "config.json")
+    length = read_json(file).get("text_token_len")
+    if not isinstance(length, int):
+        raise ValueError(f"{file}: text_token_len must be a whole number, got {length!r:.80}")
+    return length
 
 
 def encode_prompts(

@@ -1,10 +1,9 @@
-"""Drawing the samples of a benchmark: in groups, over several processes, and on after a stop.
+"""Drawing the samples of a benchmark: in groups, in several processes, continuing after a stop.
 
-Prompts are drawn in groups of consecutive ones, always the same, whichever process draws them and
-whatever is there already: a group with a missing sample is drawn in whole again. Each sample has a
-generator of its own, seeded by its prompt and number. Together, this makes results independent of
-the number of processes and of stops, bit for bit; of the size of groups they depend as far as
-matrix products of another size round differently.
+Consecutive prompts form groups, which are the same for any number of processes; a group with a
+missing sample is drawn again as a whole. Each sample has its own generator, seeded by its prompt and
+number. So the results do not depend on the number of processes or on stops, bit for bit. They depend
+on the size of the groups only because matrix products of another size round differently.
 """
 
 from __future__ import annotations
@@ -14,18 +13,21 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 from numpy import ndarray
+from pydantic import Field
+from pydantic import dataclasses as checked
 from torch import Tensor
 from tqdm import tqdm
 
 from diffnext.evaluation import SEED
-from diffnext.evaluation.layouts import Layout, write_whole
+from diffnext.evaluation.layouts import Layout
 from diffnext.evaluation.prompts import PromptSet, check_model, encode_prompts
 from diffnext.pipelines.nova.pipeline_nova import NOVAPipeline
+from diffnext.utils.arguments import CHECKED, AtLeastOne, AtLeastZero
 from diffnext.utils.device_utils import AUTO, parse_device, parse_precision
 from diffnext.utils.json_files import read_json, write_json
 
@@ -39,13 +41,13 @@ __all__ = [
 SETTINGS_FILE = ".sampling.json"
 
 
-@dataclass(frozen=True, kw_only=True)
+@checked.dataclass(frozen=True, kw_only=True, config=CHECKED)
 class SamplingOptions:
     """How samples are drawn.
 
     Attributes:
         ckpt: Release folder, checkpoint or Hub id.
-        num_pred_steps: Autoregressive steps (sets of tokens) a frame.
+        num_pred_steps: Autoregressive steps (sets of tokens) per frame.
         num_diff_steps: Denoising steps of each set.
         guidance_scale: Weight of the prompt.
         prompt_size: Prompts of a group.
@@ -53,7 +55,7 @@ class SamplingOptions:
         vae_batch_size: Samples decoded at once.
         max_latent_length: Latent frames; 1 is a picture.
         flow: Motion strength of videos.
-        seed: From which those of all samples are derived.
+        seed: The seeds of all samples are derived from it.
         compat: Whether to draw everything from one generator, one group after the other, as the
             first release of NOVA did. Nothing is skipped, and there can be one process only.
         device: Such as "cuda:1"; "auto" takes the best there is.
@@ -61,26 +63,18 @@ class SamplingOptions:
     """
 
     ckpt: str
-    num_pred_steps: int = 128
-    num_diff_steps: int = 25
-    guidance_scale: float = 7.0
-    prompt_size: int = 16
-    sample_size: int = 4
-    vae_batch_size: int = 16
-    max_latent_length: int = 1
-    flow: float = 5.0
-    seed: int = SEED
+    num_pred_steps: AtLeastOne = 128
+    num_diff_steps: AtLeastOne = 25
+    guidance_scale: AtLeastZero = 7.0
+    prompt_size: AtLeastOne = 16
+    sample_size: AtLeastOne = 4
+    vae_batch_size: AtLeastOne = 16
+    max_latent_length: AtLeastOne = 1
+    flow: AtLeastZero = 5.0
+    seed: Annotated[int, Field(ge=0)] = SEED
     compat: bool = False
     device: str = AUTO
     precision: str = AUTO
-
-    def __post_init__(self) -> None:
-        names = ("num_pred_steps", "num_diff_steps", "prompt_size", "sample_size")
-        for name in (*names, "vae_batch_size", "max_latent_length"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.seed < 0:
-            raise ValueError(f"seed must be at least 0, got {self.seed}")
 
 
 @dataclass(frozen=True)
@@ -99,7 +93,7 @@ class Shard:
 
     @classmethod
     def from_environment(cls) -> Shard:
-        """As ``torchrun`` and ``accelerate launch`` say; alone without them.
+        """As ``torchrun`` and ``accelerate launch`` say; the only process without them.
 
         Raises:
             ValueError: If the numbers contradict each other.
@@ -121,7 +115,7 @@ def draw_benchmark(
     """Draw this process's share of what is missing.
 
     Args:
-        prompts: Of the benchmark; texts are encoded first.
+        prompts: The benchmark's; texts are encoded first.
         layout: Where samples go.
         options: How they are drawn.
         shard: Which share.
@@ -148,10 +142,13 @@ def draw_benchmark(
     pipe = NOVAPipeline.from_pretrained(
         options.ckpt, dtype=dtype, text_encoder=None, tokenizer=None
     ).to(device)
-    check_states(pipe, states)
+    for prompt, state in states.items():  # before hours of drawing
+        pipe.transformer.text_embed.check_state(state, prompt)
     written = 0
     for group, clips in draw_groups(pipe, groups, states, options, is_silent=shard.rank > 0):
-        note_settings(layout.outdir, settings)
+        if not (layout.outdir / SETTINGS_FILE).is_file():
+            layout.outdir.mkdir(parents=True, exist_ok=True)
+            write_json(layout.outdir / SETTINGS_FILE, settings)
         written += write_group(group, clips, layout, options)
     return written
 
@@ -159,7 +156,7 @@ def draw_benchmark(
 def plan_groups(
     num_prompts: int, layout: Layout, options: SamplingOptions, shard: Shard
 ) -> list[list[int]]:
-    """The groups of prompts that are this process's."""
+    """This process's groups of prompts."""
     prompts = [p for p in range(num_prompts) if options.compat or not layout.repeats(p)]
     size = options.prompt_size
     groups = [prompts[start : start + size] for start in range(0, len(prompts), size)]
@@ -169,7 +166,7 @@ def plan_groups(
 def missing_samples(
     group: Sequence[int], layout: Layout, options: SamplingOptions
 ) -> list[tuple[int, int]]:
-    """Prompt and number of every sample of a group that is to be written."""
+    """Prompt and number of every sample of a group that must be written."""
     size = options.sample_size
     if options.compat:
         return [(prompt, sample) for prompt in group for sample in range(size)]
@@ -195,23 +192,6 @@ def load_states(
     return dict(zip(texts, progress, strict=True))
 
 
-def check_states(pipe: NOVAPipeline, states: dict[int, Tensor]) -> None:
-    """Check text states before hours of drawing.
-
-    Raises:
-        ValueError: If they do not fit the model.
-    """
-    embed = pipe.transformer.text_embed
-    if embed is None:
-        raise ValueError("the model reads classes, not text states")
-    for prompt, state in states.items():
-        if state.size(1) != embed.token_dim or len(state) > embed.num_tokens:
-            raise ValueError(
-                f"the model reads text states (k, {embed.token_dim}) with k <= "
-                f"{embed.num_tokens}, got {tuple(state.shape)} for prompt {prompt}"
-            )
-
-
 def draw_groups(
     pipe: NOVAPipeline,
     groups: Sequence[Sequence[int]],
@@ -220,7 +200,10 @@ def draw_groups(
     is_silent: bool,
 ) -> Iterator[tuple[Sequence[int], ndarray]]:
     """Draw groups, one after the other; yields each with its samples, (B, F, H, W, 3)."""
-    shared = make_shared_generator(pipe, options)
+    shared = None
+    if options.compat:  # as the first release had it
+        torch.manual_seed(options.seed)
+        shared = torch.Generator(pipe.device).manual_seed(options.seed)
     total = sum(map(len, groups)) * options.sample_size
     with tqdm(total=total, unit="sample", disable=is_silent) as progress:
         for group in groups:
@@ -280,21 +263,13 @@ def make_generators(
     ]
 
 
-def make_shared_generator(pipe: NOVAPipeline, options: SamplingOptions) -> torch.Generator | None:
-    """The one generator of a whole run, as the first release had it; None for one per sample."""
-    if not options.compat:
-        return None
-    torch.manual_seed(options.seed)
-    return torch.Generator(pipe.device).manual_seed(options.seed)
-
-
 # --- what a folder was drawn with ---------------------------------------------------------------
 
 
 def describe_settings(
     prompts: PromptSet, options: SamplingOptions, dtype: torch.dtype
 ) -> dict[str, Any]:
-    """All that samples depend on, but for how many are drawn."""
+    """Everything that samples depend on; how many are drawn does not matter."""
     settings = asdict(options)
     for name in ("prompt_size", "sample_size", "vae_batch_size", "device"):
         del settings[name]
@@ -314,7 +289,7 @@ def digest(prompts: PromptSet) -> str:
 
 
 def check_settings(outdir: Path, settings: dict[str, Any]) -> None:
-    """Check that a folder holds no samples that were drawn with something else.
+    """Check that a folder holds no samples that were drawn with other settings.
 
     Raises:
         ValueError: If it does.
@@ -327,8 +302,3 @@ def check_settings(outdir: Path, settings: dict[str, Any]) -> None:
                 f"{outdir} holds samples of {name} {found.get(name)!r}, not {value!r}: name "
                 "another --outdir, or remove it"
             )
-
-
-def note_settings(outdir: Path, settings: dict[str, Any]) -> None:
-    """Write down what a folder's samples are drawn with."""
-    write_whole(outdir / SETTINGS_FILE, lambda partial: write_json(partial, settings))

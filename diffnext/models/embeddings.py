@@ -473,13 +473,14 @@ class TextEmbed(nn.Module):
         """
         if len(states) == 0:
             raise ValueError("at least one prompt is needed, got none")
-        tensors = [self._check_state(state, index) for index, state in enumerate(states)]
+        tensors = [self.check_state(state, index) for index, state in enumerate(states)]
         output = self.weight[: self.num_tokens].repeat(len(tensors), 1, 1)
         for row, tensor in zip(output, tensors, strict=True):
             row[: len(tensor)] = send(tensor, row.device)
         return output
 
-    def _check_state(self, state: Any, index: int) -> Tensor:
+    def check_state(self, state: Any, index: int) -> Tensor:
+        """Text states as a tensor, (k, token_dim); raises as :meth:`pad_states`, with the index."""
         tensor = torch.as_tensor(state) if isinstance(state, np.ndarray) else state
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
             kind = getattr(state, "dtype", type(state).__name__)

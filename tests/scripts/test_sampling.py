@@ -407,7 +407,7 @@ def test_states_of_another_model_are_refused_before_drawing(metadata, tmp_path, 
 def test_wrong_commands_are_explained(metadata, tmp_path, capsys):
     assert "there is no prompt file" in refuse_geneval(capsys, tmp_path / "none", tmp_path / "out")
     options = ("--prompt_size", "0")
-    assert "prompt_size must be at least 1" in refuse_geneval(
+    assert "prompt_size must be greater than or equal to 1, got 0" in refuse_geneval(
         capsys, metadata, tmp_path / "out", *options
     )
     message = refuse_geneval(capsys, metadata, tmp_path / "out", "--device", "cpux")
