@@ -258,17 +258,10 @@ def to_unit_range(name: str, x: Tensor, pixel_range: PixelRange) -> Tensor:
     slack = high - low if pixel_range and x.is_floating_point() else 0
     reason = "by pixel_range" if pixel_range else f"for {x.dtype} unless pixel_range says otherwise"
     values = x.float()
-    check_values(name, values, low, high, reason, slack)
-    return (values.clamp(low, high) - (low + high) / 2) / ((high - low) / 2)
-
-
-def check_values(
-    name: str, values: Tensor, low: float, high: float, reason: str, slack: float = 0
-) -> None:
-    """Raise if values are outside of a range by more than ``slack``, or NaN."""
     if not ((values >= low - slack) & (values <= high + slack)).all():
         got = f"values from {values.min():g} to {values.max():g}"
         raise ValueError(f"{name} must be {low:g} to {high:g} {reason}, got {got}")
+    return (values.clamp(low, high) - (low + high) / 2) / ((high - low) / 2)
 
 
 def parse_range(pixel_range: Any) -> PixelRange:

@@ -1,9 +1,9 @@
 """Drawing the samples of a benchmark: in groups, in several processes, continuing after a stop.
 
 Consecutive prompts form groups, which are the same for any number of processes; a group with a
-missing sample is drawn again as a whole. Each sample has its own generator, seeded by its prompt and
-number. So the results do not depend on the number of processes or on stops, bit for bit. They depend
-on the size of the groups only because matrix products of another size round differently.
+missing sample is drawn again as a whole. Each sample has its own generator, seeded by its prompt
+and number. So the results do not depend on the number of processes or on stops, bit for bit. They
+depend on the size of the groups only because matrix products of another size round differently.
 """
 
 from __future__ import annotations

@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from itertools import accumulate
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -59,27 +58,15 @@ def _is_explicit_better(q: Tensor, k: Tensor) -> bool:
     return is_short or torch.compiler.is_compiling()
 
 
-class AttentionMask(Protocol):
-    """What tokens may look at."""
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attention of queries (B, H, n, d) to visible keys and values (B, H, L, d)."""
-
-
 @dataclass(frozen=True)
 class PaddingMask:
-    """Hides the padding after the real keys, so that few different lengths occur.
+    """Hides the padding after the real keys, so there are few different lengths.
 
     Attributes:
         visible: Which keys are real, (1, L).
     """
 
     visible: Tensor
-
-    @classmethod
-    def of_length(cls, length: int, padding: int, device: torch.device) -> PaddingMask:
-        """The mask of ``length`` real keys followed by ``padding`` others."""
-        return cls(torch.arange(length + padding, device=device)[None] < length)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Masked attention: (B, H, n, d) queries, (B, H, L, d) keys and values."""
@@ -100,7 +87,7 @@ class BlockCausalMask:
 
     @classmethod
     def of_frames(cls, num_frames: int, frame_tokens: int, num_condition: int) -> BlockCausalMask:
-        """One block a frame; the condition tokens in front belong to the first."""
+        """One block per frame; the condition tokens in front belong to the first."""
         first = num_condition + frame_tokens
         return cls(lengths=(first,) + (frame_tokens,) * (num_frames - 1))
 
@@ -156,6 +143,9 @@ class BlockCausalMask:
         )
 
 
+AttentionMask = PaddingMask | BlockCausalMask  # what tokens may look at
+
+
 def can_flex(device: torch.device, head_dim: int) -> bool:
     """Whether FlexAttention has a kernel for heads of this width, and it can be compiled."""
     if device.type != "cuda" or find_spec("triton") is None or torch._dynamo.config.disable:
@@ -166,8 +156,8 @@ def can_flex(device: torch.device, head_dim: int) -> bool:
 class LayerKVCache:
     """Keys and values of one layer: what came first, and as many of the latest frames as fit.
 
-    A frame that finds no room takes the place of the oldest one. What was appended first, the
-    prompt with the first frame, always stays.
+    When there is no room, a frame overwrites the oldest one. What was appended first, the prompt
+    with the first frame, always stays.
 
     Args:
         buffer: Uninitialised storage, (2, B, H, capacity, d).
@@ -188,7 +178,7 @@ class LayerKVCache:
             v: New values, same shape.
 
         Returns:
-            All keys and values that are held, (B, H, length, d), in no order.
+            All keys and values that are held, (B, H, length, d), in any order.
 
         Raises:
             ValueError: If the tokens do not fit beside those that came first.
@@ -206,7 +196,11 @@ class LayerKVCache:
         return keys, values
 
     def turn_first(self, turn: Callable[[Tensor], Tensor]) -> None:
-        """Put the keys that came first, as they were appended, at another position."""
+        """Move the keys that came first to another position.
+
+        Args:
+            turn: Applied to them as they were appended, (B, H, L, d).
+        """
         first = self.buffer[0, :, :, : self._first]
         if self._first_keys is None:
             self._first_keys = first.clone()

@@ -302,7 +302,8 @@ class VisionTransformer(nn.Module):
             known_mask: AttentionMask | None = mask if visible is None else PaddingMask(visible)
             if self.is_compiled and visible is None:
                 padding = pad_length(length, num_condition + tokens.size(1)) - length
-                known_mask = PaddingMask.of_length(length, padding, known.device)
+                places = torch.arange(length + padding, device=known.device)
+                known_mask = PaddingMask(places[None] < length)
                 known = F.pad(known, (0, 0, 0, padding))
                 known_pos = None if known_pos is None else known_pos.pad(padding)
             known = self._run_blocks(known, 0, start, known_pos, known_mask, cache)

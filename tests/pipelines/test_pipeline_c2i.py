@@ -66,7 +66,7 @@ def test_the_guidance_of_classes_can_start_lower(class_pipe):
         ({"prompt": 1001}, "whole numbers from 0 to 1000, got 1001"),
         ({"prompt": 1.5}, "whole numbers from 0 to 1000"),
         ({"prompt": [1, 2], "negative_prompt": [1, 2, 3]}, "got 3 for 2 prompts"),
-        ({"prompt": 1, "latents": [torch.zeros(1)]}, "latents is what a video begins with"),
+        ({"prompt": 1, "latents": [torch.zeros(1)]}, "latents is for videos"),
         ({"prompt": 1, "output_type": "gif"}, "output_type must be 'pil'"),
     ],
 )

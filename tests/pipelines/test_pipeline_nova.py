@@ -130,7 +130,7 @@ def test_flow_shift_stays_until_another_is_given(pipe):
         ({"prompt": "a", "max_latent_length": 0}, "must be greater than or equal to 1, got 0"),
         ({"prompt": "a", "output_type": "jpg"}, "output_type must be 'pil'"),
         ({"prompt": "a", "num_inference_steps": 0}, "num_inference_steps must be greater than"),
-        ({"prompt": "a", "image": np.zeros((8, 8, 3))}, "image is what a video begins with"),
+        ({"prompt": "a", "image": np.zeros((8, 8, 3))}, "image is for videos"),
         ({"prompt": "a", "motion_flow": 3}, "motion_flow=3.* is for models of videos"),
         ({"prompt": "a", "resize_mode": "cut"}, "resize_mode must be 'crop'"),
         ({"prompt": "a", "vae_batch_size": 0}, "vae_batch_size must be greater than"),

@@ -69,7 +69,7 @@ def test_refusals_of_videos(video_pipe, arguments, message):
 
 
 def test_an_image_model_makes_one_frame():
-    with pytest.raises(ValueError, match="num_frames=5 asks for a video, but this is an image"):
+    with pytest.raises(ValueError, match="num_frames is for videos, but this is an image"):
         make_pipeline()("a cat", num_frames=5, **QUICK)
 
 

@@ -55,26 +55,20 @@ def image_decoder(**kwargs: Any) -> DiffusionMLP:
     return DiffusionMLP(**kwargs)
 
 
-# Depth, width and heads of the name vit_d<depth>w<width>: the released sizes, then small ones.
-for _depth, _width, _heads in (
-    *((16, 768, 12), (16, 1024, 16), (16, 1536, 16)),
-    *((2, 64, 2), (3, 128, 4), (3, 192, 3), (4, 256, 4)),
+# Depths of both encoders, width and heads: the released sizes, then small ones.
+for _video_depth, _image_depth, _width, _heads in (
+    *((16, 32, 768, 12), (16, 32, 1024, 16), (16, 32, 1536, 16)),
+    *((2, 4, 64, 2), (3, 6, 128, 4), (3, 6, 192, 3), (4, 8, 256, 4)),
 ):
-    _size = {"depth": _depth, "embed_dim": _width, "num_heads": _heads}
-    VIDEO_ENCODERS.register(f"vit_d{_depth}w{_width}", video_encoder, **_size)
-for _depth, _width, _heads in (
-    *((32, 768, 12), (32, 1024, 16), (32, 1536, 16)),
-    *((4, 64, 2), (6, 128, 4), (6, 192, 3), (8, 256, 4)),
-):
-    _size = {"depth": _depth, "embed_dim": _width, "num_heads": _heads}
-    IMAGE_ENCODERS.register(f"vit_d{_depth}w{_width}", image_encoder, **_size)
-# Depth and width of the name mlp_d<depth>w<width>.
-for _depth, _width in (
-    *((3, 1280), (6, 768), (6, 1024), (6, 1536)),
-    *((2, 64), (3, 192), (3, 256)),
-):
-    _size = {"depth": _depth, "embed_dim": _width}
-    IMAGE_DECODERS.register(f"mlp_d{_depth}w{_width}", image_decoder, **_size)
+    for _registry, _encoder, _depth in (
+        (VIDEO_ENCODERS, video_encoder, _video_depth),
+        (IMAGE_ENCODERS, image_encoder, _image_depth),
+    ):
+        _size = {"depth": _depth, "embed_dim": _width, "num_heads": _heads}
+        _registry.register(f"vit_d{_depth}w{_width}", _encoder, **_size)
+for _depth, _width in ((3, 1280), (6, 768), (6, 1024), (6, 1536), (2, 64), (3, 192), (3, 256)):
+    _name = f"mlp_d{_depth}w{_width}"
+    IMAGE_DECODERS.register(_name, image_decoder, depth=_depth, embed_dim=_width)
 
 
 class NOVATransformer3DModel(

@@ -422,20 +422,18 @@ class GenerationPipeline(AdapterLoading, PipelineMixin, DiffusionPipeline):
     def _check_length(self, arguments: CallArguments) -> int:
         length, num_frames = arguments.max_latent_length, arguments.num_frames
         if not self._makes_videos():
-            for name, value in (("max_latent_length", length), ("num_frames", num_frames or 1)):
-                if value > 1:
-                    raise ValueError(
-                        f"{name}={value} asks for a video, but this is an image model: use "
-                        f"{name}=1 or a video checkpoint"
-                    )
-            latents = arguments.latents or None
-            firsts = {"image": arguments.image, "video": arguments.video, "latents": latents}
-            for name, first in firsts.items():
-                if first is not None:
-                    raise ValueError(
-                        f"{name} is what a video begins with, but this is an image model: leave "
-                        "it out or use a video checkpoint"
-                    )
+            asked = {
+                "max_latent_length": length > 1,
+                "num_frames": (num_frames or 1) > 1,
+                "image": arguments.image is not None,
+                "video": arguments.video is not None,
+                "latents": bool(arguments.latents),
+            }
+            for name in filter(asked.get, asked):
+                raise ValueError(
+                    f"{name} is for videos, but this is an image model: leave it out or use a "
+                    "video checkpoint"
+                )
             return 1
         if not isinstance(self.vae, TilingMixin):  # absent, or one whose lengths are not known
             if num_frames is not None:
