@@ -12,18 +12,19 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from diffnext.pipelines.release_folder import (
     BASE_FOLDER_FILE,
     INDEX_FILE,
     LORA_FILE,
+    SCHEDULER_MODULES,
+    component_class,
     component_places,
     find_component,
     read_index,
     write_base_reference,
 )
-from diffnext.schedulers.scheduling_cfm import FlowMatchEulerDiscreteScheduler
-from diffnext.schedulers.scheduling_ddpm import DDPMScheduler
 from diffnext.utils.component_files import component_files, own_path, reading
 from diffnext.utils.folders import find_folder
 from diffnext.utils.json_files import read_json, same_value, write_json
@@ -31,8 +32,6 @@ from diffnext.utils.json_files import read_json, same_value, write_json
 __all__ = ["build_diffusion_scheduler", "build_pipeline", "get_pipeline_path"]
 
 logger = logging.getLogger(__name__)
-
-_SCHEDULERS = {cls.__name__: cls for cls in (FlowMatchEulerDiscreteScheduler, DDPMScheduler)}
 
 
 def get_pipeline_path(
@@ -206,7 +205,8 @@ def build_diffusion_scheduler(scheduler_path: Any, sample: bool = False, **kwarg
         config = read_json(file)
         wanted = "_sample_class_name" if sample else "_noise_class_name"
         name = config.get(wanted) or config.get("_class_name")
-    if not isinstance(name, str) or name not in _SCHEDULERS:
-        raise ValueError(f"scheduler must be one of {sorted(_SCHEDULERS)}, got {name}")
+    if not isinstance(name, str) or name not in SCHEDULER_MODULES:
+        raise ValueError(f"scheduler must be one of {sorted(SCHEDULER_MODULES)}, got {name}")
+    found: Any = component_class((SCHEDULER_MODULES[name], name), SchedulerMixin)
     with reading(scheduler_path, name):
-        return _SCHEDULERS[name].from_config({**config, **kwargs})
+        return found.from_config({**config, **kwargs})

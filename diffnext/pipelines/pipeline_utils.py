@@ -211,18 +211,13 @@ def cosine_set_sizes(num_steps: int, num_tokens: int) -> np.ndarray:
     """How many tokens each autoregressive step predicts (MaskGIT, arXiv:2202.04200).
 
     Args:
-        num_steps: Number of steps.
+        num_steps: Number of steps, at least 1.
         num_tokens: Tokens of a frame.
 
     Returns:
         (num_steps,) int64, growing along a cosine, sum ``num_tokens``; small frames in many
         steps have zeros.
-
-    Raises:
-        ValueError: If there is no step.
     """
-    if num_steps < 1:
-        raise ValueError(f"num_inference_steps must be at least 1, got {num_steps}")
     hidden = np.cos(0.5 * np.pi * np.arange(num_steps + 1) / num_steps) * num_tokens
     hidden = np.round(hidden).astype(np.int64)
     return hidden[:-1] - hidden[1:]

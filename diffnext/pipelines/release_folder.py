@@ -33,6 +33,7 @@ __all__ = [
     "INDEX_FILE",
     "LIBRARIES",
     "LORA_FILE",
+    "SCHEDULER_MODULES",
     "component_class",
     "component_places",
     "find_component",
