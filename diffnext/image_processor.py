@@ -1,4 +1,4 @@
-"""From pictures to what the autoencoder reads, and from latents to pictures.
+"""From pictures to the pixels that the autoencoder reads, and from latents to pictures.
 
 Shapes: B batch, C latent channels, T latent frames, h w latent size, F frames, H W pixels, c colour
 channels (1 grey, 3 RGB, 4 RGB and opacity).
@@ -59,7 +59,7 @@ class VaeImageProcessor:
                 orientation is applied, transparency laid on white, grey made RGB.
             height: Height of the result; pictures of exactly this size stay as they are.
             width: Its width.
-            resize_mode: "crop" scales a picture to cover the size and cuts what stands over,
+            resize_mode: "crop" scales a picture to cover the size and cuts the rest,
                 "fill" fits it into the size on a blurred border, "default" distorts it.
             pixel_range: The values of black and white in arrays and tensors, such as (-1, 1) for
                 the "pt" results of a pipeline, whose floating-point values may overshoot and are
@@ -252,7 +252,7 @@ def to_tensor(name: str, given: Any) -> Tensor:
 
 
 def to_unit_range(name: str, x: Tensor, pixel_range: PixelRange) -> Tensor:
-    """Pixel values as float32, -1 to 1, from the given range or that of their dtype."""
+    """Pixel values as float32, -1 to 1, from the given range or the range of their dtype."""
     is_unit = x.is_floating_point() or x.dtype == torch.bool
     low, high = pixel_range or (0, 1 if is_unit else 255)
     slack = high - low if pixel_range and x.is_floating_point() else 0

@@ -1,4 +1,4 @@
-"""``diffnext encode``: text states of a benchmark's prompts, so that sampling needs no encoder."""
+"""``diffnext encode``: text states of a benchmark's prompts; sampling then needs no encoder."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from diffnext.cli.parsing import command_parser, run
 
 DESCRIPTION = """\
-Encode the prompts of a benchmark, so that sampling needs no text encoder.
+Encode the prompts of a benchmark; sampling then needs no text encoder.
 
   diffnext encode --ckpt BAAI/nova-d48w1024-sdxl1024 --prompts evaluation_metadata.jsonl \\
     --output prompts.pth

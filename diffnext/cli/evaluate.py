@@ -50,7 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
     geneval = benchmarks.add_parser("geneval", help="pictures", description=GENEVAL)
     geneval.add_argument("--metadata", required=True, help="the benchmark's metadata (.jsonl)")
     states = "prompts.json, or text states of `diffnext encode` (.pth)"
-    geneval.add_argument("--prompt", default="", help=f"{states}; (those of --metadata)")
+    geneval.add_argument("--prompt", default="", help=f"{states} (the prompts of --metadata)")
     add_sampling_arguments(geneval, prompt_size=16, sample_size=4, vae_batch_size=16)
     geneval.set_defaults(draw=draw_geneval)
     vbench = benchmarks.add_parser("vbench", help="videos", description=VBENCH)

@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Args:
-        argv: Arguments; default: those of the process.
+        argv: Arguments; by default the process's.
 
     Returns:
         The exit code.
@@ -100,7 +100,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_intermixed_args(argv)
     args.prompt += read_prompts(parser, args.prompts)
     if not args.prompt:
-        parser.error("a prompt is needed: what is to be drawn")
+        parser.error("a prompt is needed: say what to draw")
     for name in COUNTS:
         value = getattr(args, name)
         if value is not None and value < 1:

@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Args:
-        argv: Arguments; default: those of the process.
+        argv: Arguments; by default the process's.
 
     Returns:
         The exit code; wrong command lines and some errors leave by ``SystemExit``.
@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in CHATTY_LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
     name, *arguments = argv
-    module = importlib.import_module(COMMANDS[name][0])  # this one alone: each takes its time
+    module = importlib.import_module(COMMANDS[name][0])  # only this one: each takes its time
     try:
         return module.main(arguments)
     except KeyboardInterrupt:
@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of what stands before a command."""
+    """The parser of everything before a command."""
     lines = [f"  {name:<10} {what}" for name, (_, what) in COMMANDS.items()]
     parser = argparse.ArgumentParser(
         prog="diffnext",

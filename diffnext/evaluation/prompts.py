@@ -266,7 +266,7 @@ def encode_prompts(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Iterator[Tensor]:
-    """Text states of prompts, encoded one by one, so that none depends on its neighbours.
+    """Text states of prompts, encoded one by one, so none depends on its neighbours.
 
     Args:
         model: Release folder, checkpoint or Hub id; its tokenizer and text encoder are loaded.
@@ -292,7 +292,7 @@ def encode_prompts(
 
 @torch.no_grad()
 def _encode(pipe: NOVAPipeline, prompt: str, max_length: int) -> Tensor:
-    """States of one prompt, (n, D): alone, so that they do not depend on others."""
+    """States of one prompt, (n, D)."""
     encoder = pipe.text_encoder
     width = encoder.config.hidden_size
     states = encode_texts(pipe.tokenizer, encoder, [prompt], max_length, width)[0]

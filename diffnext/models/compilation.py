@@ -1,7 +1,7 @@
-"""Compiling for inference: few shapes, so that the number of graphs is bounded.
+"""Compiling for inference: few shapes, which bounds the number of graphs.
 
-Every graph has fixed shapes; numbers of tokens are padded to few. There is a graph per batch size,
-number of guidance passes and padded length, and none for a prompt, a seed or a weight of guidance.
+Every graph has fixed shapes, and tokens are padded to a few numbers. There is a graph per batch
+size, number of guidance passes and padded length; prompts, seeds and guidance scales need none.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from torch import Tensor
 
 __all__ = ["check_options", "compile_static", "pad_tokens", "pad_length"]
 
-MOST_GRAPHS = 256  # of one function; sizes of batches are the only thing that is not bounded
+MOST_GRAPHS = 256  # of one function; only batch sizes are unbounded
 FEWEST_TOKENS = 8
 
 
 def check_options(options: dict[str, Any]) -> None:
-    """Refuse options of ``torch.compile`` that cannot work here.
+    """Check options of ``torch.compile`` for those that cannot work here.
 
     Raises:
         ValueError: With the reason.
@@ -55,7 +55,7 @@ def pad_length(length: int, most: int) -> int:
 def repeat_last(x: Tensor, length: int) -> Tensor:
     """Tokens or their ids (B, n, ...) with the last repeated, up to a length.
 
-    What is computed of the repeated ones is the same, so that it may be put in one's place.
+    Repeated tokens give equal results, so it does not matter which one is kept.
     """
     missing = length - x.size(1)
     return torch.cat([x, x[:, -1:].expand(-1, missing, -1)], dim=1) if missing else x

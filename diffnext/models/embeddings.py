@@ -98,7 +98,7 @@ class RotationTables:
         )
 
     def select(self, ids: Tensor, pad: int = 0) -> RotationTables:
-        """The factors of the first ``pad`` tokens and of those at ``ids`` behind them.
+        """The factors of the first ``pad`` tokens, followed by the tokens at ``ids``.
 
         Args:
             ids: (B, k, 1), counted from the end of the padding.
@@ -268,7 +268,7 @@ class VideoPosEmbed(PosEmbed):
         return self.norm(self.time_proj(features)).unsqueeze(1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Add time and space to videos (B, T, N, dim); space alone to frames (B, N, dim)."""
+        """Add time and space to videos (B, T, N, dim); only space to frames (B, N, dim)."""
         if x.ndim == 4:
             x = x + self.get_time_embed(x.size(1), x.device)
         return super().forward(x)
@@ -318,7 +318,7 @@ class MotionEmbed(nn.Module):
 
 
 class PatchMatrix(NamedTuple):
-    """Projects patches that were cut before.
+    """Projects patches that are cut already.
 
     Attributes:
         weight: (D, p*p*C), a rearranged copy of a convolution's.
@@ -330,10 +330,10 @@ class PatchMatrix(NamedTuple):
 
 
 class PatchProjection(nn.Conv2d):
-    """Projects patches: those of pictures by convolution, patches cut before as vectors."""
+    """Projects patches of pictures by convolution, or patches that are cut already as vectors."""
 
     def forward(self, x: Tensor | None) -> Any:
-        """Pictures (B, C, h, w) to (B, D, h/p, w/p); for None, what projects patches cut before."""
+        """Pictures (B, C, h, w) to (B, D, h/p, w/p); for None, the :class:`PatchMatrix`."""
         if x is not None:
             return super().forward(x)
         return PatchMatrix(self.weight.permute(0, 2, 3, 1).flatten(1), self.bias)
@@ -406,7 +406,7 @@ class PatchEmbed(nn.Module):
 
         Args:
             x: Patches, (B, N, p*p*C).
-            hw: Token grid; that of the last picture seen when None.
+            hw: Token grid; when None, of the last picture seen.
 
         Returns:
             (B, C, h, w).
@@ -457,7 +457,7 @@ class TextEmbed(nn.Module):
 
     @torch.no_grad()
     def pad_states(self, states: Sequence[Any]) -> Tensor:
-        """Bring text states to one length; the end of each prompt is that of the null prompt.
+        """Bring text states to one length, with the end of the null prompt after each prompt.
 
         Args:
             states: An array or tensor of floats for each prompt, (k, token_dim) with
@@ -468,8 +468,8 @@ class TextEmbed(nn.Module):
 
         Raises:
             TypeError: If states are not floating-point arrays or tensors.
-            ValueError: If there are none, they do not fit, or hold NaN or infinity (seen on the
-                CPU only: a GPU would have to be waited for).
+            ValueError: If there are none, they do not fit, or hold NaN or infinity (seen only
+                on the CPU: on a GPU the check would wait for it).
         """
         if len(states) == 0:
             raise ValueError("at least one prompt is needed, got none")
@@ -568,8 +568,8 @@ class LabelEmbed(nn.Module):
             (B, 1, embed_dim).
 
         Raises:
-            ValueError: If there is no such class (found on the CPU only: a GPU would have to be
-                waited for).
+            ValueError: If there is no such class (found only on the CPU: on a GPU the check
+                would wait for it).
         """
         ids = send(input_ids, self.weight.device)
         ids = ids.unsqueeze(-1) if ids.ndim == 1 else ids
@@ -590,8 +590,8 @@ class TrainingMask:
     """Which tokens of each frame are hidden in one training step.
 
     Attributes:
-        hidden: 1 where the token is to be predicted, (B, N, 1), in the dtype of the tokens.
-        hidden_ids: The tokens to be predicted, (B, n, 1); one n for the batch.
+        hidden: 1 where the token must be predicted, (B, N, 1), in the dtype of the tokens.
+        hidden_ids: The tokens to predict, (B, n, 1); one n for the batch.
         known_ids: The visible tokens, (B, N - n, 1).
     """
 
@@ -601,7 +601,7 @@ class TrainingMask:
 
 
 class MaskEmbed(nn.Module):
-    """The vectors in place of hidden tokens and of the frame before the first.
+    """The vectors that stand for hidden tokens and for the frame before the first.
 
     Args:
         embed_dim: Token width.
@@ -618,14 +618,14 @@ class MaskEmbed(nn.Module):
             nn.init.normal_(token, std=0.02)
 
     def forward(self) -> tuple[Tensor, Tensor]:
-        """The vector of the frame before the first, and that of hidden tokens; (1, D) each.
+        """The vectors of the frame before the first, and of hidden tokens; (1, D) each.
 
         A call, unlike reading the parameters, also works on offloaded weights.
         """
         return self.bos_token, self.mask_token
 
     def apply_mask(self, x: Tensor, hidden: Tensor) -> Tensor:
-        """Put the mask vector in place of hidden tokens.
+        """Replace hidden tokens with the mask vector.
 
         Args:
             x: Tokens, (B, N, D).

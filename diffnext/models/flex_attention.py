@@ -50,7 +50,7 @@ class Segments:
 def compiled_flex_attention() -> Callable[..., Tensor]:
     """PyTorch's flex attention, compiled; one function, which holds no tensors, for all layers.
 
-    What cannot be compiled is an error: run otherwise it holds a dense table of scores per head.
+    If it cannot be compiled, that is an error: eager, it holds a dense table of scores per head.
     """
     return compile_static(cast("Callable[..., Tensor]", flex_attention), fullgraph=True)
 
@@ -79,7 +79,7 @@ def make_block_mask(segments: Segments, device: torch.device) -> BlockMask:
     is_whole = first + BLOCK_SIZE <= length
     num_full = ends[first] // BLOCK_SIZE * is_whole  # blocks of keys that all queries of one see
     num_seen = -(-ends[last] // BLOCK_SIZE)
-    partial = (num_full[:, None] + places) % len(places)  # those behind are some of them
+    partial = (num_full[:, None] + places) % len(places)  # the first num_seen - num_full count
 
     def place(x: Tensor) -> Tensor:
         return send(x[None, None].int().contiguous(), device)  # for all samples and heads

@@ -73,7 +73,7 @@ class GuidanceScaler:
 
     @property
     def num_passes(self) -> int:
-        """Passes P; fixed by the full scale, so that a growing weight keeps the same batch."""
+        """Passes P; they follow from the full scale, so a growing weight keeps the same batch."""
         if self.guidance_scale <= 1:
             return 1
         return 3 if self.image_guidance_scale or self.spatiotemporal_guidance_scale else 2
@@ -95,7 +95,7 @@ class GuidanceScaler:
 
         Args:
             x: (B, ...).
-            padding: What image guidance shows its pass 1 in place of ``x``.
+            padding: What image guidance shows its pass 1 instead of ``x``.
 
         Returns:
             (P*B, ...).
@@ -141,7 +141,7 @@ class GuidanceScaler:
         return guided + self.spatiotemporal_guidance_scale * (cond - third)
 
     def renorm(self, x: Tensor, cond: Tensor) -> Tensor:
-        """Bring the norm of ``x`` down towards that of ``cond``, sample by sample."""
+        """Bring the norm of ``x`` down towards the norm of ``cond``, sample by sample."""
         if self.guidance_renorm >= 1:
             return x
         dims = tuple(range(1, x.ndim))

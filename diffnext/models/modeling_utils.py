@@ -1,4 +1,4 @@
-"""Rules of files and types shared by every network of the package, and where their classes are."""
+"""What all networks share: rules of files and types, and the modules of their classes."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ _MISFITS = {
 }
 
 
-# Modules that are evaluated at the moment: how many drawings do, and which parts were training.
+# Modules in evaluation mode: how many drawings use each, and which parts were training.
 _EVALUATED: WeakKeyDictionary[nn.Module, tuple[int, list[nn.Module]]] = WeakKeyDictionary()
 _EVALUATED_LOCK = threading.Lock()
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; the last of several threads restores the mode of every part."""
+    """Evaluation mode inside; the last of several threads restores each part's mode."""
     with _EVALUATED_LOCK:
         count, training = _EVALUATED.get(model, (0, []))
         if count == 0:
@@ -108,7 +108,7 @@ def load_strictly(load: Callable[..., Any], path: Any, *args: Any, **kwargs: Any
 
 
 class StrictLoadingMixin(ModelMixin, ConfigMixin):
-    """diffusers' base of networks; weights that do not fit, or cannot be saved, are refused."""
+    """diffusers' base of networks; weights that do not fit, or cannot be saved, are an error."""
 
     config_name: Any = ModelMixin.config_name  # diffusers' two bases disagree on its type
 

@@ -1,7 +1,7 @@
-"""Linear layers whose weights lie as a processor's matrix kernels (oneDNN) want them.
+"""Linear layers whose weights are laid out for the processor's matrix kernels (oneDNN).
 
-Where PyTorch's usual product of float32 matrices is another library's, this one can be faster, as
-on processors of AMD; results are equal up to rounding.
+Where PyTorch multiplies float32 matrices with another library, this can be faster, for example on
+AMD processors; results are equal up to rounding.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ __all__ = ["PackedLinear", "prepack_linears"]
 class PackedLinear(nn.Linear):
     """A linear layer that keeps a packed copy of its weight for inference in float32 on a CPU.
 
-    The copy is made anew when the weight has changed. In all other cases (training, autocast,
-    other devices and types, compilation) this is the layer that it was made of.
+    The copy is made again when the weight has changed. In all other cases (training, autocast,
+    other devices and types, compilation) it works like an ordinary linear layer.
 
     Args:
-        linear: Whose parameters it shares.
+        linear: The layer whose parameters it shares.
     """
 
     def __init__(self, linear: nn.Linear) -> None:
@@ -31,8 +31,7 @@ class PackedLinear(nn.Linear):
         self.weight = linear.weight
         self.bias = linear.bias
         self.training = linear.training
-        # What was packed, which is kept so that nothing else can come to its address, its version,
-        # and the copy.
+        # The packed weight (held, so its address cannot be reused), its version, and the copy.
         self._packed: tuple[Tensor, int, Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:

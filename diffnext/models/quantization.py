@@ -16,14 +16,14 @@ QUANTIZATIONS = {
 
 
 def quantize_blocks(model: nn.Module, kind: str) -> None:
-    """Quantise the linear layers inside the blocks of a model, in place and for good.
+    """Quantise the linear layers inside the blocks of a model, in place; it cannot be undone.
 
-    Embeddings, norms and heads keep their type: they are small, and errors there show.
+    Embeddings, norms and heads keep their type: they are small, and their errors are visible.
 
     Args:
         model: Encoders and diffusion head, each with ``blocks``.
         kind: "int8" and "float8" store weights in a byte each and compute as before; for
-            "int8_dynamic" activations are rounded too, so that products are those of integers.
+            "int8_dynamic" activations are rounded as well, and products are of integers.
 
     Raises:
         ValueError: If the kind is unknown, or the model is quantised already.
@@ -41,11 +41,11 @@ def quantize_blocks(model: nn.Module, kind: str) -> None:
 
 
 def check_not_quantized(model: nn.Module, what: str) -> None:
-    """Refuse what quantised weights cannot bear.
+    """Check that a model is not quantised, before something that would break it.
 
     Args:
         model: Any network.
-        what: What was to be done with it: a past participle for the message.
+        what: What should be done with it, as a past participle for the message.
 
     Raises:
         ValueError: If weights of the model are quantised.

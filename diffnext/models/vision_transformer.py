@@ -1,4 +1,4 @@
-"""The transformer behind both encoders: post-norm blocks, optional condition and known tokens.
+"""The transformer of both encoders: post-norm blocks, optional condition and known tokens.
 
 Shapes: B batch, N tokens of the frame, k known tokens, Lc condition tokens, D width, H heads.
 """
@@ -119,7 +119,7 @@ class Attention(nn.Module):
             x: Tokens, (B, L, D).
             pe_func: Turns queries and keys (B, H, L, d) by position.
             mask: Causality between blocks; everything is visible when None.
-            cache: Earlier tokens to look at too; the new ones are added to it.
+            cache: Earlier tokens to look at as well; the new ones are added to it.
             out_ids: Tokens that attend, (B, n, 1); all when None. Not with ``mask``.
 
         Returns:
@@ -232,7 +232,7 @@ class VisionTransformer(nn.Module):
 
     @property
     def is_compiled(self) -> bool:
-        """Whether compiled blocks run now, for which numbers of tokens are padded to few."""
+        """Whether compiled blocks run now; they need few different numbers of tokens."""
         return self._compiled_block is not None and not torch.is_grad_enabled()
 
     def compile_blocks(self, **options: Any) -> None:
@@ -268,14 +268,14 @@ class VisionTransformer(nn.Module):
             x: Latents (B, C, h, w) or tokens (B, N, D); a pair also carries ``prev_ids``.
             c: Condition tokens put in front, (B, Lc, D).
             prev_ids: Known tokens, (B, k, 1), k may be 0. The first ``encoder_depth`` blocks see
-                these and the condition alone; the rest see all.
+                only these and the condition; the rest see all.
             pos: Rotary positions (B or 1, N, 3), or their :meth:`rotation`; none are applied when
                 None.
             mask: Causality between frames.
             cache: Keys and values of earlier frames, filled on the way.
-            out_ids: Tokens that are wanted, (B, n, 1); the last block then works on those alone.
-                All when None, which ``mask`` needs.
-            table: What ``pos_embed`` adds to the tokens, (N, D), for callers who keep it.
+            out_ids: Tokens to return, (B, n, 1); the last block then works only on those. All when
+                None, which ``mask`` needs.
+            table: What ``pos_embed`` adds to the tokens, (N, D), from callers who keep it.
             visible: Which condition and known tokens are real, (1, Lc + k), where ``prev_ids`` end
                 with repetitions of the last one; all when None.
 
@@ -321,11 +321,11 @@ class VisionTransformer(nn.Module):
         return self.norm(x[:, : out_ids.size(1)])
 
     def position_table(self, tokens: Tensor) -> Tensor | None:
-        """What ``pos_embed`` adds to tokens (B, N, D), if it is a table: (N, D)."""
+        """What ``pos_embed`` adds to tokens (B, N, D): (N, D), or None if it is not a table."""
         return self.pos_embed.table_for(tokens) if isinstance(self.pos_embed, PosEmbed) else None
 
     def rotation(self, pos: Tensor, num_condition: int, dtype: torch.dtype) -> RotationTables:
-        """What turns condition tokens, at position 0, and tokens at ``pos`` (B or 1, N, 3)."""
+        """The rotation of condition tokens, at position 0, and tokens at ``pos`` (B or 1, N, 3)."""
         return self.rope.get_func(pos, pad=num_condition).to(dtype)
 
     def _run_blocks(

@@ -105,7 +105,7 @@ def _link_component(source: Path, target: Path, overlay: dict[str, Any]) -> None
     Args:
         source: Folder of one component.
         target: Folder to fill; files that exist stay, links are made anew.
-        overlay: Values that overlay those of config.json.
+        overlay: Values to lay over config.json.
     """
     files = component_files(source)
     if target.is_symlink():
@@ -145,12 +145,12 @@ def _plain(config: Any) -> dict[str, Any]:
 def _report_differences(
     name: str, path: Path, config: dict[str, Any], overlay: dict[str, Any]
 ) -> None:
-    """Warn of values of a component's config that the training config replaces by others."""
+    """Warn of values of a component's config that the training config replaces."""
     for key, value in overlay.items():
         if key in config and not same_value(config[key], value):
             logger.warning(
                 "%s: %s is %s in %s and %s in the training config, which wins; weights of "
-                "another shape will be refused",
+                "another shape will be an error",
                 name,
                 key,
                 json.dumps(config[key]),
@@ -170,7 +170,7 @@ def build_pipeline(
     Args:
         pretrained_path: Release folder or Hub id.
         pipe_cls: Pipeline class.
-        dtype: Dtype of its models, or one a component with ``default`` for the rest.
+        dtype: Type of its models, or one per component with ``default`` for the rest.
         **kwargs: For ``from_pretrained``, such as ``trust_remote_code``.
     """
     dtype = kwargs.pop("torch_dtype", dtype)

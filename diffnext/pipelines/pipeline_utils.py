@@ -60,8 +60,8 @@ class PipelineMixin(_Base):
     ) -> Any:
         """Load a release folder, a training checkpoint or a Hub repository.
 
-        Shims that only name classes of this package are followed without running them, so that
-        ``trust_remote_code`` is needed for foreign code alone.
+        Shims that only name classes of this package are followed without running them, so only
+        foreign code needs ``trust_remote_code``.
 
         Args:
             pretrained_model_name_or_path: Folder or Hub id.
@@ -120,7 +120,7 @@ class PipelineMixin(_Base):
         Args:
             pipeline: The other one, of any class.
             **kwargs: Components to use instead, and ``dtype`` or ``torch_dtype`` to cast all
-                models to, those of the other pipeline too; by default each keeps its own.
+                models to, including the other pipeline's; by default each keeps its own.
         """
         dtype = kwargs.pop("torch_dtype", None)
         dtype = kwargs.pop("dtype", dtype)
@@ -129,7 +129,7 @@ class PipelineMixin(_Base):
         return result if dtype is None else result.to(dtype=dtype)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Set an attribute; a component that was absent is registered, so that it is saved."""
+        """Set an attribute; a component that was absent is registered, so it is saved."""
         is_absent = getattr(self, "config", {}).get(name) == (None, None)
         if is_absent and value is not None:
             self.register_modules(**{name: value})
@@ -163,7 +163,7 @@ class PipelineMixin(_Base):
         return model_or_path
 
     def register_modules(self, **components: Any) -> None:
-        """Make components attributes, so that saving and moving the pipeline includes them.
+        """Make components attributes, so saving and moving the pipeline includes them.
 
         Args:
             **components: By name; None for one that is absent.

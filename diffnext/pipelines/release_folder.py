@@ -5,8 +5,8 @@ component's class as ``[library, class]``; the library is a package, a dotted mo
 such as ``__vae__`` for a file ``vae/__vae__.py`` that imports the class. A checkpoint written by
 training holds its own components only and names the folders of the others in ``base_folder.json``.
 
-Nothing that a folder says is trusted: components have plain names and lie in the folder, or where
-``base_folder.json`` says; their classes are those of diffusers, transformers and this package; and
+A folder is not trusted: components have plain names and lie in the folder, or where
+``base_folder.json`` says; their classes come from diffusers, transformers or this package; and
 shims are read, not run. Only ``trust_remote_code=True`` runs Python files of a folder.
 """
 
@@ -163,7 +163,7 @@ def _shim(component: Path | None, library: str) -> Path | None:
 
 
 def _only_imports(shim: Path, class_name: str) -> bool:
-    """Whether a shim only imports the class from its place in this package; it is not run."""
+    """Whether a shim only imports the class from its module in this package; it is not run."""
     try:
         statements = ast.parse(shim.read_bytes()).body
     except (SyntaxError, ValueError, RecursionError, MemoryError):
@@ -187,7 +187,7 @@ def component_class(entry: tuple[str, str] | list[str], base: type | tuple[type,
 
     Args:
         entry: Library, one of :data:`LIBRARIES`, and class.
-        base: What it must be a class of.
+        base: Its base class, or several of which it must have one.
 
     Raises:
         FileError: If there is no such class, or it is another kind of component.

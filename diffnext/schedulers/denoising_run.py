@@ -34,7 +34,7 @@ def check_scheduler(scheduler: Any, flow_shift: float | None = None) -> None:
 
     Args:
         scheduler: Of diffusers or diffnext.
-        flow_shift: Timestep shift that it is to be given, if any.
+        flow_shift: Timestep shift that it will get, if any.
 
     Raises:
         ValueError: If it has another interface, takes another prediction than the noise or the
@@ -44,7 +44,7 @@ def check_scheduler(scheduler: Any, flow_shift: float | None = None) -> None:
     if not all(hasattr(scheduler, method) for method in ("set_timesteps", "step", "config")):
         raise ValueError(f"scheduler must have set_timesteps and step, got {name}")
     if "num_train_timesteps" not in scheduler.config:
-        raise ValueError(f"{name} has no num_train_timesteps: it is not of the diffusion kind")
+        raise ValueError(f"{name} has no num_train_timesteps: it is not a diffusion scheduler")
     required = {
         parameter.name
         for parameter in inspect.signature(type(scheduler).step).parameters.values()
@@ -52,7 +52,7 @@ def check_scheduler(scheduler: Any, flow_shift: float | None = None) -> None:
     }
     if required != _STEP_ARGUMENTS:
         raise ValueError(
-            f"{name}.step must need model_output, timestep and sample alone, "
+            f"{name}.step must need only model_output, timestep and sample, "
             f"it needs {sorted(required - {'self'})}"
         )
     if hasattr(scheduler, "precondition_inputs"):
@@ -78,11 +78,11 @@ class DenoisingRun:
     Args:
         scheduler: Of diffusers or diffnext.
         num_steps: Denoising steps.
-        flow_shift: Timestep shift in place of the scheduler's own.
+        flow_shift: Timestep shift instead of the scheduler's own.
 
     Attributes:
         timesteps: As the scheduler lists them.
-        updates: Its steps as weighted sums, if it is known that they are.
+        updates: Its steps as weighted sums, if they are known to be.
 
     Raises:
         ValueError: If the scheduler does not fit, or cannot make so many steps.

@@ -1,7 +1,7 @@
 """Schedulers whose steps are weighted sums of sample, prediction and fresh noise.
 
-Such a step touches every element on its own, so that tokens need not be put back into frames for
-it, and its weights are numbers, so that nothing is looked up while denoising.
+Such a step works on each element separately, so tokens need not be put back into frames, and its
+weights are numbers, so nothing is looked up while denoising.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class LinearUpdate:
 
 
 def linear_updates(scheduler: Any) -> list[LinearUpdate] | None:
-    """The steps of a scheduler with its timesteps set, if it is known that they are linear.
+    """The steps of a scheduler whose timesteps are set, if they are known to be linear.
 
     Known are Euler steps of flow matching (arXiv:2210.02747) and ancestral steps of DDPM for
     predicted noise (arXiv:2006.11239), of diffusers and of diffnext.

@@ -27,9 +27,9 @@ _EulerScheduler: Any = euler.FlowMatchEulerDiscreteScheduler
 class FlowMatchEulerDiscreteScheduler(_EulerScheduler):
     """diffusers' flow-matching scheduler with a training side of its own.
 
-    The training tables run from sigma 1 down and stay as they are whatever is sampled meanwhile.
+    The training tables run from sigma 1 down, and sampling does not change them.
 
-    The arguments are those of diffusers' class; the first three are ``num_train_timesteps`` (K),
+    It takes the arguments of diffusers' class; the first three are ``num_train_timesteps`` (K),
     ``shift`` (s: sigma becomes s sigma / (1 + (s - 1) sigma)) and ``use_dynamic_shifting``.
 
     Attributes:
@@ -47,7 +47,7 @@ class FlowMatchEulerDiscreteScheduler(_EulerScheduler):
 
         Args:
             num_inference_steps: Number of steps.
-            mu: Shift in place of ``shift``, with ``use_dynamic_shifting``.
+            mu: Shift instead of ``shift``, with ``use_dynamic_shifting``.
             **kwargs: ``device``, ``sigmas`` and ``timesteps`` of diffusers' method.
 
         Raises:

@@ -30,9 +30,9 @@ class DDPMScheduler(scheduling_ddpm.DDPMScheduler):
     """diffusers' DDPM scheduler without clipping, as NOVA was trained and sampled with.
 
     ``clip_sample`` and ``thresholding`` are accepted and do nothing, and the step before t is
-    t - K // n whatever the spacing.
+    t - K // n for any spacing.
 
-    The arguments are those of diffusers' class.
+    It takes the arguments of diffusers' class.
     """
 
     def previous_timestep(self, timestep: int) -> int | Tensor:

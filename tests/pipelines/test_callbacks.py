@@ -154,7 +154,7 @@ LATENTS = torch.zeros(1, 4, 8, 12)
         (LATENTS, "must return a dict or None, got Tensor"),
         ((LATENTS,), "must return a dict or None, got tuple"),
         (True, "must return a dict or None, got bool"),
-        ({"latent": LATENTS}, "may return 'latents' alone, got ['latent']"),
+        ({"latent": LATENTS}, "may return only 'latents', got ['latent']"),
         ({"latents": LATENTS, "prompt_embeds": LATENTS}, "got ['latents', 'prompt_embeds']"),
     ],
 )

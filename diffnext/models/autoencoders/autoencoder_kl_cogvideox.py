@@ -29,12 +29,12 @@ from diffnext.models.autoencoders.video_layers import (
 
 __all__ = ["AutoencoderKLCogVideoX"]
 
-# Levels, of encoder and decoder alike, that also change time; the one behind changes space alone.
+# Levels of encoder and decoder that also change time; the next one only changes space.
 _TIME_LEVELS = 2
 
 
 class AdaGroupNorm(nn.GroupNorm):
-    """Group normalisation, scaled and shifted by the latents where there are any.
+    """Group normalisation, scaled and shifted by the latents if there are any.
 
     Args:
         dim: Channels.
@@ -136,7 +136,7 @@ class AutoencoderKLCogVideoX(VideoAutoencoder, ModelMixin):
     """Causal video autoencoder of CogVideoX (arXiv:2408.06072).
 
     Clips of 17 frames are 5 latent frames; longer ones are cut into tiles that share a frame of
-    pixels but none of latents, so that 33 frames are 10 latent frames.
+    pixels but none of latents, so 33 frames are 10 latent frames.
 
     Args:
         in_channels: Channels of the pictures.

@@ -169,12 +169,12 @@ class Upsample(nn.Module):
 
 
 class ModulatedLevel(nn.Module):
-    """Modulated residual blocks of one size, behind what enlarges to it.
+    """Modulated residual blocks of one size, after the upsampling to it.
 
     Args:
         dim: Channels of the blocks.
         depth: Residual blocks.
-        upsample: Of all levels but the smallest.
+        upsample: The smallest level has none.
     """
 
     def __init__(self, dim: int, depth: int, upsample: Upsample | None = None) -> None:
@@ -194,7 +194,7 @@ class ModulatedLevel(nn.Module):
 
 
 def spatial_reduction(levels: int) -> int:
-    """Pixels a latent stands for, in each direction, behind the first levels of the encoder."""
+    """Pixels per latent, in each direction, after the first levels of the encoder."""
     return PATCH_SIZE * math.prod(stride[1] for stride in STRIDES[:levels])
 
 
@@ -232,7 +232,7 @@ class Encoder(ClipEncoder):
             (B, C + 1, T, h, w).
 
         Raises:
-            ValueError: If H or W is not a multiple of what a latent stands for.
+            ValueError: If H or W is not a multiple of the pixels per latent.
         """
         height, width = x.shape[-2:]
         if height % self.reduction or width % self.reduction:
@@ -293,7 +293,7 @@ class AutoencoderKLLTXVideo(VideoAutoencoder, ModelMixin):
 
     Clips of 249 frames are 32 latent frames; longer ones are cut into tiles that share a frame of
     pixels but none of latents. Weights may hold ``shift_factors`` and ``scaling_factors``, C values
-    each, which then take the place of the config's numbers.
+    each, which then replace the config's numbers.
 
     Args:
         in_channels: Channels of the pictures.
@@ -398,7 +398,7 @@ def per_channel(factors: Tensor, x: Tensor) -> Tensor:
 def make_room_for_factors(
     model: ModelMixin, state_dict: Mapping[str, Tensor], prefix: str = "", *_: Any
 ) -> None:
-    """Give the model the buffers of a checkpoint that has them; one alone is then missing."""
+    """Make both buffers if a checkpoint has one of them; the other is then missing."""
     given = [state_dict[prefix + name] for name in FACTORS if prefix + name in state_dict]
     if not given:
         return

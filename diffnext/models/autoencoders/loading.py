@@ -1,4 +1,4 @@
-"""Loading of autoencoders whatever their class."""
+"""Loading an autoencoder of any class."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def load_autoencoder(
 
     Args:
         folder: See :func:`find_autoencoder`.
-        dtype: Of its weights.
-        device: To put it on.
+        dtype: Type of the weights.
+        device: Where to put it.
 
     Returns:
         The model, in evaluation mode.

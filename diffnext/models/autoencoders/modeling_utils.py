@@ -31,7 +31,7 @@ Generators = torch.Generator | list[torch.Generator] | None
 
 
 class EncoderOutput(AutoencoderKLOutput):
-    """What a picture or video is encoded to.
+    """What encoding a picture or video returns.
 
     Attributes:
         latent_dist: Posterior, with ``parameters``, ``sample(generator)`` and ``mode()``.
@@ -39,14 +39,14 @@ class EncoderOutput(AutoencoderKLOutput):
 
     @property
     def latents(self) -> Tensor:
-        """The posterior's mode: of an encoder to points, the latents themselves."""
+        """The posterior's mode; if the encoder gives points, the latents themselves."""
         return self.latent_dist.mode()
 
 
 class DiagonalGaussianDistribution(vae.DiagonalGaussianDistribution):
     """Gaussian posterior of a VAE, q(z|x) = N(mean, diag(var)) (arXiv:1312.6114).
 
-    diffusers' class, with statistics in float32 whatever the dtype of the moments.
+    diffusers' class, with statistics in float32 for moments of any dtype.
 
     Args:
         z: Moments, mean and log-variance concatenated on channels, (B, 2C, ...). With an odd

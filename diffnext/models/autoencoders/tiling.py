@@ -24,8 +24,8 @@ class Tile:
 
     Attributes:
         start: First frame of the input.
-        end: Frame behind the last one.
-        drop: Leading frames of the output that repeat the end of the tile before.
+        end: The frame after the last one.
+        drop: Leading frames of the output that repeat the end of the previous tile.
     """
 
     start: int
@@ -37,8 +37,8 @@ class TilingMixin(AutoencoderMixin):
     """Temporal and spatial tiling of a video autoencoder's ``encoder`` and ``decoder``.
 
     Videos longer than one tile are always cut in time: that is how the models were trained.
-    The last tile may be shorter; no frame is lost. A tile sees nothing of its neighbours but the
-    frames they share. Spatial tiles save memory and are blended: results differ slightly.
+    The last tile may be shorter; no frame is lost. Of its neighbours, a tile sees only the shared
+    frames. Spatial tiles save memory and are blended: results differ slightly.
 
     Args:
         sample_min_t: Frames of a tile.
@@ -47,9 +47,8 @@ class TilingMixin(AutoencoderMixin):
         latent_ovr_t: Latent frames that neighbouring tiles share.
 
     Attributes:
-        temporal_compression_ratio: Frames a latent frame stands for, but the first, which stands
-            for one.
-        spatial_compression_ratio: Pixels a latent stands for, in each direction.
+        temporal_compression_ratio: Frames per latent frame; the first latent frame is one frame.
+        spatial_compression_ratio: Pixels per latent, in each direction.
     """
 
     encoder: Callable[..., Tensor]
@@ -175,7 +174,7 @@ class TilingMixin(AutoencoderMixin):
 
         Args:
             run: The network.
-            unit: Positions of its input that a latent stands for, in each direction.
+            unit: Positions of its input per latent, in each direction.
             x: The tile, (..., H, W).
         """
         if not self.use_tiling:
@@ -195,7 +194,7 @@ class TilingMixin(AutoencoderMixin):
         return num_frames >= 1 and (num_frames - 1) % self.temporal_compression_ratio == 0
 
     def _is_legal_latent(self, num_latents: int) -> bool:
-        """Whether the last tile adds frames to those of the tile before."""
+        """Whether the last tile adds frames to the previous one."""
         tiles = plan_tiles(num_latents, self.latent_min_t, self.latent_ovr_t, self.sample_ovr_t)
         frames = (tiles[-1].end - tiles[-1].start - 1) * self.temporal_compression_ratio + 1
         return num_latents >= 1 and frames > tiles[-1].drop
@@ -248,7 +247,7 @@ def run_in_spatial_tiles(
         for left in tile_starts(x.size(-1), size[1], overlap, unit):
             tile = x[..., top : top + size[0], left : left + size[1]]
             y = run(tile)
-            # The same factor maps sizes and positions of the input to those of the output.
+            # The same factor maps sizes and positions from input to output.
             height, first_row = (n * y.size(-2) // tile.size(-2) for n in (x.size(-2), top))
             width, first_column = (n * y.size(-1) // tile.size(-1) for n in (x.size(-1), left))
             if not len(result):

@@ -91,7 +91,7 @@ class CausalConv3d(nn.Conv3d):
         num_chunks = x.numel() // _MAX_ELEMENTS + 1
         if num_chunks == 1 or self.stride[0] > 1:
             return super().forward(x)
-        # The same result from temporal chunks, each behind the frames its kernel reaches.
+        # The same result from temporal chunks, each preceded by the frames its kernel reaches.
         num_outputs = x.size(2) - self.num_earlier
         length = -(-num_outputs // num_chunks)
         chunks = (x[:, :, i : i + length + self.num_earlier] for i in range(0, num_outputs, length))
@@ -138,8 +138,8 @@ class Downsample(nn.Module):
 
     Args:
         dim: Channels.
-        conv: Class of the convolution; a causal one halves time, too.
-        has_time: Whether pairs of frames behind the first are averaged: 1 + 2 n frames to 1 + n.
+        conv: Class of the convolution; a causal one also halves time.
+        has_time: Whether pairs of frames after the first are averaged: 1 + 2 n frames to 1 + n.
     """
 
     def __init__(self, dim: int, conv: Conv, has_time: bool = False) -> None:
@@ -156,11 +156,11 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Doubles the size, and time if asked to, where the first frame stays one: T to 1 + 2 (T - 1).
+    """Doubles the size, and time if asked to; the first frame stays one: T to 1 + 2 (T - 1).
 
     Args:
         dim: Channels.
-        conv: Class of the convolution behind the interpolation, over time only where that doubles.
+        conv: Class of the convolution after the interpolation; over time only where time doubles.
         has_time: Whether time is doubled.
         mode: Kind of interpolation.
     """
@@ -186,15 +186,15 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """Residual blocks of one size, and what changes the size behind them.
+    """Residual blocks of one size, followed by a change of size.
 
     Args:
         dim: Input channels.
         out_dim: Output channels.
         depth: Number of blocks.
         block: Makes a block of its input and output channels.
-        downsample: Makes what reduces the output; of all levels of an encoder but the last.
-        upsample: Makes what enlarges it; of all levels of a decoder but the last.
+        downsample: Makes the module that reduces the output; the last level of an encoder has none.
+        upsample: Makes the module that enlarges it; the last level of a decoder has none.
     """
 
     def __init__(
@@ -221,7 +221,7 @@ class Level(nn.Module):
 
 
 class ClipEncoder(nn.Module):
-    """The way of a clip through an encoder, which provides the parts."""
+    """Runs a clip through an encoder; subclasses provide the parts."""
 
     conv_in: nn.Module
     down_blocks: nn.ModuleList
@@ -238,10 +238,10 @@ class ClipEncoder(nn.Module):
 
 
 class ClipDecoder(nn.Module):
-    """The way of latents through a decoder, which provides the parts.
+    """Runs latents through a decoder; subclasses provide the parts.
 
     Attributes:
-        sees_latents: Whether all blocks and norms take the latents, too.
+        sees_latents: Whether all blocks and norms also take the latents.
     """
 
     sees_latents = False

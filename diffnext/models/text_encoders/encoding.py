@@ -1,4 +1,4 @@
-"""Text states: what a text encoder makes of prompts.
+"""Text states: prompts as a text encoder returns them.
 
 Shapes: n tokens of a text, D width of the states.
 """
@@ -28,13 +28,13 @@ def encode_texts(
 ) -> list[Tensor]:
     """Encode texts in one batch, each different one once; safe to call from several threads.
 
-    The encoder runs in evaluation mode and in its own type, whatever autocast says.
+    The encoder runs in evaluation mode and in its own type, without autocast.
 
     Args:
         tokenizer: Callable that returns ``input_ids``.
         text_encoder: Causal encoder that returns ``last_hidden_state``.
         texts: At least one.
-        max_tokens: Tokens of a text that are encoded at most.
+        max_tokens: Longer texts are cut.
         width: D.
 
     Returns:
@@ -43,8 +43,8 @@ def encode_texts(
 
     Raises:
         TypeError: If a text is not a string.
-        ValueError: If there is no tokenizer or encoder, or the tokenizer gives more tokens, or
-            others than the encoder knows.
+        ValueError: If there is no tokenizer or encoder, or the tokenizer gives too many tokens, or
+            tokens that the encoder does not have.
     """
     if tokenizer is None or text_encoder is None:
         raise ValueError(
@@ -61,7 +61,7 @@ def encode_texts(
     device = torch.device("cpu") if device.type == "meta" else device  # offloaded: hooks move it
     if longest == 0:
         return [torch.empty(0, width, device=device, dtype=text_encoder.dtype) for _ in texts]
-    # The encoder is causal: what stands behind a prompt does not reach its states.
+    # The encoder is causal: padding after a prompt does not reach its states.
     padding = tokenizer.pad_token_id or 0
     padded = [list(row) + [padding] * (longest - len(row)) for row in ids]
     input_ids = send(torch.tensor(padded, dtype=torch.int64), device)
@@ -79,11 +79,11 @@ def tokenize(
     Args:
         tokenizer: Callable that returns ``input_ids``.
         texts: At least one.
-        max_tokens: Of a text, at most.
-        vocabulary: Number of tokens that the text encoder knows.
+        max_tokens: Longer texts are cut.
+        vocabulary: Number of different tokens that the text encoder has.
 
     Raises:
-        ValueError: If the tokenizer gives more tokens, or others.
+        ValueError: If the tokenizer gives too many tokens, or tokens outside the vocabulary.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     with _TOKENIZER_LOCK:
@@ -96,7 +96,7 @@ def tokenize(
     for text, row in zip(texts, ids, strict=True):
         if len(row) > max_tokens or max(row, default=0) >= vocabulary:
             raise ValueError(
-                f"the tokenizer must give at most {max_tokens} tokens, below {vocabulary} as the "
-                f"text encoder knows them; it gave {list(row)} for {text!r}"
+                f"the tokenizer must give at most {max_tokens} tokens, below {vocabulary}, which "
+                f"the text encoder has; it gave {list(row)} for {text!r}"
             )
     return ids

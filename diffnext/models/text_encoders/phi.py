@@ -36,12 +36,12 @@ __all__ = [
     "rotate_half",
 ]
 
-# Names of the original for what transformers does; it picks attention kernels by itself.
+# The original's name; transformers chooses attention kernels by itself.
 PhiFlashAttention2 = PhiAttention
 
 
 def apply_rotary_emb(*inputs: Tensor) -> Any:
-    """Rotate by position, half-split, in either of two forms.
+    """Rotate by position, half-split, in one of two forms.
 
     Args:
         *inputs: Queries and keys (B, H, S, r), cosines and sines (B, S, r), as transformers has
@@ -118,7 +118,7 @@ class PhiEncoderModel(PhiPreTrainedModel):
         Args:
             input_ids: (B, S).
             attention_mask: Ignored: attention is causal, so padding reaches no real token.
-            inputs_embeds: Token embeddings (B, S, d) in place of ids.
+            inputs_embeds: Token embeddings (B, S, d) instead of ids.
             **kwargs: Ignored.
 
         Returns:

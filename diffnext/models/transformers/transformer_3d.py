@@ -149,7 +149,7 @@ class Transformer3DModel(nn.Module):
             c: Ready condition tokens, each (rows, L, D).
             motion_flow: Motion strength, one or one per sample; None adds no motion tokens.
             fps: Frames per second, likewise; 12 when None.
-            is_guided: Whether rows are [conditional || null], so that motion counts twice.
+            is_guided: Whether rows are [conditional || null]; motion then counts twice.
 
         Returns:
             (rows, Lc, D).
@@ -221,7 +221,7 @@ class Transformer3DModel(nn.Module):
             loss_repeat: Noise levels R of each token.
 
         Returns:
-            ``loss`` for images; for videos ``loss_t2i`` (first frame, from text alone) and
+            ``loss`` for images; for videos ``loss_t2i`` (first frame, from text only) and
             ``loss_i2i`` (later frames).
         """
         video = x.unsqueeze(2) if x.ndim == 4 else x

@@ -74,12 +74,12 @@ for _depth, _width in ((3, 1280), (6, 768), (6, 1024), (6, 1536), (2, 64), (3, 1
 class NOVATransformer3DModel(
     StrictLoadingMixin, Transformer3DModel, ModelMixin, ConfigMixin, PeftAdapterMixin
 ):
-    """NOVA by its config (arXiv:2412.14169).
+    """NOVA, built from its config (arXiv:2412.14169).
 
     Args:
         image_dim: Latent channels.
         image_size: Picture size (height, width) in pixels, or a side.
-        image_stride: Pixels a latent, in each direction.
+        image_stride: Pixels per latent, in each direction.
         text_token_dim: Width of the text encoder's states; None for class-conditional models.
         text_token_len: Length of prompts in tokens.
         image_base_size: Token grid of the image encoder.
@@ -87,7 +87,7 @@ class NOVATransformer3DModel(
             video model.
         video_mixer_rank: Rank of the mixer between the first frame's states and a later one's;
             negative is full rank, None or 0 no mixer.
-        rotary_pos_embed: Rotary positions in place of fixed tables.
+        rotary_pos_embed: Rotary positions instead of fixed tables.
         arch: Names of video encoder, image encoder and diffusion head in the registries.
     """
 

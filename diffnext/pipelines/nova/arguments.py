@@ -55,7 +55,7 @@ class CallArguments(GuidanceScaler):
         num_diffusion_steps: Denoising steps of each set.
         max_latent_length: Latent frames T of the whole video; 1 is an image. A video autoencoder
             with 4 frames per latent makes 4 (T - 1) + 1 frames.
-        num_frames: Frames of the whole video, in place of ``max_latent_length``.
+        num_frames: Frames of the whole video, instead of ``max_latent_length``.
         max_context_frames: How many of the latest latent frames the next one is drawn from, so
             long videos need no more memory than short ones; None is all. Results are equal as
             long as no more frames than these came before.

@@ -116,7 +116,7 @@ class PipelineRun(GenerationRun):
                 f"callback_on_step_end must return a dict or None, got {type(result).__name__}"
             )
         if result.keys() - {"latents"}:
-            raise ValueError(f"callback_on_step_end may return 'latents' alone, got {list(result)}")
+            raise ValueError(f"callback_on_step_end may return only 'latents', got {list(result)}")
         changed = {"latents": latents, **given, **result}["latents"]
         if not isinstance(changed, Tensor):
             raise TypeError(
@@ -132,12 +132,12 @@ class PipelineRun(GenerationRun):
 
 
 class GenerationPipeline(AdapterLoading, PipelineMixin, DiffusionPipeline):
-    """Draws with NOVA, whatever conditions it.
+    """Draws with NOVA, from texts or classes.
 
-    Components are read at the moment of a call, and nothing of a call is left on them or here,
-    so that calls in several threads, and of pipelines that share components, do not meet.
+    Components are read at the moment of a call, and a call leaves nothing on them or here, so calls
+    in several threads, and of pipelines that share components, do not affect each other.
 
-    The methods for low-rank adapters (``load_lora_weights``, ``fuse_lora``, ...) are those of
+    The methods for low-rank adapters (``load_lora_weights``, ``fuse_lora``, ...) come from
     :class:`~diffnext.pipelines.nova.adapters.AdapterLoading`.
     """
 
@@ -157,16 +157,17 @@ class GenerationPipeline(AdapterLoading, PipelineMixin, DiffusionPipeline):
     def compile(self, cuda_graphs: bool = False, **options: Any) -> None:
         """Compile the image encoder's blocks and the denoising step.
 
-        The first sample of every batch size, with and without guidance, then takes a while; others
-        reuse its graphs, whatever their prompts, seeds and weights of guidance. It pays where
-        launching operations is what takes the time: small batches on a GPU.
+        The first sample of every batch size, with and without guidance, then takes a while; later
+        ones reuse its graphs for any prompt, seed and guidance scale. It pays where launching
+        operations takes most of the time: small batches on a GPU.
 
-        On a CPU, without options, small drawings are traced instead: what at most 64 rows of tokens
-        go through is then run without Python.
+        On a CPU, without options, drawings of at most 64 rows of tokens are traced instead, and
+        then run without Python.
 
         Args:
-            cuda_graphs: Also record them as CUDA graphs, which a host replays by one call a set of
-                tokens each. Recording runs each of them three times, and buffers take memory.
+            cuda_graphs: Also record them as CUDA graphs, which the host replays with one call each
+                per set of tokens. Recording runs each of them three times, and buffers take
+                memory.
             **options: Of ``torch.compile``, such as ``mode="max-autotune-no-cudagraphs"``.
 
         Raises:
@@ -180,7 +181,7 @@ class GenerationPipeline(AdapterLoading, PipelineMixin, DiffusionPipeline):
             self.transformer.capture_drawing()
 
     def prepack(self) -> None:
-        """Lay out the model's weights for the processor: faster or not, by the processor's maker.
+        """Lay out the weights for the processor's matrix kernels; faster on some processors.
 
         Pictures stay the same up to rounding; the model takes twice its memory.
 
@@ -190,7 +191,7 @@ class GenerationPipeline(AdapterLoading, PipelineMixin, DiffusionPipeline):
         prepack_linears(self.transformer)
 
     def quantize(self, kind: str = "int8_dynamic") -> None:
-        """Store the model's weights in a byte each, for good; pictures change a little.
+        """Store each weight in a byte, which cannot be undone; pictures change a little.
 
         Args:
             kind: "int8_dynamic", "int8" or "float8"; see
@@ -204,7 +205,7 @@ class GenerationPipeline(AdapterLoading, PipelineMixin, DiffusionPipeline):
 
     @property
     def interrupt(self) -> bool:
-        """Whether the drawing that calls back stops, else whether any of this pipeline does."""
+        """Whether this pipeline's drawing stops: in a callback its own, elsewhere any of them."""
         return any(run.is_stopped for run in self._current_runs())
 
     @property
@@ -213,7 +214,7 @@ class GenerationPipeline(AdapterLoading, PipelineMixin, DiffusionPipeline):
 
     @_interrupt.setter
     def _interrupt(self, value: bool) -> None:
-        """Stop a drawing: in its callback that one alone, elsewhere all of this pipeline."""
+        """Stop drawings: in a callback its own, elsewhere all of this pipeline."""
         for run in self._current_runs():
             run.is_stopped = bool(value)
 
@@ -227,7 +228,7 @@ class GenerationPipeline(AdapterLoading, PipelineMixin, DiffusionPipeline):
 
     @contextmanager
     def _turn(self, transformer: NOVATransformer3DModel | None) -> Iterator[None]:
-        """Lets one call at a time use weights that hooks move; all others need not wait.
+        """Let one call at a time use weights that hooks move; without hooks, nobody waits.
 
         Autocast is off inside for a model in half precision.
 
@@ -252,7 +253,7 @@ class GenerationPipeline(AdapterLoading, PipelineMixin, DiffusionPipeline):
 
     @torch.no_grad()
     def draw(self, arguments: CallArguments) -> NOVAPipelineOutput | tuple[Any]:
-        """Draw what a call asks for.
+        """Draw the pictures or videos of a call.
 
         Raises:
             ValueError: If arguments contradict each other or the model.
@@ -276,7 +277,7 @@ class GenerationPipeline(AdapterLoading, PipelineMixin, DiffusionPipeline):
 
     @torch.no_grad()
     def draw_pieces(self, arguments: CallArguments) -> Iterator[Any]:
-        """Draw what a call asks for, tile by tile of the autoencoder.
+        """Draw the video of a call, tile by tile of the autoencoder.
 
         Arguments are checked and prompts encoded at once; the drawing begins with the first piece.
 
@@ -359,7 +360,7 @@ class GenerationPipeline(AdapterLoading, PipelineMixin, DiffusionPipeline):
             },
         )
         check_fit(self.transformer, request, run)
-        # All is checked: only now the components begin to work.
+        # Everything is checked: only now do the components begin to work.
         condition = self._encode_prompts(prompts, arguments.num_images_per_prompt)
         request = replace(request, prompt=condition)
         if pixels is not None:
@@ -378,7 +379,7 @@ class GenerationPipeline(AdapterLoading, PipelineMixin, DiffusionPipeline):
     # Checks
 
     def check_inputs(self, arguments: CallArguments) -> int:
-        """Reject what cannot work with these components, before any work is done.
+        """Check the arguments against the components, before any work is done.
 
         Returns:
             The number of latent frames of the result.
@@ -435,7 +436,7 @@ class GenerationPipeline(AdapterLoading, PipelineMixin, DiffusionPipeline):
                     "video checkpoint"
                 )
             return 1
-        if not isinstance(self.vae, TilingMixin):  # absent, or one whose lengths are not known
+        if not isinstance(self.vae, TilingMixin):  # absent, or with unknown lengths
             if num_frames is not None:
                 raise ValueError(
                     f"num_frames={num_frames} needs a video autoencoder of this package, not "
@@ -605,7 +606,7 @@ def latent_tiles(vae: Any, num_frames: int, is_cut: bool = False) -> list[Tile]:
     Args:
         vae: Any autoencoder, or None.
         num_frames: Latent frames.
-        is_cut: Whether frames that a last tile has no use for are left out.
+        is_cut: Whether to leave out frames that do not fill a last tile.
     """
     if not isinstance(vae, TilingMixin):
         return [Tile(0, num_frames, 0)]

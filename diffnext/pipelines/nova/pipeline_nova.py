@@ -49,7 +49,7 @@ POSITIONAL = (
 class NOVAPipeline(GenerationPipeline, TextComponents):
     """Generates images and videos from text, and videos from an image (arXiv:2412.14169).
 
-    Its components are those of :class:`~diffnext.pipelines.nova.components.TextComponents`.
+    Its components: :class:`~diffnext.pipelines.nova.components.TextComponents`.
     """
 
     model_cpu_offload_seq: Any = "text_encoder->transformer->vae"
@@ -107,7 +107,7 @@ class NOVAPipeline(GenerationPipeline, TextComponents):
             prompt: One text or n.
             num_images_per_prompt: How often each row is repeated, consecutively.
             negative_prompt: One text for all, one per prompt, or None for empty ones.
-            prompt_embeds: n text states in place of the prompts.
+            prompt_embeds: n text states instead of prompts.
             negative_prompt_embeds: The same for the negative ones.
             do_classifier_free_guidance: Whether there are rows of negative prompts; when None,
                 there are if negative prompts or states are given.

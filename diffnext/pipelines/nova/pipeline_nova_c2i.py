@@ -41,7 +41,7 @@ TEXT_ONLY = ("prompt_embeds", "negative_prompt_embeds")
 class NOVAC2IPipeline(GenerationPipeline, ClassComponents):
     """Generates images from class labels (arXiv:2412.14169).
 
-    Its components are those of :class:`~diffnext.pipelines.nova.components.ClassComponents`.
+    Its components: :class:`~diffnext.pipelines.nova.components.ClassComponents`.
     """
 
     model_cpu_offload_seq: Any = "transformer->vae"
@@ -129,7 +129,7 @@ def as_classes(name: str, value: Any, null: int) -> list[int]:
     """Class ids as a list; the null class is one of them.
 
     Raises:
-        ValueError: If there is none, or one the model does not know.
+        ValueError: If there is none, or the model does not have it.
     """
     try:
         ids = torch.atleast_1d(torch.as_tensor(value))

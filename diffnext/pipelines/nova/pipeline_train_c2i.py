@@ -21,8 +21,8 @@ __all__ = ["NOVATrainC2IPipeline"]
 class NOVATrainC2IPipeline(TrainingPipelineMixin, ClassComponents, DiffusionPipeline):
     """Prepares NOVA and its batches for training from class labels and images.
 
-    Its components are those of :class:`~diffnext.pipelines.nova.components.ClassComponents`; noise
-    is added by diffnext's scheduler of the same name.
+    Its components: :class:`~diffnext.pipelines.nova.components.ClassComponents`. diffnext's
+    scheduler of the same name adds the noise.
     """
 
     frozen_modules = ("label_embed.norm", "video_pos_embed", "video_encoder.patch_embed")

@@ -11,8 +11,8 @@ __all__ = ["NOVATrainT2IPipeline"]
 class NOVATrainT2IPipeline(TextConditionMixin, TextComponents, DiffusionPipeline):
     """Prepares NOVA and its batches for training from text and images.
 
-    Its components are those of :class:`~diffnext.pipelines.nova.components.TextComponents`; noise
-    is added by diffnext's scheduler of the same name.
+    Its components: :class:`~diffnext.pipelines.nova.components.TextComponents`. diffnext's
+    scheduler of the same name adds the noise.
     """
 
     frozen_modules: tuple[str, ...] = (

@@ -1,7 +1,7 @@
 """From a request to latent frames, in three loops: over frames, over sets, over denoising steps.
 
-The functions get all they need as arguments and change nothing but the run that they are given:
-not the model, and not the scheduler, of which every drawing has a copy.
+The functions get everything as arguments and change only the run that they are given: not the
+model, and not the scheduler, of which every drawing has its own copy.
 
 Shapes: B samples, P guidance passes, T latent frames, C latent channels, h w latent size, p patch
 size, N image tokens, n tokens of a set, Nv video tokens, Lc condition tokens, D encoder width,
@@ -68,13 +68,13 @@ __all__ = [
 
 T = TypeVar("T")
 
-# Of all tokens of a set; less only makes more, smaller products. A CPU wants them near its caches.
+# For all tokens of a set; with less, products are smaller. On a CPU they should fit its caches.
 MAX_MODULATION_BYTES = {"cpu": 2**26, "cuda": 2**28}
 
 
 @checked.dataclass(frozen=True, kw_only=True, config={**CHECKED, "extra": "forbid"})
 class GenerationRequest:
-    """What is to be drawn.
+    """What to draw.
 
     Attributes:
         latent_shape: (B, C, h, w).
@@ -153,7 +153,7 @@ class GenerationRun:
     programs: Programs | None = None
 
     def bar(self, iterable: Iterable[T], is_shown: bool) -> Iterable[T]:
-        """Iterate, with a progress bar if it is to be shown."""
+        """Iterate, with a progress bar if asked for."""
         return tqdm(iterable, **(self.bar_options or {})) if is_shown else iterable
 
 
@@ -209,8 +209,8 @@ def generate_frames(
     """Draw frame after frame; given frames are read, not drawn.
 
     Args:
-        model: The networks. Whatever uses their weights is a call of the model, so that the hooks
-            of offloading and sharding see it; its mode is restored after every call.
+        model: The networks. Everything that uses their weights is a call of the model, so the
+            hooks of offloading and sharding see it; its mode is restored after every call.
         request: What to draw.
         run: Follows the drawing; not to be used again.
 
@@ -240,7 +240,7 @@ def generate_frames(
 def own_precision(model: Transformer3DModel) -> AbstractContextManager[None]:
     """Autocast as the caller has it, but off for weights in half precision.
 
-    They need none, and on a CPU some operations refuse float16 under it.
+    They do not need it, and on a CPU some operations fail with float16 under it.
     """
     if model.mask_embed.bos_token.dtype not in (torch.float16, torch.bfloat16):
         return nullcontext()
@@ -248,7 +248,7 @@ def own_precision(model: Transformer3DModel) -> AbstractContextManager[None]:
 
 
 def check_fit(model: Transformer3DModel, request: GenerationRequest, run: GenerationRun) -> None:
-    """Check what can be known of a drawing before it begins.
+    """Check what can be checked before a drawing begins.
 
     Raises:
         TypeError: If the prompt is not of a kind that the model reads.
@@ -285,11 +285,11 @@ def check_fit(model: Transformer3DModel, request: GenerationRequest, run: Genera
 
 
 def check_states(name: str, states: Tensor, width: int) -> None:
-    """Check what conditions a drawing.
+    """Check text states or condition tokens.
 
     Raises:
-        ValueError: If it is not (rows, tokens, width), or holds NaN or infinity (seen on the CPU
-            only: a GPU would have to be waited for).
+        ValueError: If it is not (rows, tokens, width), or holds NaN or infinity (seen only on
+            the CPU: on a GPU the check would wait for it).
     """
     if states.ndim != 3 or states.size(2) != width or not states.is_floating_point():
         raise ValueError(f"{name} must be floats (rows, L, {width}), got {one_line(states)}")
@@ -389,7 +389,7 @@ def read_frame(
         tokens = model.video_pos_embed(tokens + shared.time[index])
     context = request.max_context_frames or index
     if shared.positions is not None and run.cache is not None and index > context:
-        # The prompt stays as near as it was in training, where positions are relative.
+        # Positions are relative: the prompt stays as near as in training.
         lag = encoder.rotation(shared.positions[index - context][:, :1], 0, tokens.dtype)
         for layer in run.cache.layers:
             layer.turn_first(lag)
@@ -483,9 +483,9 @@ def generate_frame(
 class SetEncoder:
     """Runs the image encoder for the sets of tokens of one frame, one after the other.
 
-    With ``guidance.guidance_reuse`` above 1, the passes without the prompt run for the first of so
-    many sets alone, and then for the tokens of all of them: what those passes know of the frame is
-    then a few sets old (the condition cache of LazyMAR, arXiv:2503.12450).
+    With ``guidance.guidance_reuse`` = r above 1, the passes without the prompt run once per r sets,
+    for the tokens of all of them; what they see of the frame is then up to r - 1 sets old (the
+    condition cache of LazyMAR, arXiv:2503.12450).
 
     Args:
         model: The networks.
@@ -550,7 +550,7 @@ class SetEncoder:
         return torch.cat([own, shared])
 
     def _run(self, tokens: Tensor, begin: int, end: int, is_guided: bool = True) -> Tensor:
-        """One call of the encoder: what was before ``begin`` is known, up to ``end`` is wanted."""
+        """Run the encoder once: tokens before ``begin`` are known, up to ``end`` wanted."""
         order = self.guided_order if is_guided else self.order
         known, wanted = order[:, :begin], order[:, begin:end]
         states = self.states if is_guided else self.states[: len(tokens)]
@@ -583,7 +583,7 @@ def _encode_padded(
     wanted: Tensor,
     *positions: Tensor,
 ) -> Tensor:
-    """A call of the image encoder, of tensors alone, so that it can be recorded.
+    """A call of the image encoder that takes only tensors, so it can be recorded.
 
     Args:
         encoder: The image encoder.
@@ -622,9 +622,8 @@ def denoise(
     """Denoise one set of tokens from pure noise.
 
     Where the scheduler's steps are weighted sums, only the tokens exist, but fresh noise is still
-    drawn for whole frames. For other schedulers, and for guidance that is renormalised, the rest
-    of the frame takes part in steps and norms, but not in the result: rows are selected, so that
-    nothing they hold can leak out.
+    drawn for whole frames. For other schedulers, and for renormalised guidance, the rest of the
+    frame takes part in steps and norms but not in the result, for which rows are selected.
 
     Args:
         model: The networks.
@@ -683,7 +682,7 @@ def _denoise_tokens(
     guidance: GuidanceScaler,
     steps: Sequence[DenoisingStep],
 ) -> Tensor:
-    """All steps of a set; of tensors alone, and without a random draw, so that it can be recorded.
+    """All steps of a set; takes only tensors and draws no random numbers, so it can be recorded.
 
     Args:
         model: The networks.
@@ -692,7 +691,7 @@ def _denoise_tokens(
         z: States of the tokens, (P*B, n, D).
         embeddings: Of the timesteps, (S, 1, 1, 1, Dd).
         *fresh: Noise of each step that adds some, like ``sample``.
-        guidance: Guidance weights, but that of the prompt.
+        guidance: Guidance weights, except the prompt's.
         steps: The schedule; every step is linear.
     """
     decoder = model.image_decoder
@@ -779,7 +778,7 @@ def modulate_steps(
 
 @checked.dataclass(frozen=True, kw_only=True, config=CHECKED)
 class RunOptions:
-    """What inputs of a call of the model say about the run; see :func:`draw_inputs`."""
+    """Inputs of a call of the model that are about the run; see :func:`draw_inputs`."""
 
     batch_size: AtLeastOne | None = None
     x: Tensor | None = None
@@ -792,11 +791,11 @@ class RunOptions:
 
 
 def draw_inputs(model: Transformer3DModel, inputs: Mapping[str, Any]) -> Tensor:
-    """Draw what the inputs of a call of the model say, with its ``sample_scheduler``.
+    """Draw for a call of the model, with its ``sample_scheduler``.
 
     Args:
         model: The networks.
-        inputs: Fields of :class:`GenerationRequest` and :class:`GuidanceScaler` by their names;
+        inputs: Fields of :class:`GenerationRequest` and :class:`GuidanceScaler` by name;
             ``batch_size``, or ``x``, latents (B, C, h, w) whose shape counts; ``generator`` and
             ``on_step`` as for :class:`GenerationRun`; ``tqdm1`` (a bar over frames, True),
             ``tqdm2`` (one over sets, False) and ``progress_bar_config``.
@@ -816,7 +815,7 @@ def draw_inputs(model: Transformer3DModel, inputs: Mapping[str, Any]) -> Tensor:
         raise ValueError("batch_size must be given, or latents as x")
     sizes = (options.batch_size, *model.image_encoder.latent_shape)
     shape = sizes if options.x is None else tuple(options.x.shape)
-    values = dict(**values, latent_shape=shape, guidance=guidance)  # refuses a second of either
+    values = dict(**values, latent_shape=shape, guidance=guidance)  # either given twice is an error
     request = build_checked(GenerationRequest, values)
     run = GenerationRun(
         DenoisingRun(model.sample_scheduler, options.num_diffusion_steps),
