@@ -171,6 +171,7 @@ WRONG = [
     ("text", {"guidance_scale": 1, "negative_prompt": ["a", "a"]}, ["got 2 for 1 prompts"]),
     ("class", {"prompt": None}, ["give class ids"]),
     ("class", {"prompt": "3"}, ["must be whole numbers from 0 to 1000, got '3'"]),
+    ("class", {"prompt": []}, ["got []"]),
     ("class", {"prompt": 3.0}, ["got 3.0"]),
     ("class", {"prompt": True}, ["got True"]),
     ("class", {"prompt": -1}, ["got -1"]),
@@ -215,6 +216,7 @@ WRONG = [
     ("video", {**LONG, "video": clip(4)}, ["the nearest legal number is 1 or 5"]),
     ("video", {"max_latent_length": 2, "video": clip()}, ["2 latent frames are given"]),
     ("video", {**LONG, "video": [clip(), clip()]}, ["got 2 for 1 prompts"]),
+    ("video", {**LONG, "video": [clip(1), clip()]}, ["of one length, got [1, 5] frames"]),
     (
         "video",
         {**LONG, "image": picture(), "video": clip()},

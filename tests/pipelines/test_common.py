@@ -122,52 +122,6 @@ def test_the_same_seed_gives_the_same_result(pipe, kind):
     assert not torch.equal(first, draw(pipe, kind, generator=seeded(1)))
 
 
-def test_callbacks_see_every_step(pipe, kind):
-    steps = []
-
-    def look(given, step, frame, kwargs):
-        assert given is pipe and list(kwargs) == ["latents"]
-        assert kwargs["latents"].shape == (1, 4, 8, 12)
-        steps.append((step, frame))
-        return kwargs
-
-    plain = draw(pipe, kind)
-    assert torch.equal(draw(pipe, kind, callback_on_step_end=look), plain)
-    frames = 2 if kind == "video" else 1
-    assert steps == [(step, step // 3) for step in range(3 * frames)]
-
-
-def test_callbacks_get_what_they_ask_for(pipe, kind):
-    names = []
-    options = {"callback_on_step_end_tensor_inputs": []}
-    draw(pipe, kind, callback_on_step_end=lambda *a: names.append(set(a[3])), **options)
-    assert names and not any(names)
-    with pytest.raises(ValueError, match="must be 'latents', got .'noise'."):
-        draw(pipe, kind, callback_on_step_end_tensor_inputs=["noise"])
-
-
-def test_callbacks_replace_the_latents(pipe, kind):
-    def blank(given, step, frame, kwargs):
-        return {"latents": torch.zeros_like(kwargs["latents"])}
-
-    latents = draw(pipe, kind, callback_on_step_end=blank, output_type="latent")
-    assert not latents.any()
-
-
-def test_interrupting_stops_and_is_forgotten(pipe, kind):
-    def stop(given, step, frame, kwargs):
-        given._interrupt = step == 1
-        return kwargs
-
-    whole = draw(pipe, kind, output_type="latent")
-    cut = draw(pipe, kind, callback_on_step_end=stop, output_type="latent")
-    assert cut.size(2) == 1
-    done = cut[:, :, 0].ne(0)
-    assert 0 < done.float().mean() < 1
-    assert torch.equal(cut[:, :, 0][done], whole[:, :, 0][done])
-    assert torch.equal(draw(pipe, kind, output_type="latent"), whole)
-
-
 @pytest.mark.parametrize("output_type", ["pil", "np", "pt", "latent"])
 def test_output_types(pipe, kind, output_type):
     result = draw(pipe, kind, output_type=output_type)

@@ -45,29 +45,6 @@ def test_num_frames_stands_for_latent_frames(video_pipe):
     assert np.array_equal(by_frames, by_latents)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"num_frames": 10}, "cannot take 10 frames: the nearest legal number is 9 or 13"),
-        ({"num_frames": 9, "max_latent_length": 5}, "is 3 latent frames, but .* is 5"),
-        ({"height": 32}, "pictures of height 64, got 32"),
-        ({"width": 64}, "pictures of width 96, got 64"),
-        ({"image": picture(), "video": clip()}, "an image or with a video, got both"),
-        ({"video": clip(4), "max_latent_length": 3}, "the nearest legal number is 1 or 5"),
-        ({"video": clip(5)}, "2 latent frames are given, which leaves none of 1 to draw"),
-        ({"image": picture()}, "1 latent frames are given, which leaves none of 1 to draw"),
-        ({"video": "a.mp4"}, "a video must be a list of pictures"),
-        ({"video": [clip(1), clip(5)], "max_latent_length": 3}, "one length, got .1, 5. frames"),
-        ({"callback_on_step_end_tensor_inputs": ["noise"]}, "got \\['noise'\\]"),
-        ({"num_images_per_prompt": 0}, "num_images_per_prompt must be greater than"),
-        ({"num_frames": 0}, "num_frames must be greater than"),
-    ],
-)
-def test_refusals_of_videos(video_pipe, arguments, message):
-    with pytest.raises(ValueError, match=message):
-        video_pipe("a cat", **arguments, **QUICK)
-
-
 def test_an_image_model_makes_one_frame():
     with pytest.raises(ValueError, match="num_frames is for videos, but this is an image"):
         make_pipeline()("a cat", num_frames=5, **QUICK)
