@@ -71,8 +71,6 @@ def read_prompts(path: str | os.PathLike, key: str = "prompt") -> PromptSet:
         ValueError: If it holds something else.
     """
     path = Path(path).expanduser()
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no prompt file {path}")
     if path.suffix == STATES_SUFFIX:
         return _read_states(path)
     return prompts_of_records(read_records(path), path, key)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask
 
-from diffnext.models.flex_attention import FlexAttentionCausal2D, attend_flex
+from diffnext.models.flex_attention import attend_flex, make_block_mask
 
 __all__ = [
     "AttentionMask",
@@ -98,9 +98,8 @@ class BlockCausalMask:
         """
         if not can_flex(device, head_dim):
             return self
-        layout = FlexAttentionCausal2D()
-        layout.set_offsets_by_lens(self.lengths)
-        return replace(self, block_mask=layout.make_block_mask(sum(self.lengths), device))
+        offsets = (0, *accumulate(self.lengths))
+        return replace(self, block_mask=make_block_mask(offsets, None, device))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Masked attention without a dense mask, at about half of the products.

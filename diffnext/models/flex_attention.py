@@ -6,7 +6,6 @@ Shapes: B batch, H heads, L tokens, d head width.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import cache, lru_cache
 from itertools import accumulate, pairwise
 from typing import cast
@@ -18,32 +17,25 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from diffnext.models.compilation import compile_static
 from diffnext.utils.host_data import send
 
-__all__ = ["FlexAttentionCausal2D", "attend_flex"]
+__all__ = ["FlexAttentionCausal2D", "attend_flex", "make_block_mask"]
 
 BLOCK_SIZE = 128  # tokens, of queries and of keys; PyTorch's own choice
 
 
-@dataclass(frozen=True)
-class Segments:
-    """Runs of tokens.
+def visible_ends(offsets: Sequence[int], flags: Sequence[bool] | None) -> Tensor:
+    """How many of all tokens, counted from the first, each one sees; (L,), ascending.
 
-    Attributes:
-        offsets: Where they begin and end, ascending from 0.
+    Args:
+        offsets: Where the segments begin and end, ascending from 0.
         flags: Whether each is bidirectional inside; all are when None, missing ones are not.
     """
-
-    offsets: tuple[int, ...] = ()
-    flags: tuple[bool, ...] | None = None
-
-    def visible_ends(self) -> Tensor:
-        """How many of all tokens, from the first on, each one sees; (L,), ascending."""
-        spans = list(pairwise(self.offsets))
-        flags = (True,) * len(spans) if self.flags is None else self.flags
-        ends = torch.arange(1, self.offsets[-1] + 1 if self.offsets else 1)
-        for (begin, end), is_open in zip(spans, flags, strict=False):
-            if is_open:
-                ends[begin:end] = end
-        return ends
+    spans = list(pairwise(offsets))
+    flags = (True,) * len(spans) if flags is None else flags
+    ends = torch.arange(1, offsets[-1] + 1 if offsets else 1)
+    for (begin, end), is_open in zip(spans, flags, strict=False):
+        if is_open:
+            ends[begin:end] = end
+    return ends
 
 
 @cache
@@ -64,14 +56,17 @@ def attend_flex(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask) -> Tenso
 
 @lru_cache(maxsize=32)  # few layouts occur in a run, each in every step
 @torch.inference_mode(False)  # as it may be used in training later
-def make_block_mask(segments: Segments, device: torch.device) -> BlockMask:
+def make_block_mask(
+    offsets: tuple[int, ...], flags: tuple[bool, ...] | None, device: torch.device
+) -> BlockMask:
     """The block mask of some segments, without a dense table of tokens by tokens.
 
     Args:
-        segments: Runs of tokens.
+        offsets: As for :func:`visible_ends`.
+        flags: The same.
         device: Where it is used.
     """
-    ends = segments.visible_ends()
+    ends = visible_ends(offsets, flags)
     length = len(ends)
     first = torch.arange(0, length, BLOCK_SIZE)  # query of each block of queries
     last = (first + BLOCK_SIZE - 1).clamp(max=length - 1)
@@ -96,7 +91,7 @@ def make_block_mask(segments: Segments, device: torch.device) -> BlockMask:
 
 
 def make_mask_mod(ends: Tensor) -> Callable[..., Tensor]:
-    """The visibility rule in FlexAttention's form, of :meth:`Segments.visible_ends`."""
+    """The visibility rule in FlexAttention's form, from :func:`visible_ends`."""
 
     def mask_mod(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return k < ends[q]
@@ -112,12 +107,8 @@ class FlexAttentionCausal2D(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.segments = Segments()
-
-    @property
-    def offsets(self) -> tuple[int, ...]:
-        """Where segments begin and end; empty before they are set."""
-        return self.segments.offsets
+        self.offsets: tuple[int, ...] = ()
+        self.flags: tuple[bool, ...] | None = None
 
     def set_offsets(self, offsets: Sequence[int], flags: Sequence[bool] | None = None) -> None:
         """Set where segments begin and end.
@@ -127,8 +118,8 @@ class FlexAttentionCausal2D(nn.Module):
             flags: Whether each segment is bidirectional inside; missing ones are false.
         """
         offsets = tuple(offsets)
-        offsets = offsets if offsets[:1] == (0,) else (0, *offsets)
-        self.segments = Segments(offsets, None if flags is None else tuple(flags))
+        self.offsets = offsets if offsets[:1] == (0,) else (0, *offsets)
+        self.flags = None if flags is None else tuple(flags)
 
     def set_offsets_by_lens(self, lens: Sequence[int], flags: Sequence[bool] | None = None) -> None:
         """Set segments by their lengths."""
@@ -136,7 +127,7 @@ class FlexAttentionCausal2D(nn.Module):
 
     def get_mask_mod(self, device: torch.device | str | None = None) -> Callable[..., Tensor]:
         """The visibility rule in FlexAttention's form, (b, h, q, k) -> bool."""
-        ends = self.segments.visible_ends()
+        ends = visible_ends(self.offsets, self.flags)
         return make_mask_mod(ends if device is None else ends.to(device))
 
     def get_attn_func(self) -> Callable[..., Tensor]:
@@ -149,15 +140,11 @@ class FlexAttentionCausal2D(nn.Module):
         Raises:
             ValueError: If no segments are set, or they do not cover the queries.
         """
-        return self.make_block_mask(q.size(2), q.device)
-
-    def make_block_mask(self, length: int, device: torch.device) -> BlockMask:
-        """As :meth:`get_block_mask`, for this many queries."""
-        if not self.offsets or self.offsets[-1] != length:
+        if not self.offsets or self.offsets[-1] != q.size(2):
             raise ValueError(
-                f"segments end at {list(self.offsets[-1:])}, but there are {length} tokens"
+                f"segments end at {list(self.offsets[-1:])}, but there are {q.size(2)} tokens"
             )
-        return make_block_mask(self.segments, device)
+        return make_block_mask(self.offsets, self.flags, q.device)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attend; all of (B, H, L, d)."""
