@@ -118,13 +118,11 @@ class PipelineRun(GenerationRun):
         if result.keys() - {"latents"}:
             raise ValueError(f"callback_on_step_end may return only 'latents', got {list(result)}")
         changed = {"latents": latents, **given, **result}["latents"]
-        if not isinstance(changed, Tensor):
-            raise TypeError(
-                "callback_on_step_end must return a tensor as 'latents', got "
-                f"{type(changed).__name__}"
-            )
         wanted, got = (
-            f"{tuple(one.shape)}, {one.dtype}, on {one.device}" for one in (latents, changed)
+            f"{tuple(one.shape)}, {one.dtype}, on {one.device}"
+            if isinstance(one, Tensor)
+            else type(one).__name__
+            for one in (latents, changed)
         )
         if got != wanted:
             raise ValueError(f"callback_on_step_end must return 'latents' of {wanted}, got {got}")
