@@ -376,15 +376,15 @@ class PatchEmbed(nn.Module):
         """
         if x.ndim == 3:
             return x
-        self.height, self.width = self.grid(x)
+        self.height, self.width = self.grid(x.shape)
         if x.ndim == 5:
             frames = x.transpose(1, 2)  # (B, T, C, h, w)
             return self.proj(frames.flatten(0, 1)).flatten(2).mT.unflatten(0, frames.shape[:2])
         return self.proj(x).flatten(2).mT
 
-    def grid(self, x: Tensor) -> tuple[int, int]:
-        """Token grid (rows, columns) of latents (..., h, w)."""
-        return x.size(-2) // self.patch_size, x.size(-1) // self.patch_size
+    def grid(self, shape: Sequence[int]) -> tuple[int, int]:
+        """Token grid (rows, columns) of latents of the shape (..., h, w)."""
+        return shape[-2] // self.patch_size, shape[-1] // self.patch_size
 
     def matrix(self) -> PatchMatrix:
         """What projects patches, for many calls of :meth:`embed_patches`."""
@@ -396,7 +396,7 @@ class PatchEmbed(nn.Module):
 
     def patchify(self, x: Tensor) -> Tensor:
         """Cut (B, C, h, w) into patches (B, N, p*p*C), channels innermost."""
-        rows, columns = self.grid(x)
+        rows, columns = self.grid(x.shape)
         p = self.patch_size
         x = x.unflatten(3, (columns, p)).unflatten(2, (rows, p))  # (B, C, rows, p, columns, p)
         return x.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)

@@ -38,7 +38,7 @@ def test_patches_round_trip():
     x = torch.randn(2, 4, 8, 12)
     patches = embed.patchify(x)
     assert patches.shape == (2, 24, 16)
-    assert torch.equal(embed.unpatchify(patches, embed.grid(x)), x)
+    assert torch.equal(embed.unpatchify(patches, embed.grid(x.shape)), x)
     torch.testing.assert_close(embed.embed_patches(patches), embed(x))
 
 

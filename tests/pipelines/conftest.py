@@ -1,6 +1,7 @@
 """A pipeline of tiny parts, and a release folder of it."""
 
 import pytest
+import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PhiConfig, PreTrainedTokenizerFast
 
@@ -11,6 +12,8 @@ from diffnext.pipelines.release_folder import write_shim
 from diffnext.utils.json_files import read_json, write_json
 from tests.tiny import make_model, make_vae, make_video_vae
 
+QUICK = {"num_inference_steps": 3, "num_diffusion_steps": 2, "disable_progress_bar": True}
+PROMPTS = {"text": "a cat", "video": "a cat", "class": 3}
 WORDS = ("a", "cat", "dog", "on", "the", "mat", "red")
 
 
@@ -57,6 +60,23 @@ def make_class_pipeline(**components):
     model = make_model(text_token_dim=None, text_token_len=None)
     parts = {"transformer": model, "scheduler": model.sample_scheduler, "vae": make_vae()}
     return NOVAC2IPipeline(**{**parts, **components})
+
+
+MAKERS = {"text": make_pipeline, "video": make_video_pipeline, "class": make_class_pipeline}
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture(params=MAKERS)
+def kind(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def pipes():
+    return {kind: make() for kind, make in MAKERS.items()}
 
 
 @pytest.fixture

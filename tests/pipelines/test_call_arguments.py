@@ -15,22 +15,11 @@ from PIL import Image
 from diffnext.pipelines import NOVAPipeline
 from diffnext.pipelines.nova.pipeline_nova_c2i import NOVAC2IPipeline
 from diffnext.schedulers.scheduling_ddpm import DDPMScheduler
-from tests.pipelines.conftest import make_class_pipeline, make_pipeline, make_video_pipeline
+from tests.pipelines.conftest import PROMPTS, make_pipeline, seeded
 from tests.tiny import generation_inputs
 
 QUICK = {"num_inference_steps": 2, "num_diffusion_steps": 2, "disable_progress_bar": True}
-PROMPTS = {"text": "a cat", "video": "a cat", "class": 3}
-MAKERS = {"text": make_pipeline, "video": make_video_pipeline, "class": make_class_pipeline}
 NAN, INF = math.nan, math.inf
-
-
-@pytest.fixture(scope="module")
-def pipes():
-    return {kind: make() for kind, make in MAKERS.items()}
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def picture(seed=0, size=(64, 96)):

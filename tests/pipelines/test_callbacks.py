@@ -4,26 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.pipelines.conftest import make_class_pipeline, make_pipeline, make_video_pipeline
+from tests.pipelines.conftest import PROMPTS, QUICK, make_pipeline, seeded
 from tests.tiny import make_model
-
-QUICK = {"num_inference_steps": 3, "num_diffusion_steps": 2, "disable_progress_bar": True}
-PROMPTS = {"text": "a cat", "video": "a cat", "class": 3}
-MAKERS = {"text": make_pipeline, "video": make_video_pipeline, "class": make_class_pipeline}
-
-
-@pytest.fixture(scope="module")
-def pipes():
-    return {kind: make() for kind, make in MAKERS.items()}
-
-
-@pytest.fixture(params=MAKERS)
-def kind(request):
-    return request.param
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def call(pipe, kind, callback=None, name="__call__", **options):

@@ -17,29 +17,18 @@ from diffusers import (
     FlowMatchHeunDiscreteScheduler,
 )
 
-from tests.pipelines.conftest import make_class_pipeline, make_pipeline, make_video_pipeline
+from tests.pipelines.conftest import MAKERS, QUICK, seeded
 
-QUICK = {"num_inference_steps": 3, "num_diffusion_steps": 2, "disable_progress_bar": True}
 PROMPTS = {
     "text": ["a cat", "a dog", "red"],
     "video": ["a cat", "a dog", "red"],
     "class": [3, 1, 4],
 }
-MAKERS = {"text": make_pipeline, "video": make_video_pipeline, "class": make_class_pipeline}
-
-
-@pytest.fixture(params=["text", "video", "class"])
-def kind(request):
-    return request.param
 
 
 @pytest.fixture
 def pipe(kind):
     return MAKERS[kind]()
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def draw(pipe, kind, prompt=None, **options):

@@ -13,27 +13,14 @@ from torch import nn
 from diffnext.pipelines.nova.pipeline_train_c2i import NOVATrainC2IPipeline
 from diffnext.pipelines.nova.pipeline_train_t2i import NOVATrainT2IPipeline
 from diffnext.utils.json_files import read_json
-from tests.pipelines.conftest import (
-    make_class_pipeline,
-    make_pipeline,
-    make_text_encoder,
-    make_tokenizer,
-    make_video_pipeline,
-)
+from tests.pipelines.conftest import MAKERS, QUICK, make_pipeline, make_text_encoder, make_tokenizer
 from tests.tiny import make_model, make_vae, make_video_vae
 
-QUICK = {"num_inference_steps": 3, "num_diffusion_steps": 2, "disable_progress_bar": True}
-MAKERS = {"text": make_pipeline, "video": make_video_pipeline, "class": make_class_pipeline}
 TRAINERS = {
     "text": NOVATrainT2IPipeline,
     "video": NOVATrainT2IPipeline,
     "class": NOVATrainC2IPipeline,
 }
-
-
-@pytest.fixture(params=["text", "video", "class"])
-def kind(request):
-    return request.param
 
 
 @pytest.fixture

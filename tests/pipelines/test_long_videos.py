@@ -5,10 +5,9 @@ import torch
 
 from diffnext.pipelines.nova.sampling import GenerationRequest, GenerationRun, generate_frames
 from diffnext.schedulers.denoising_run import DenoisingRun
-from tests.pipelines.conftest import make_video_pipeline
+from tests.pipelines.conftest import QUICK, make_video_pipeline
 from tests.tiny import make_model, make_prompts
 
-QUICK = {"num_inference_steps": 3, "num_diffusion_steps": 2, "disable_progress_bar": True}
 ROTARY = {"rotary_pos_embed": True, "arch": ["vit_d2w64", "vit_d4w64", "mlp_d2w64"]}
 POSITIONS = {"tables": {}, "rotary": ROTARY}
 

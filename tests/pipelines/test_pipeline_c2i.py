@@ -7,14 +7,8 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from diffnext.pipelines.nova.pipeline_train_c2i import NOVATrainC2IPipeline
-from tests.pipelines.conftest import make_class_pipeline
+from tests.pipelines.conftest import QUICK, make_class_pipeline, seeded
 from tests.tiny import make_model
-
-QUICK = {"num_inference_steps": 3, "num_diffusion_steps": 2, "disable_progress_bar": True}
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def test_output_types_of_classes(class_pipe):

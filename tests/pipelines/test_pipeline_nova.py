@@ -9,13 +9,7 @@ import torch
 from PIL import Image
 
 from diffnext.pipelines.pipeline_utils import cosine_set_sizes
-from tests.pipelines.conftest import make_pipeline, make_video_pipeline
-
-QUICK = {"num_inference_steps": 3, "num_diffusion_steps": 2, "disable_progress_bar": True}
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
+from tests.pipelines.conftest import QUICK, make_pipeline, make_video_pipeline, seeded
 
 
 def test_output_types(pipe):

@@ -12,12 +12,16 @@ import pytest
 import torch
 from diffusers import DDPMScheduler, FlowMatchHeunDiscreteScheduler
 
-from tests.pipelines.conftest import make_class_pipeline, make_pipeline, make_video_pipeline
+from tests.pipelines.conftest import (
+    MAKERS,
+    QUICK,
+    make_class_pipeline,
+    make_pipeline,
+    make_video_pipeline,
+    seeded,
+)
 from tests.tiny import make_model
 
-QUICK = {"num_inference_steps": 3, "num_diffusion_steps": 2, "disable_progress_bar": True}
-PROMPTS = {"text": "a cat", "video": "a cat", "class": 3}
-MAKERS = {"text": make_pipeline, "video": make_video_pipeline, "class": make_class_pipeline}
 SETTINGS = [
     {"num_inference_steps": 2, "guidance_scale": 1.0},
     {"num_inference_steps": 4, "num_diffusion_steps": 3, "guidance_scale": 7.5},
@@ -37,15 +41,6 @@ def _many_switches():
     yield
     torch.set_num_threads(threads)
     sys.setswitchinterval(interval)
-
-
-@pytest.fixture(params=["text", "video", "class"])
-def kind(request):
-    return request.param
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def draw(pipe, prompt=None, seed=0, **options):

@@ -9,14 +9,8 @@ from PIL import Image
 
 from diffnext.pipelines.nova.pipeline_train_t2v import NOVATrainT2VPipeline
 from diffnext.schedulers.scheduling_ddpm import DDPMScheduler
-from tests.pipelines.conftest import make_pipeline, make_video_pipeline
+from tests.pipelines.conftest import QUICK, make_pipeline, make_video_pipeline, seeded
 from tests.tiny import make_model
-
-QUICK = {"num_inference_steps": 3, "num_diffusion_steps": 2, "disable_progress_bar": True}
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def picture(seed=0, size=(64, 96)):

@@ -186,7 +186,7 @@ class Transformer3DModel(nn.Module):
             (B*T, Nv, D), a sample's frames in a row.
         """
         batch, num_frames = x.size(0), x.size(2)
-        rows, columns = self.video_encoder.patch_embed.grid(x)
+        rows, columns = self.video_encoder.patch_embed.grid(x.shape)
         seen = self.video_encoder.patch_embed(x[:, :, : num_frames - 1])  # (B, T-1, Nv, D)
         begin, _ = self.mask_embed()
         begin = begin.expand(batch, 1, rows * columns, -1)
@@ -232,7 +232,7 @@ class Transformer3DModel(nn.Module):
         mask = self.mask_embed.draw_mask(tokens)
         pos = None
         if self.image_pos_embed is not None:
-            pos = self.image_pos_embed.get_pos(1, 1, embed.grid(frames))
+            pos = self.image_pos_embed.get_pos(1, 1, embed.grid(frames.shape))
         z = self.image_encoder(
             self.mask_embed.apply_mask(tokens, mask.hidden),
             states,

@@ -258,7 +258,7 @@ def check_fit(model: Transformer3DModel, request: GenerationRequest, run: Genera
     channels = model.image_encoder.image_dim
     if request.latent_shape[1] != channels:
         raise ValueError(f"latents must have {channels} channels, got {request.latent_shape}")
-    rows, columns = _grid(model.image_encoder, request.latent_shape)
+    rows, columns = model.image_encoder.patch_embed.grid(request.latent_shape)
     if sum(request.num_preds) != rows * columns:
         raise ValueError(
             f"num_preds must sum to the {rows * columns} tokens of a frame, "
@@ -312,7 +312,7 @@ def prepare(
     num_frames = request.max_latent_length
     condition = guidance.expand_text(condition)
     encoder = model.video_encoder
-    grid = _grid(encoder, request.latent_shape)
+    grid = encoder.patch_embed.grid(request.latent_shape)
     if num_frames > 1:
         head_dim = encoder.rope.dim
         num_held = 1 + min(request.max_context_frames or num_frames, num_frames - 1)
@@ -381,7 +381,7 @@ def read_frame(
     encoder = model.video_encoder
     begin, _ = model.mask_embed()
     if previous is None:
-        rows, columns = _grid(encoder, request.latent_shape)
+        rows, columns = encoder.patch_embed.grid(request.latent_shape)
         tokens = begin.expand(request.latent_shape[0], rows * columns, -1)
     else:
         tokens = encoder.patch_embed(previous)
@@ -418,12 +418,6 @@ def draw_order(batch: int, num_tokens: int, generator: Generators, like: Tensor)
     return send(scores, like.device).argsort(dim=1, stable=True)
 
 
-def _grid(encoder: VisionTransformer, latent_shape: Sequence[int]) -> tuple[int, int]:
-    """Rows and columns of an encoder's tokens."""
-    patch_size = encoder.patch_embed.patch_size
-    return latent_shape[-2] // patch_size, latent_shape[-1] // patch_size
-
-
 # Sets
 
 
@@ -452,7 +446,7 @@ def generate_frame(
     """
     batch = request.latent_shape[0]
     embed = model.image_encoder.patch_embed
-    hw = _grid(model.image_encoder, request.latent_shape)
+    hw = embed.grid(request.latent_shape)
     _, hidden = model.mask_embed()
     tokens = hidden.expand(batch, order.size(1), -1).to(states.dtype)
     patches = states.new_zeros(batch, order.size(1), model.image_decoder.head.out_features)
@@ -723,7 +717,7 @@ def _denoise_frame(
     scale: float | None,
 ) -> Tensor:
     embed = model.image_decoder.patch_embed
-    hw = embed.grid(noise)
+    hw = embed.grid(noise.shape)
     matrix = embed.matrix()
     run.scheduler.restart()
     sample = run.scheduler.scale_noise(noise)
