@@ -13,7 +13,7 @@ from diffnext.version import __version__
 COMMANDS = {  # name: (module, what it does)
     "generate": ("diffnext.cli.generate", "draw pictures or videos of prompts"),
     "cache": ("diffnext.cli.cache", "turn pictures or clips into a dataset to train on"),
-    "inspect": ("diffnext.cli.inspect_cache", "look into such a dataset, check it, cut it anew"),
+    "inspect": ("diffnext.cli.inspect_cache", "look into such a dataset, check it, reshard it"),
     "init": ("diffnext.cli.init", "write an untrained model, to be trained from scratch"),
     "train": ("diffnext.cli.train", "train or fine-tune a model"),
     "lora": ("diffnext.cli.lora", "merge trained adapters into their model"),

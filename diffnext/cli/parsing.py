@@ -15,9 +15,9 @@ def command_parser(
     """A parser that shows its texts as they are written.
 
     Args:
-        name: Of the command, as it is typed.
+        name: The command as it is typed.
         description: What it does, with examples.
-        epilog: What follows the list of options.
+        epilog: Text after the list of options.
     """
     return argparse.ArgumentParser(
         prog=name,

@@ -270,7 +270,7 @@ def encode_prompts(
         model: Release folder, checkpoint or Hub id; its tokenizer and text encoder are loaded.
         prompts: Texts; those longer than the model reads are cut.
         device: Where to encode.
-        dtype: Of the text encoder and of its states.
+        dtype: Type of the text encoder and its states.
 
     Yields:
         (k, d) on the CPU; k is 0 for an empty text.

@@ -58,8 +58,8 @@ class SamplingOptions:
         seed: The seeds of all samples are derived from it.
         compat: Whether to draw everything from one generator, one group after the other, as the
             first release of NOVA did. Nothing is skipped, and there can be one process only.
-        device: Such as "cuda:1"; "auto" takes the best there is.
-        precision: Of the model; "auto" is float16, on a CPU float32.
+        device: For example "cuda:1"; "auto" takes the best there is.
+        precision: The model's type; "auto" is float16, on a CPU float32.
     """
 
     ckpt: str
@@ -118,7 +118,7 @@ def draw_benchmark(
         prompts: The benchmark's; texts are encoded first.
         layout: Where samples go.
         options: How they are drawn.
-        shard: Which share.
+        shard: This process's share.
 
     Returns:
         The number of samples that were written.

@@ -48,8 +48,8 @@ def record_cuda_graph(function: Callable[[], Tensor], pool: Any) -> Recorded:
     """Record what a function launches.
 
     Args:
-        function: Of no arguments; the tensors that it uses stay where they are.
-        pool: Memory that all graphs share, of which one at a time is replayed; None for the first.
+        function: Takes no arguments; the tensors that it uses stay where they are.
+        pool: Memory that all graphs share, as only one is replayed at a time; None for the first.
     """
     current = torch.cuda.current_stream()
     side = torch.cuda.Stream()
@@ -123,7 +123,7 @@ def trace(
 
     Args:
         function: Is called with the model and tensors like ``inputs``, and returns one.
-        model: Whose weights it uses.
+        model: The model whose weights it uses.
         inputs: Examples.
     """
     with warnings.catch_warnings():
@@ -205,7 +205,7 @@ class Programs:
         Args:
             key: Everything the function depends on except shapes and contents of the inputs.
             function: Called with the model and tensors like ``inputs``; draws no random numbers.
-            model: Whose weights it uses.
+            model: The model whose weights it uses.
             inputs: Tensors.
         """
         shapes = tuple((x.shape, x.dtype, x.device) for x in inputs)

@@ -41,7 +41,7 @@ class AdaLayerNormZero(_ProjectedNorm):
         dim: Token width.
         rank: Width of a low-rank bottleneck before the projection; none when None or 0.
         num_stats: How many vectors to project; the first two are scale and shift.
-        eps: Of the norm; None switches the norm off.
+        eps: Epsilon of the norm; None switches the norm off.
     """
 
     def forward(self, x: Tensor, z: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -78,7 +78,7 @@ class AdaLayerNormSingle(nn.Module):
     Args:
         dim: Token width.
         num_stats: How many vectors; the first two are scale and shift.
-        eps: Of the norm; None switches the norm off.
+        eps: Epsilon of the norm; None switches the norm off.
     """
 
     def __init__(self, dim: int, num_stats: int = 2, eps: float | None = 1e-6) -> None:

@@ -52,7 +52,7 @@ def check_not_quantized(model: nn.Module, what: str) -> None:
     """
     if is_quantized(model):
         raise ValueError(
-            f"a quantised model cannot be {what}: load it anew, and quantise it last, "
+            f"a quantised model cannot be {what}: load it again, and quantise it last, "
             "after casting or saving it"
         )
 

@@ -104,7 +104,7 @@ def _link_component(source: Path, target: Path, overlay: dict[str, Any]) -> None
 
     Args:
         source: Folder of one component.
-        target: Folder to fill; files that exist stay, links are made anew.
+        target: Folder to fill; files that exist stay, links are made again.
         overlay: Values to lay over config.json.
     """
     files = component_files(source)

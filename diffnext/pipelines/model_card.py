@@ -54,9 +54,9 @@ def read_defaults(folder: Path, fallback: Defaults, ranges: Ranges) -> Defaults:
     are ignored with a warning.
 
     Args:
-        folder: Of the model.
+        folder: The model's folder.
         fallback: Where the card says nothing.
-        ranges: Of the values.
+        ranges: Which values are allowed.
 
     Raises:
         ValueError: If the card's header cannot be read.

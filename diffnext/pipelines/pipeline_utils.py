@@ -166,7 +166,7 @@ class PipelineMixin(_Base):
         """Make components attributes, so saving and moving the pipeline includes them.
 
         Args:
-            **components: By name; None for one that is absent.
+            **components: Components by name; None for an absent one.
 
         Raises:
             TypeError: For a path: load the component with its class first.
@@ -185,9 +185,9 @@ def _read_part(folder: Path, name: str, entry: Any, kinds: tuple[type, ...]) -> 
 
     Args:
         folder: Release folder or training checkpoint.
-        name: Of the component.
+        name: The component's name.
         entry: Its library and class in the resolved index.
-        kinds: What its class must be one of.
+        kinds: Its class must be a subclass of one of these.
     """
     if entry is None or (isinstance(entry, list) and entry[0] is None):
         return None

@@ -65,7 +65,7 @@ def component_places(folder: Path, name: str) -> list[Path]:
 
     Args:
         folder: Release folder or training checkpoint.
-        name: Of the component.
+        name: The component's name.
 
     Raises:
         FileError: If the name is a path, or the folder has a link of that name that leads out.

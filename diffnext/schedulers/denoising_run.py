@@ -33,7 +33,7 @@ def check_scheduler(scheduler: Any, flow_shift: float | None = None) -> None:
     """Check that a scheduler can denoise what NOVA predicts.
 
     Args:
-        scheduler: Of diffusers or diffnext.
+        scheduler: A scheduler of diffusers or diffnext.
         flow_shift: Timestep shift that it will get, if any.
 
     Raises:
@@ -76,7 +76,7 @@ class DenoisingRun:
     """A copy of a scheduler with its timesteps set; the scheduler itself stays as it is.
 
     Args:
-        scheduler: Of diffusers or diffnext.
+        scheduler: A scheduler of diffusers or diffnext.
         num_steps: Denoising steps.
         flow_shift: Timestep shift instead of the scheduler's own.
 

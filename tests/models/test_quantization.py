@@ -71,14 +71,14 @@ def test_a_model_can_be_quantised_and_packed(kind, is_packed_first):
 @pytest.mark.parametrize("other", QUANTIZATIONS)
 def test_quantising_twice_is_refused(quantized, other):
     expected = sample(quantized)
-    with pytest.raises(ValueError, match="cannot be quantised again: load it anew"):
+    with pytest.raises(ValueError, match="cannot be quantised again: load it again"):
         quantize_blocks(quantized, other)
     assert torch.equal(sample(quantized), expected)
 
 
 @pytest.mark.parametrize("safe_serialization", [True, False])
 def test_saving_a_quantised_model_is_refused(quantized, tmp_path, safe_serialization):
-    with pytest.raises(ValueError, match="cannot be saved: load it anew"):
+    with pytest.raises(ValueError, match="cannot be saved: load it again"):
         quantized.save_pretrained(tmp_path / "new", safe_serialization=safe_serialization)
     assert not (tmp_path / "new").exists()
 
@@ -87,7 +87,7 @@ def test_saving_a_quantised_model_is_refused(quantized, tmp_path, safe_serializa
 def test_casting_a_quantised_model_is_refused(quantized, dtype):
     expected = sample(quantized)
     for cast in (lambda: quantized.to(dtype), lambda: quantized.to("cpu", dtype), quantized.half):
-        with pytest.raises(ValueError, match="cannot be cast: load it anew"):
+        with pytest.raises(ValueError, match="cannot be cast: load it again"):
             cast()
     assert torch.equal(sample(quantized), expected)
 

@@ -280,7 +280,7 @@ def test_a_saved_folder_loads_as_a_training_pipeline(pipe, kind, tmp_path):
 
 def test_a_quantised_pipeline_is_not_saved_by_halves(pipe, tmp_path):
     pipe.quantize("int8")
-    with pytest.raises(ValueError, match="a quantised model cannot be saved: load it anew"):
+    with pytest.raises(ValueError, match="a quantised model cannot be saved: load it again"):
         pipe.save_pretrained(tmp_path / "folder")
     assert not (tmp_path / "folder").exists()
 

@@ -148,7 +148,7 @@ class Transformer3DModel(nn.Module):
                 classes their ids (rows,).
             c: Ready condition tokens, each (rows, L, D).
             motion_flow: Motion strength, one or one per sample; None adds no motion tokens.
-            fps: Frames per second, likewise; 12 when None.
+            fps: Frames per second, one or one per sample; 12 when None.
             is_guided: Whether rows are [conditional || null]; motion then counts twice.
 
         Returns:
@@ -313,7 +313,7 @@ class Transformer3DModel(nn.Module):
         """Compile the blocks of all three parts for training; without gradients they stay eager.
 
         Args:
-            **options: Of ``torch.compile``; by default shapes are dynamic, as sets of tokens vary.
+            **options: Options of ``torch.compile``; shapes are dynamic by default, as sets vary.
         """
         options = {"dynamic": True, **options}
         for part in (self.video_encoder, self.image_encoder, self.image_decoder):
@@ -325,7 +325,7 @@ class Transformer3DModel(nn.Module):
         On a CPU, without options, small drawings are traced instead.
 
         Args:
-            **options: Of ``torch.compile``.
+            **options: Options of ``torch.compile``.
 
         Raises:
             ValueError: For options that cannot work, with the reason.

@@ -48,7 +48,7 @@ class TextComponents(ClassComponents):
         scheduler: Denoises tokens; a flow-matching or DDPM scheduler of diffusers or diffnext.
         vae: The autoencoder of the latents.
         text_encoder: Encodes prompts; not needed when embeddings are passed.
-        tokenizer: Of the text encoder.
+        tokenizer: The text encoder's tokenizer.
         trust_remote_code: Ignored; older diffusers releases pass it on.
     """
 

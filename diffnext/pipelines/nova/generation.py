@@ -69,8 +69,8 @@ class PipelineRun(GenerationRun):
     """A drawing of a pipeline, which a callback may follow and the user stop.
 
     Args:
-        pipeline: Who draws.
-        arguments: Of the call.
+        pipeline: The pipeline that draws.
+        arguments: The call's arguments.
         flow_shift: Timestep shift in force.
         num_frames: Latent frames T.
         num_sets: Sets of tokens of a frame that hold any.
@@ -166,7 +166,7 @@ class GenerationPipeline(AdapterLoading, PipelineMixin, DiffusionPipeline):
             cuda_graphs: Also record them as CUDA graphs, which the host replays with one call each
                 per set of tokens. Recording runs each of them three times, and buffers take
                 memory.
-            **options: Of ``torch.compile``, such as ``mode="max-autotune-no-cudagraphs"``.
+            **options: Options of ``torch.compile``, such as ``mode="max-autotune-no-cudagraphs"``.
 
         Raises:
             ValueError: For options that cannot work, with the reason.
@@ -277,7 +277,7 @@ class GenerationPipeline(AdapterLoading, PipelineMixin, DiffusionPipeline):
     def draw_pieces(self, arguments: CallArguments) -> Iterator[Any]:
         """Draw the video of a call, tile by tile of the autoencoder.
 
-        Arguments are checked and prompts encoded at once; the drawing begins with the first piece.
+        Arguments are checked and prompts encoded right away; drawing begins with the first piece.
 
         Returns:
             An iterator over the new frames of each tile, in the form of ``output_type``.

@@ -84,7 +84,7 @@ class GenerationRequest:
         prompt: Text states or class ids, [conditional || null] with guidance, (2B or B, ...).
         c: Ready condition tokens, with the same rows, each (2B or B, L, D).
         motion_flow: Motion strength, one or one per sample; None adds no motion tokens.
-        fps: Frames per second, likewise.
+        fps: Frames per second, one or one per sample.
         latents: Given first frames, each (B, C, h, w).
         guidance: Guidance weights.
 
@@ -353,7 +353,7 @@ def next_frame(
         request: What to draw.
         run: The drawing.
         shared: What all frames share.
-        index: Of the frame.
+        index: The frame's index.
         previous: The frame before it, (B, C, h, w); None before the first.
 
     Returns:
@@ -437,7 +437,7 @@ def generate_frame(
         request: What to draw.
         run: The drawing.
         schedule: The timesteps.
-        index: Of the frame.
+        index: The frame's index.
         states: The video encoder's states for this frame, (P*B, Nv, D).
         order: Order of prediction, (B, N, 1) token ids.
 
@@ -521,7 +521,7 @@ class SetEncoder:
         """States of the tokens of a set.
 
         Args:
-            index: Of the set; 0, 1, ... in turn.
+            index: The set's index; call with 0, 1, ... in order.
             tokens: The frame as far as it is known, (B, N, D).
 
         Returns:
@@ -683,7 +683,7 @@ def _denoise_tokens(
         scale: Weight of the prompt.
         sample: Start noise, (B, n, p*p*C).
         z: States of the tokens, (P*B, n, D).
-        embeddings: Of the timesteps, (S, 1, 1, 1, Dd).
+        embeddings: Embedded timesteps, (S, 1, 1, 1, Dd).
         *fresh: Noise of each step that adds some, like ``sample``.
         guidance: Guidance weights, except the prompt's.
         steps: The schedule; every step is linear.
