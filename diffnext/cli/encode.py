@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from diffnext.cli.parsing import command_parser, run
+from diffnext.cli.parsing import add_device_options, command_parser, run
 
 DESCRIPTION = """\
 Encode the prompts of a benchmark; sampling then needs no text encoder.
@@ -37,8 +37,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--prompts", type=Path, required=True, help="file of prompts (JSON)")
     add("--output", type=Path, required=True, help="file to write (.pth)")
     add("--prompt_key", default="prompt", help="text to encode: prompt or dense_prompt (prompt)")
-    add("--device", default="auto", help="cpu, cuda, ... (the best there is)")
-    add("--precision", default="auto", help="of the states (float16; on a CPU float32)")
+    add_device_options(parser)
     args = parser.parse_args(argv)
     if args.output.suffix != ".pth":
         parser.error(f"--output must end with .pth, got {args.output}")

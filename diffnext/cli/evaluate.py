@@ -8,8 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from diffnext.cli.parsing import command_parser, run
-from diffnext.evaluation import SEED
+from diffnext.cli.parsing import add_device_options, command_parser, run
 
 if TYPE_CHECKING:  # takes seconds that --help does not need
     from diffnext.evaluation.layouts import Layout
@@ -35,6 +34,9 @@ VBENCH = """\
 Draw the videos of VBench's standard suite (arXiv:2311.17982): OUTDIR/<tag>/<prompt>-<sample>.mp4,
 12 frames per second.
 """
+
+
+SEED = 1337  # the seeds of all samples are derived from it
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -80,8 +82,7 @@ def add_sampling_arguments(
     add("--vae_batch_size", type=int, default=vae_batch_size, help=f"at once ({vae_batch_size})")
     add("--seed", type=int, default=SEED, help=f"of all samples ({SEED})")
     add("--compat", action="store_true", help="one generator for the whole run, as NOVA's first")
-    add("--device", default="auto", help="cpu, cuda, cuda:1, ... (the best there is)")
-    add("--precision", default="auto", help="(float16; on a CPU float32)")
+    add_device_options(parser)
 
 
 def nonempty(text: str) -> str:

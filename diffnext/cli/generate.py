@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffnext.cli.parsing import command_parser, run
+from diffnext.cli.parsing import add_device_options, command_parser, run
 
 if TYPE_CHECKING:  # these take seconds that --help does not need
     from numpy import ndarray
@@ -85,12 +85,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="numbered if there are several samples; .png, .jpg and .webp are pictures, .mp4 is a "
         "video (a new generated.png or generated.mp4)",
     )
-    add("--device", default="auto", help="cpu, cuda, cuda:1, ... (the best there is)")
-    add(
-        "--precision",
-        default="auto",
-        help="float16, bfloat16 or float32 (float16; on a CPU float32)",
-    )
+    add_device_options(parser)
     return parser
 
 

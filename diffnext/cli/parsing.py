@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Callable
 
-__all__ = ["command_parser", "run"]
+__all__ = ["add_device_options", "command_parser", "run"]
 
 
 def command_parser(
@@ -25,6 +25,14 @@ def command_parser(
         epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+
+
+def add_device_options(parser: argparse.ArgumentParser) -> None:
+    """Add ``--device`` and ``--precision``."""
+    add = parser.add_argument
+    add("--device", default="auto", help="cpu, cuda, cuda:1, ... (the best there is)")
+    precisions = "float16, bfloat16 or float32 (float16; on a CPU float32)"
+    add("--precision", default="auto", help=precisions)
 
 
 def run(command: Callable[[], None]) -> int:

@@ -23,12 +23,11 @@ from pydantic import dataclasses as checked
 from torch import Tensor
 from tqdm import tqdm
 
-from diffnext.evaluation import SEED
 from diffnext.evaluation.layouts import Layout
 from diffnext.evaluation.prompts import PromptSet, check_model, encode_prompts
 from diffnext.pipelines.nova.pipeline_nova import NOVAPipeline
 from diffnext.utils.arguments import CHECKED, AtLeastOne, AtLeastZero
-from diffnext.utils.device_utils import AUTO, parse_device, parse_precision
+from diffnext.utils.device_utils import parse_device, parse_precision
 from diffnext.utils.json_files import read_json, write_json
 
 __all__ = [
@@ -63,18 +62,18 @@ class SamplingOptions:
     """
 
     ckpt: str
-    num_pred_steps: AtLeastOne = 128
-    num_diff_steps: AtLeastOne = 25
-    guidance_scale: AtLeastZero = 7.0
-    prompt_size: AtLeastOne = 16
-    sample_size: AtLeastOne = 4
-    vae_batch_size: AtLeastOne = 16
+    num_pred_steps: AtLeastOne
+    num_diff_steps: AtLeastOne
+    guidance_scale: AtLeastZero
+    prompt_size: AtLeastOne
+    sample_size: AtLeastOne
+    vae_batch_size: AtLeastOne
     max_latent_length: AtLeastOne = 1
     flow: AtLeastZero = 5.0
-    seed: Annotated[int, Field(ge=0)] = SEED
-    compat: bool = False
-    device: str = AUTO
-    precision: str = AUTO
+    seed: Annotated[int, Field(ge=0)]
+    compat: bool
+    device: str
+    precision: str
 
 
 @dataclass(frozen=True)
