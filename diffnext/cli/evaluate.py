@@ -34,8 +34,6 @@ VBENCH = """\
 Draw the videos of VBench's standard suite (arXiv:2311.17982): OUTDIR/<tag>/<prompt>-<sample>.mp4,
 12 frames per second.
 """
-
-
 SEED = 1337  # the seeds of all samples are derived from it
 
 
