@@ -264,7 +264,7 @@ def test_prompts_may_stand_anywhere_and_in_a_file(tmp_path, capsys):
     said = [read_parameters(path) for path in paths]
     assert [one["prompt"] for one in said] == ["a red star", "a cross", "a blue ring", "two stars"]
     assert [one["seed"] for one in said] == [0, 1, 2, 3]
-    again = tmp_path / "again.png"  # each can be drawn again alone
+    again = tmp_path / "again.png"  # each can be drawn again by itself
     assert run_generate("a blue ring", "--model", NOVA_TINY, "--seed", "2", "--output", again) == 0
     assert np.array_equal(np.asarray(Image.open(again)), np.asarray(Image.open(paths[2])))
 

@@ -129,7 +129,7 @@ def test_the_level_of_a_value_follows_from_its_type_and_the_range_alone(
 
 @pytest.mark.parametrize("values", [(-1, 0.25, 1), (0, 0.5, 1), (0, 1, 255)])
 def test_no_frame_is_read_by_its_own_values(processor, values):
-    """The dark frame in the middle would fit into another range, too."""
+    """The dark frame in the middle would also fit into another range."""
     frames = np.stack([filled(value, np.float32) for value in values])
     low, middle, high = values
     pixels = processor.preprocess_video(frames, *SIZE, pixel_range=(low, high))

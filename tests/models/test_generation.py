@@ -1,4 +1,4 @@
-"""Generation: equal results however it is asked for, and clear refusals."""
+"""Generation: equal results for equal requests, and clear errors."""
 
 import collections
 import copy
@@ -43,7 +43,7 @@ def test_per_sample_generators_make_samples_independent_of_their_neighbours():
 
 
 def recorded_frames(model, **options):
-    """What a generation looks like behind each of its sets."""
+    """What a generation looks like after each of its sets."""
     frames = []
 
     def record(frame, step, latents):
@@ -242,7 +242,7 @@ def test_a_guidance_interval_is_guidance_where_it_reaches():
 def test_reused_guidance_leaves_the_sets_that_have_their_own(options):
     model = make_model(**options)
     frames = {reuse: recorded_frames(model, guidance_reuse=reuse) for reuse in (1, 2, 3)}
-    # The first set is that of full guidance, the second depends on older states.
+    # The first set is the one of full guidance, the second depends on older states.
     torch.testing.assert_close(frames[2][0], frames[1][0], atol=1e-5, rtol=1e-5)
     assert not torch.allclose(frames[2][1], frames[1][1], atol=1e-5)
     assert not torch.allclose(frames[3][-1], frames[2][-1], atol=1e-5)

@@ -131,7 +131,7 @@ def test_launches_of_a_drawing_at_released_sizes(name, dtype):
 
 
 class CountingRecorder:
-    """Records programs on the device: a replay is one call, whatever it launches."""
+    """Records programs on the device: a replay is one call, however much it launches."""
 
     def __init__(self, device):
         self.device = device

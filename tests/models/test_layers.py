@@ -1,4 +1,4 @@
-"""Layers: shapes, identities and refusals."""
+"""Layers: shapes, identities and errors."""
 
 import copy
 import dataclasses

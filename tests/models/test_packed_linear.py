@@ -1,4 +1,4 @@
-"""Packed weights give the results of the layers they were made of, whatever happens to them."""
+"""Packed weights give the results of their layers, also after changes, casts and copies."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""Quantised models draw nearly the same; what they cannot do is refused with the way out."""
+"""Quantised models draw nearly the same; what they cannot do is an error with the way out."""
 
 import copy
 import sys

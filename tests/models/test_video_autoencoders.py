@@ -51,7 +51,7 @@ def encode(vae, x):
 
 
 def oracle(run, x, size, stride, drop):
-    """Tiles by hand: whole ones, then what is left behind the last."""
+    """Tiles by hand: whole ones, then the rest."""
     pieces = []
     start = 0
     while start == 0 or start + (size - stride) < x.size(2):
@@ -329,7 +329,7 @@ def test_causal_convolutions_see_no_later_frame():
     ],
 )
 def test_resampling_in_time_is_causal(layer, frames, changed_from, kept):
-    """``kept`` output frames stand for the ``changed_from`` first frames of the input.
+    """``kept`` output frames come from the ``changed_from`` first frames of the input.
 
     Where OpenSora enlarges time, a frame is interpolated with the next one: one frame less.
     """
@@ -342,7 +342,7 @@ def test_resampling_in_time_is_causal(layer, frames, changed_from, kept):
 
 
 def test_a_still_clip_stays_still_in_a_causal_convolution():
-    """The first frame is repeated in front, so that it is no edge."""
+    """The first frame is repeated in front, so it is not an edge."""
     conv = CausalConv3d(2, 3, 3, padding=1)
     x = torch.randn(1, 2, 1, 4, 4).expand(-1, -1, 5, -1, -1)
     y = conv(x)
@@ -408,7 +408,7 @@ def test_files_come_back(kind, vae, tmp_path):
 
 
 def test_a_released_config_loads(tmp_path):
-    """The key set of the released video autoencoder, whose class is named in the index alone."""
+    """The key set of the released video autoencoder, whose class only the index names."""
     config = {
         "_class_name": "AutoencoderKLOpenSora",
         "act_fn": "silu",

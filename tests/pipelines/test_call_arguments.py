@@ -1,4 +1,4 @@
-"""One list of call arguments: what is refused before any work is done, what is taken, in what form.
+"""One list of call arguments: which values are errors before any work, and which forms are taken.
 
 Every refusal is a single line that names the argument, and comes before a component is called.
 """
@@ -35,7 +35,7 @@ def states(*shape, fill=0.0):
 
 
 def refusal(pipe, call, arguments):
-    """What a call says that must be refused before any component of the pipeline works."""
+    """The error of a call that must end before any component of the pipeline works."""
     worked = []
     parts = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
     hooks = [

@@ -1,4 +1,4 @@
-"""Long videos: drawn from the latest frames alone, learnt from frames with noise in them."""
+"""Long videos: drawn only from the latest frames, learnt from frames with noise in them."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ def model(request):
 
 
 def draw(model, given, length, **options):
-    """The latents of a video that goes on after given frames, (B, C, T, h, w)."""
+    """The latents of a video that continues given frames, (B, C, T, h, w)."""
     pipe = make_video_pipeline(transformer=model, scheduler=model.sample_scheduler)
     options = {"guidance_scale": 3, "output_type": "latent", **QUICK, **options}
     return pipe(

@@ -1,4 +1,4 @@
-"""NOVAPipeline: what it returns, what it refuses, what it leaves alone."""
+"""NOVAPipeline: what it returns, which errors it raises, what it does not change."""
 
 import copy
 import logging

@@ -149,7 +149,7 @@ def test_eight_threads_draw_twenty_each(share):
 
 
 def test_models_in_training_are_drawn_with_in_threads(kind):
-    """The mode of a model is that of all its threads: none may change it for another."""
+    """All threads share the mode of a model: none may change it for another."""
     alone = [draw(MAKERS[kind](), seed=seed) for seed in range(8)]
     pipe = MAKERS[kind]()
     for part in pipe.components.values():
@@ -266,7 +266,7 @@ def test_a_stream_goes_on_with_the_components_that_it_began_with():
 
 
 def test_a_stop_in_a_callback_stops_its_own_drawing_alone(kind):
-    """Both drawings are under way when one stops, and the other goes on behind it."""
+    """Both drawings are under way when one stops, and the other continues."""
     whole = draw(MAKERS[kind]())
     pipe = MAKERS[kind]()
     both_draw, has_stopped = threading.Barrier(2), threading.Event()
@@ -401,7 +401,7 @@ CALLS = {
 
 
 def traces(pipe):
-    """All that a call could leave behind."""
+    """Everything that a call could leave changed."""
     model = pipe.transformer
     encoder = None if model.text_embed is None else model.text_embed.encoders
     tokenizer = getattr(pipe, "tokenizer", None)

@@ -1,4 +1,4 @@
-"""Schedulers of diffusers behind one interface."""
+"""Schedulers of diffusers through one interface."""
 
 import diffusers
 import pytest
