@@ -22,7 +22,7 @@ __all__ = ["GenEvalLayout", "Layout", "VBenchLayout", "safe_name", "write_whole"
 
 VIDEO_SUFFIX = ".mp4"
 FPS = 12
-MAX_NAME_BYTES = 255  # of a file, on the usual file systems
+MAX_NAME_BYTES = 231  # file systems usually take 255; the number and ending of a sample come after
 _FORBIDDEN = re.compile(r"[/\\\x00-\x1f\x7f]")
 
 
@@ -125,12 +125,8 @@ class VBenchLayout(Layout):
         write_whole(path, lambda partial: export_to_video(frames, partial, fps=FPS))
 
 
-def safe_name(text: str, reserved: int = 24) -> str:
-    """A text as the name of a file or folder in its folder.
-
-    Args:
-        text: Any Unicode text.
-        reserved: Bytes to leave for what is appended to it.
+def safe_name(text: str) -> str:
+    """Any Unicode text as the name of a file or folder.
 
     Returns:
         The text without path separators and control characters, cut if it is too long.
@@ -138,15 +134,13 @@ def safe_name(text: str, reserved: int = 24) -> str:
     name = _FORBIDDEN.sub("_", text)
     if set(name) <= {"."}:
         name = name.replace(".", "_") or "_"
-    if len(name.encode()) > MAX_NAME_BYTES - reserved:
-        return _hashed(name, text, reserved)
-    return name
+    return _hashed(name, text) if len(name.encode()) > MAX_NAME_BYTES else name
 
 
-def _hashed(name: str, text: str, reserved: int = 24) -> str:
+def _hashed(name: str, text: str) -> str:
     """A name, cut if necessary, that differs from the names of other texts."""
     digest = hashlib.sha256(text.encode()).hexdigest()[:12]
-    room = MAX_NAME_BYTES - reserved - len(digest) - 1
+    room = MAX_NAME_BYTES - len(digest) - 1
     return f"{name.encode()[:room].decode(errors='ignore')}-{digest}"
 
 

@@ -1,4 +1,4 @@
-"""Release folders: loading them as they are, saving them again, errors where something does not fit."""
+"""Release folders: loading them as they are, saving them again, errors for what does not fit."""
 
 import subprocess
 import sys
