@@ -115,12 +115,12 @@ def prompts_of_records(
     Raises:
         ValueError: If a text is missing or cannot be written in UTF-8.
     """
-    prompts = tuple(_text(record, key, index, path) for index, record in enumerate(records))
-    texts = tuple(_text(record, "prompt", index, path) for index, record in enumerate(records))
-    tags = None
-    if all(isinstance(record.get("tag"), str) for record in records):
-        tags = tuple(_text(record, "tag", index, path) for index, record in enumerate(records))
-    return PromptSet(prompts, texts, tags)
+
+    def column(name: str) -> tuple[str, ...]:
+        return tuple(_text(record, name, index, path) for index, record in enumerate(records))
+
+    has_tags = all(isinstance(record.get("tag"), str) for record in records)
+    return PromptSet(column(key), column("prompt"), column("tag") if has_tags else None)
 
 
 def _text(record: dict[str, Any], key: str, index: int, path: str | os.PathLike) -> str:
@@ -187,13 +187,12 @@ def read_geneval(
         ValueError: If the two files are not about the same prompts.
     """
     records = read_records(metadata)
-    own = prompts_of_records(records, metadata)
     if not prompt:
         return prompts_of_records(records, metadata, key), records
+    own_texts = prompts_of_records(records, metadata).texts or ()
     prompts = read_prompts(prompt, key)
     if len(prompts) != len(records):
         raise ValueError(f"{prompt} has {len(prompts)} prompts, {metadata} has {len(records)}")
-    own_texts = own.texts or ()
     for index, (text, wanted) in enumerate(zip(prompts.texts or own_texts, own_texts, strict=True)):
         if text != wanted:
             raise ValueError(f"prompt {index} is {text!r} in {prompt}, {wanted!r} in {metadata}")
