@@ -183,8 +183,6 @@ class RotaryEmbed3D(nn.Identity):
                 f"a head width of {self.dim} cannot be split in time, height and width: "
                 "dim // 8 and (dim - dim // 8) / 2 must be even numbers"
             )
-        if ids is not None:
-            pos = pos.expand(ids.size(0), -1, -1).gather(1, ids.expand(-1, -1, 3))
         pos = F.pad(pos.float(), (0, 0, pad, 0))
         angles = [
             axis.unsqueeze(-1) / torch.pow(self.theta, scale)
@@ -192,10 +190,11 @@ class RotaryEmbed3D(nn.Identity):
         ]
         angle = torch.cat(angles, dim=-1).unsqueeze(1)  # (B, 1, L, dim/2)
         sin = angle.sin()
-        return RotationTables(
+        tables = RotationTables(
             cos=angle.cos().repeat_interleave(2, dim=-1),
             sin=torch.stack([-sin, sin], dim=-1).flatten(-2),
         )
+        return tables if ids is None else tables.select(ids[..., :1], pad)
 
 
 class PosEmbed(nn.Module):
