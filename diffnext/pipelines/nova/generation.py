@@ -397,19 +397,15 @@ class GenerationPipeline(AdapterLoading, PipelineMixin, DiffusionPipeline):
         if arguments.image is not None and arguments.video is not None:
             raise ValueError("a video begins with an image or with a video, got both")
         if arguments.image is None and arguments.video is None:
-            for name, usual in (("pixel_range", None), ("resize_mode", "crop")):
-                given = getattr(arguments, name)
-                if given != usual:
-                    raise ValueError(f"{name}={given!r} is for image or video, and none is given")
+            reason = "is for image or video, and none is given"
+            check_unused(arguments, reason, pixel_range=None, resize_mode="crop")
         for name, wanted in zip(("height", "width"), self._pixel_size(), strict=True):
             value = getattr(arguments, name)
             if value not in (None, wanted):
                 raise ValueError(f"the model makes pictures of {name} {wanted}, got {value}")
         if self.transformer.motion_embed is None:
-            for name, unset in (("motion_flow", 5), ("fps", None), ("max_context_frames", None)):
-                value = getattr(arguments, name)
-                if value != unset:
-                    raise ValueError(f"{name}={value} is for models of videos, which this is not")
+            reason = "is for models of videos, which this is not"
+            check_unused(arguments, reason, motion_flow=5, fps=None, max_context_frames=None)
         if self._comes_with_flow not in (None, predicts_flow(self.scheduler)):
             logger.warning(
                 "%s is for models that predict the %s, but this one came with another kind",
@@ -596,6 +592,14 @@ class GenerationPipeline(AdapterLoading, PipelineMixin, DiffusionPipeline):
     def _name_of(self, x: Tensor) -> str:
         """The field of the output that holds pixels or latents."""
         return "images" if x.ndim == 4 else "frames"
+
+
+def check_unused(arguments: CallArguments, reason: str, **defaults: Any) -> None:
+    """Raise if an argument that nothing would use has another value than its default."""
+    for name, default in defaults.items():
+        value = getattr(arguments, name)
+        if value != default:
+            raise ValueError(f"{name}={value!r} {reason}")
 
 
 def latent_tiles(vae: Any, num_frames: int, is_cut: bool = False) -> list[Tile]:
