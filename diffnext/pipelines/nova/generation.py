@@ -424,9 +424,10 @@ class GenerationPipeline(AdapterLoading, PipelineMixin, DiffusionPipeline):
                 "video": arguments.video is not None,
                 "latents": bool(arguments.latents),
             }
-            for name in filter(asked.get, asked):
+            used = [name for name, is_used in asked.items() if is_used]
+            if used:
                 raise ValueError(
-                    f"{name} is for videos, but this is an image model: leave it out or use a "
+                    f"{used[0]} is for videos, but this is an image model: leave it out or use a "
                     "video checkpoint"
                 )
             return 1
