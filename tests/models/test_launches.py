@@ -90,7 +90,7 @@ def count_launches(model, name):
 
     A set of tokens costs something itself, for each step, and each time modulations are computed.
     All of it follows from a few sets, and other sets show that nothing else counts; one of a single
-    token may save a copy. Frames behind the first cost the same as each other.
+    token may save a copy. Frames after the first cost the same as each other.
     """
     tokens = math.prod(model.config["image_base_size"])
     sets = (4, 8, tokens // 4, tokens - tokens // 4 - 13, 1)
@@ -179,6 +179,13 @@ def test_generators_of_the_cpu_do_not_make_a_drawing_wait(
     device, _ = draw(model, [2, 7, 15], 3, 3, make_scheduler(), generator=generator)
     assert not device.pageable
     assert device.launches["_to_copy"] > 0
+
+
+def test_class_ids_of_the_cpu_reach_the_device():
+    model = place(text_token_dim=None, text_token_len=None)
+    with FakeCuda() as device, torch.no_grad():
+        tokens = model.label_embed(torch.tensor([1, 2]))
+    assert tokens.device == DEVICE and not device.pageable
 
 
 @pytest.mark.parametrize("dtype", PRECISIONS, ids=str)
