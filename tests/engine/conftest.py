@@ -15,10 +15,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from accelerate.state import AcceleratorState
+from diffusers import FlowMatchEulerDiscreteScheduler
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PhiConfig, PreTrainedTokenizerFast
 
-from diffnext.cli.main import main
 from diffnext.data.records import RecordWriter
+from diffnext.models.text_encoders.phi import PhiEncoderModel
+from diffnext.models.transformers.transformer_nova import NOVATransformer3DModel
+from diffnext.pipelines import NOVAPipeline
+from tests.tiny import make_vae
 
 ROOT = Path(__file__).parents[2]
 WARM_PYTHON = Path(__file__).with_name("warm_python.py")
@@ -144,13 +151,27 @@ def free_port() -> int:
 
 
 def save_base_folder(folder: Path) -> None:
-    """A release folder as ``diffnext init --tiny`` writes it."""
-    paths = {"module_config": {"transformer": TRANSFORMER}}
-    target = "diffnext.pipelines.nova.pipeline_train_t2i.NOVATrainT2IPipeline"
-    config = folder.with_suffix(".yaml")
-    config.write_text(json.dumps({"pipeline": {"target": target, "paths": paths}}))
-    assert main(["init", "--config", str(config), "--output", str(folder), "--tiny"]) == 0
-    config.unlink()
+    torch.manual_seed(0)
+    vocabulary = {word: index for index, word in enumerate(["[PAD]", "[UNK]", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    phi = PhiConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+    )
+    pipeline = NOVAPipeline(
+        transformer=NOVATransformer3DModel(**TRANSFORMER),
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=make_vae(),
+        text_encoder=PhiEncoderModel(phi),
+        tokenizer=PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]"
+        ),
+    )
+    pipeline.save_pretrained(folder)
 
 
 def write_dataset(folder: Path, entries: int = 12, cut_short: int | None = None) -> None:
