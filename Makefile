@@ -18,14 +18,14 @@ PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 .PHONY: demo demo-video nova-tiny test test-slow check-gpu docs lint format setup setup-test clean-demo
 
 demo: setup
-	$(BIN)/python scripts/draw_shapes.py --output demo
+	$(BIN)/python scripts/nova_tiny/draw_shapes.py --output demo
 	$(BIN)/python scripts/demo.py
 
 demo-video: setup
 	$(BIN)/python scripts/demo_video.py
 
 nova-tiny: setup
-	$(BIN)/python scripts/make_nova_tiny.py
+	$(BIN)/python scripts/nova_tiny/make_nova_tiny.py
 
 test: setup-test lint
 	$(PYTEST) -n 2 --dist loadfile
@@ -34,7 +34,7 @@ test-slow: setup-test
 	$(PYTEST) -m "slow and not gpu" -n 2 --dist loadfile
 
 check-gpu: setup-test
-	$(BIN)/python scripts/check_gpu.py
+	$(BIN)/python scripts/dev/check_gpu.py
 
 docs: setup-test
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

@@ -1,8 +1,8 @@
 """NOVA as the specification words it, step by step and without saving any work.
 
-The oracle of parity tests and the default baseline of ``scripts/benchmark.py``. It takes a model's
-weights, but none of its methods that sample, attend or compute losses: whole frames pass through
-the diffusion head at every step, keys and values are concatenated, masks are dense.
+The oracle of parity tests and the default baseline of ``scripts/dev/benchmark.py``. It takes a
+model's weights, but none of its methods that sample, attend or compute losses: whole frames pass
+through the diffusion head at every step, keys and values are concatenated, masks are dense.
 
 Shapes: B batch, P guidance passes, T latent frames, N image tokens, Nv video tokens, D width, n
 tokens of a set. Guided batches are pass-major.

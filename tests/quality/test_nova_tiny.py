@@ -53,7 +53,7 @@ FAULTS = {
 def evaluate(model: Path, output: Path, *options: str, package: Path = ROOT) -> dict:
     """Score a model with the package found there; returns the scores."""
     command = [
-        *(sys.executable, ROOT / "scripts" / "evaluate_shapes.py", "--model", model),
+        *(sys.executable, ROOT / "scripts" / "nova_tiny" / "evaluate_shapes.py", "--model", model),
         *("--categories", *CATEGORIES, "--output", output, *options),
     ]
     environment = {**os.environ, "PYTHONPATH": str(package), "HF_HUB_OFFLINE": "1"}

@@ -15,14 +15,14 @@ from benchmarking import NONE, PLAIN
 DESCRIPTION = """\
 Measure sampling, training, reading, importing and autoencoders, side by side with a baseline.
 
-    python scripts/benchmark.py generate --model assets/nova-tiny --sets 64 --steps 25
-    python scripts/benchmark.py generate --config configs/nova_d48w768_sdxl1024.yaml --size 256
-    python scripts/benchmark.py train --size 256 --batch 2  # of nova_d48w768_sdxl1024
-    python scripts/benchmark.py data --records 2000
-    python scripts/benchmark.py import
-    python scripts/benchmark.py vae --direction decode --size 256
-    python scripts/benchmark.py growth --plot docs/growth.png
-    python scripts/benchmark.py generate --baseline /path/to/folder/with/another/diffnext
+    python scripts/dev/benchmark.py generate --model assets/nova-tiny --sets 64 --steps 25
+    python scripts/dev/benchmark.py generate --config configs/nova_d48w768_sdxl1024.yaml --size 256
+    python scripts/dev/benchmark.py train --size 256 --batch 2  # of nova_d48w768_sdxl1024
+    python scripts/dev/benchmark.py data --records 2000
+    python scripts/dev/benchmark.py import
+    python scripts/dev/benchmark.py vae --direction decode --size 256
+    python scripts/dev/benchmark.py growth --plot docs/growth.png
+    python scripts/dev/benchmark.py generate --baseline /path/to/folder/with/another/diffnext
 
 Weights are random and the same on both sides. The two sides are processes that take turns, run by
 run, so that both see the same machine; the table has medians, the span of the runs and the ratio of

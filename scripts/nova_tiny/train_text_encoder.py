@@ -1,11 +1,11 @@
 """Fit a small Phi to the captions of the world of shapes, and write it with its tokenizer.
 
-    python scripts/train_text_encoder.py --output DIR
+    python scripts/nova_tiny/train_text_encoder.py --output DIR
 
 A linear map of each token's state is to tell what the whole caption says: shapes, colours, sizes,
 number, relation, background and motion. The last tokens can know all of it, earlier ones what they
 have read. A generator that reads such states need not find out which colour goes with which shape.
-No caption holds a combination that scripts/shapes_world/scenes.py holds out. The folder receives
+No caption holds a combination that scripts/nova_tiny/shapes_world/scenes.py holds out. The folder receives
 text_encoder/ and tokenizer/, in the layout of release folders.
 """
 

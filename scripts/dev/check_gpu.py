@@ -1,9 +1,9 @@
 """Check and measure everything that needs a GPU, in at most 8 minutes.
 
-    python scripts/check_gpu.py --output gpu_check
-    python scripts/check_gpu.py --baseline /path/to/folder/with/another/diffnext
-    python scripts/check_gpu.py --rehearse            # every row, small, on the CPU
-    python scripts/check_gpu.py --list --only training
+    python scripts/dev/check_gpu.py --output gpu_check
+    python scripts/dev/check_gpu.py --baseline /path/to/folder/with/another/diffnext
+    python scripts/dev/check_gpu.py --rehearse            # every row, small, on the CPU
+    python scripts/dev/check_gpu.py --list --only training
 
 Each row runs in a process of its own, until its end or its limit, so that one that hangs or
 crashes costs no other. Rows that measure time run alone and come first, the others side by side.

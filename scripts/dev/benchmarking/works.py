@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 REFERENCE = ROOT / "tests" / "reference_nova.py"
 TEXT_LENGTHS = (12, 40, 25, 60)  # tokens of prompts; the empty one has none
 

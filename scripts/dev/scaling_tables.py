@@ -1,6 +1,6 @@
 """The tables of docs/scaling.md: memory and traffic of training configs on 1, 8 and 128 GPUs.
 
-    python scripts/scaling_tables.py configs/nova_d48w768_sdxl1024.yaml \
+    python scripts/dev/scaling_tables.py configs/nova_d48w768_sdxl1024.yaml \
         configs/nova_d48w1024_sdxl1024.yaml configs/nova_d48w1536_sdxl1024.yaml
 
 Everything is computed, nothing is run and no GPU is needed.

@@ -1,7 +1,7 @@
 """Write docs/configuration.md: every key of a training configuration, from the code.
 
-    python scripts/make_config_reference.py          # writes the page
-    python scripts/make_config_reference.py --check  # exit code 1 if the page is out of date
+    python scripts/dev/make_config_reference.py          # writes the page
+    python scripts/dev/make_config_reference.py --check  # exit code 1 if the page is out of date
 
 Keys, types, defaults and meanings are those of diffnext/config/schema.py; the last columns are what
 two files in configs/ set.
@@ -20,20 +20,21 @@ from omegaconf import DictConfig, OmegaConf
 
 from diffnext.config.schema import KEEP, SchemaKey, TrainConfig, iterate_schema
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "configuration.md"
 SHIPPED = ("nova_d48w1024_sdxl1024", "nova_d48w1024_osp480")
 
 HEAD = """\
 # Configuration
 
-<!-- Written by scripts/make_config_reference.py: do not edit. -->
+<!-- Written by scripts/dev/make_config_reference.py: do not edit. -->
 <!-- slow page -->
 
 A training reads one YAML file and then the command line, whose `key=value` pairs take precedence:
 
 <!-- setup: bash
-python scripts/make_shapes_dataset.py --output my_dataset --vae assets/nova-tiny/vae --num 8
+python scripts/nova_tiny/make_shapes_dataset.py --num 8 --output my_dataset \\
+  --vae assets/nova-tiny/vae
 -->
 <!-- replace: optimizer.params.lr=5e-5 => optimizer.params.lr=5e-5 training.dry_run=true -->
 ```bash

@@ -1,10 +1,10 @@
 """Score a model on the world of coloured shapes: does it draw what prompts ask for?
 
-    python scripts/evaluate_shapes.py --model assets/nova-tiny --output scores
-    python scripts/evaluate_shapes.py --model assets/nova-tiny --sweep guidance_scale 1 2 3 5 7
-    python scripts/evaluate_shapes.py --model assets/nova-tiny-video --clips --given-frames 1
-    python scripts/evaluate_shapes.py --truth
-    python scripts/evaluate_shapes.py --vae assets/nova-tiny/vae
+    python scripts/nova_tiny/evaluate_shapes.py --model assets/nova-tiny --output scores
+    python scripts/nova_tiny/evaluate_shapes.py --model assets/nova-tiny --sweep guidance_scale 1 2 3 5 7
+    python scripts/nova_tiny/evaluate_shapes.py --model assets/nova-tiny-video --clips --given-frames 1
+    python scripts/nova_tiny/evaluate_shapes.py --truth
+    python scripts/nova_tiny/evaluate_shapes.py --vae assets/nova-tiny/vae
 
 Prompts are drawn by lot in the categories of GenEval (arXiv:2310.11513), separately those whose
 combinations were in the training data and those held out. A picture is right if a detector finds

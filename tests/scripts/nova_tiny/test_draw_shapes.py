@@ -10,7 +10,7 @@ import draw_shapes
 from diffnext.cli import init
 from shapes_world.detection import detect
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 ZOOM = draw_shapes.ZOOM
 ASKED = [("red", "square"), ("blue", "cross"), ("green", "ring"), ("pink", "circle")]
 

@@ -1,16 +1,16 @@
 """Render captioned pictures or clips of coloured shapes, as records of latents or as files.
 
-    python scripts/make_shapes_dataset.py --output DIR --vae VAE --num 50000
-    python scripts/make_shapes_dataset.py --output DIR --vae VIDEO_VAE --num 20000 --clips
-    python scripts/make_shapes_dataset.py --output DIR --vae VAE --num 20000 --clips
-    python scripts/make_shapes_dataset.py --output DIR --files --num 20
+    python scripts/nova_tiny/make_shapes_dataset.py --output DIR --vae VAE --num 50000
+    python scripts/nova_tiny/make_shapes_dataset.py --output DIR --vae VIDEO_VAE --num 20000 --clips
+    python scripts/nova_tiny/make_shapes_dataset.py --output DIR --vae VAE --num 20000 --clips
+    python scripts/nova_tiny/make_shapes_dataset.py --output DIR --files --num 20
 
 Example i of a seed is the same in every dataset of that seed, so that a longer one begins with the
 shorter. Records are those of TRAINING.md: the moments of the autoencoder's posterior, a long and a
 short caption and, of clips, the strength of the motion as a flow of 5 or 10. An image autoencoder
 encodes every fourth frame of clips, which is much faster: to latents that a video autoencoder knows
 which was fitted with `align_with` this one. `--files` writes PNGs
-(of clips: GIFs) and captions.jsonl instead. No example shows what scripts/shapes_world/scenes.py
+(of clips: GIFs) and captions.jsonl instead. No example shows what scripts/nova_tiny/shapes_world/scenes.py
 holds out. The output folder appears when all of it is written.
 """
 

@@ -1,7 +1,7 @@
 """Measure the cache builder against the loop of TRAINING.md, side by side.
 
-    python scripts/benchmark_cache.py images --vae assets/vae-tiny --size 256 --num 64
-    python scripts/benchmark_cache.py videos --vae assets/vae-tiny-video --size 64x96 --num 8
+    python scripts/dev/benchmark_cache.py images --vae assets/vae-tiny --size 256 --num 64
+    python scripts/dev/benchmark_cache.py videos --vae assets/vae-tiny-video --size 64x96 --num 8
 
 Renders JPEGs or MP4s, then lets the two take turns on them, and prints the median rates, their
 span and the ratio, by the clock and by the processor seconds of all threads; on a machine that is
@@ -39,16 +39,6 @@ from diffnext.data.caching.settings import (
 from diffnext.data.records import RecordDataset, RecordWriter
 from diffnext.models.autoencoders.loading import load_autoencoder
 from diffnext.utils.export_utils import export_to_video
-from shapes_world.rendering import render_clip, render_scene
-from shapes_world.scenes import (
-    CATEGORIES,
-    CLIP_CATEGORIES,
-    choose,
-    draw_clip,
-    draw_clip_description,
-    draw_description,
-    draw_scene,
-)
 
 FEATURES = {"moments": "bytes", "caption": "string", "text": "string", "shape": ["int64"]}
 CLOCKS = {"second": time.perf_counter, "processor second": time.process_time}
@@ -100,26 +90,27 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def random_picture(number: int, size: tuple[int, int]) -> Image.Image:
+    """A picture of soft colours, (height, width)."""
+    colors = np.random.default_rng(number).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    return Image.fromarray(colors).resize(size[::-1], Image.Resampling.BICUBIC)
+
+
 def render_pictures(args: argparse.Namespace, folder: Path) -> None:
-    """JPEGs of shapes with captions."""
+    """JPEGs with captions."""
     for number in range(args.num):
-        rng = np.random.default_rng(number)
-        scene = draw_scene(rng, draw_description(rng, choose(rng, CATEGORIES)))
-        picture = Image.fromarray(render_scene(scene, max(args.source_size)))
-        picture = picture.resize(args.source_size[::-1])
+        picture = random_picture(number, args.source_size)
         picture.save(folder / f"{number:05d}.jpg", quality=92)
         write_caption(folder / f"{number:05d}.json")
 
 
 def render_videos(args: argparse.Namespace, folder: Path) -> None:
-    """MP4s of twice the frames that a clip takes."""
+    """MP4s of moving pictures, with twice the frames that a clip takes."""
     for number in range(args.num):
-        rng = np.random.default_rng(number)
-        clip = draw_clip(rng, draw_clip_description(rng, choose(rng, CLIP_CATEGORIES)))
-        frames = render_clip(clip, 2 * args.num_frames, max(args.source_size))
-        resized = [Image.fromarray(frame).resize(args.source_size[::-1]) for frame in frames]
+        picture = np.asarray(random_picture(number, args.source_size))
+        frames = [np.roll(picture, 2 * shift, axis=1) for shift in range(2 * args.num_frames)]
         path = folder / f"{number:05d}.mp4"
-        export_to_video([np.asarray(frame) for frame in resized], path, fps=30)
+        export_to_video(frames, path, fps=30)
         write_caption(path.with_suffix(".json"))
 
 

@@ -8,7 +8,7 @@ import pytest
 
 import benchmark
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 QUICK = ["--runs", "1", "--warmup", "0", "--threads", "1"]
 TINY = ["--config", str(ROOT / "configs" / "nova_tiny_t2i.yaml"), "--size", "64"]
 TINY += ["--arch", "vit_d2w64", "vit_d4w64", "mlp_d2w64"]

@@ -17,7 +17,7 @@ import autoencoder_data
 from diffnext.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffnext.models.autoencoders.autoencoder_kl_opensora import AutoencoderKLOpenSora
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "train_autoencoder.py"
+SCRIPT = Path(__file__).parents[3] / "scripts" / "nova_tiny" / "train_autoencoder.py"
 TINY_MODEL = {
     "block_out_channels": [32, 32],
     "layers_per_block": 1,

@@ -1,8 +1,8 @@
 """Draw with the pretrained tiny models: four prompts and a clip, in seconds on a CPU.
 
-    python scripts/draw_shapes.py --output drawn
-    python scripts/draw_shapes.py "a pink cross" "two cyan stars" --seed 1
-    python scripts/draw_shapes.py "a ring" --clip "a star turning"
+    python scripts/nova_tiny/draw_shapes.py --output drawn
+    python scripts/nova_tiny/draw_shapes.py "a pink cross" "two cyan stars" --seed 1
+    python scripts/nova_tiny/draw_shapes.py "a ring" --clip "a star turning"
 
 The folder gets shapes.png, one picture a prompt, and of a clip clip.gif and its strip of frames
 clip.png.
@@ -22,10 +22,10 @@ from PIL import Image, ImageDraw
 
 from diffnext.pipelines import NOVAPipeline
 
-ASSETS = Path(__file__).resolve().parent.parent / "assets"
+ASSETS = Path(__file__).resolve().parents[2] / "assets"
 PROMPTS = ("a red star", "a ring", "a blue cross", "two green squares")
 CLIP_PROMPT = "a blue circle moving right"
-GUIDANCE_SCALE = 2.5  # scripts/evaluate_shapes.py --sweep: the best for this model
+GUIDANCE_SCALE = 2.5  # scripts/nova_tiny/evaluate_shapes.py --sweep: the best for this model
 NUM_FRAMES = 17
 SHOWN_FRAMES = range(0, NUM_FRAMES, 4)
 FRAME_DURATION = 125  # milliseconds

@@ -1,12 +1,12 @@
 """What approximations of sampling gain in time, and what they cost in right pictures.
 
-    python scripts/compare_approximations.py --model assets/nova-tiny
-    python scripts/compare_approximations.py --model assets/nova-tiny --only guidance steps
-    python scripts/compare_approximations.py --config configs/nova_d48w768_sdxl1024.yaml --size 256
+    python scripts/nova_tiny/compare_approximations.py --model assets/nova-tiny
+    python scripts/nova_tiny/compare_approximations.py --model assets/nova-tiny --only guidance steps
+    python scripts/nova_tiny/compare_approximations.py --config configs/nova_d48w768_sdxl1024.yaml --size 256
 
 Every approximation is one that the pipeline offers, off by default. All draw the same prompts, turn
 by turn; the table has the median time against that of exact sampling, and the score of
-scripts/evaluate_shapes.py with the same prompts and seeds. With `--config` weights are random, and
+scripts/nova_tiny/evaluate_shapes.py with the same prompts and seeds. With `--config` weights are random, and
 there are times alone.
 """
 

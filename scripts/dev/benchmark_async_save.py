@@ -1,6 +1,6 @@
 """Measure what writing a checkpoint costs a training run, at once and in the background.
 
-    python scripts/benchmark_async_save.py --output async_check
+    python scripts/dev/benchmark_async_save.py --output async_check
 
 In one process, in turns: steps alone, then a save, then steps until it is on the disk. "blocked" is
 the time in which no step could be made.

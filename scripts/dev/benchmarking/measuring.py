@@ -24,7 +24,7 @@ from omegaconf import OmegaConf
 
 from benchmarking import NONE, PLAIN
 
-ROOT = Path(__file__).resolve().parents[2]  # holds the package, and in a checkout the configs
+ROOT = Path(__file__).resolve().parents[3]  # holds the package, and in a checkout the configs
 SCRIPTS = Path(__file__).resolve().parents[1]
 IMPORTS = {  # what is timed: (what is imported before, what is timed)
     "import diffnext": ("pass", "import diffnext"),

@@ -42,7 +42,7 @@ from shapes_world.scenes import (
     draw_scene,
 )
 
-ASSETS = Path(__file__).parents[2] / "assets"
+ASSETS = Path(__file__).parents[3] / "assets"
 VAE_FOLDERS = {"image": ASSETS / "vae-tiny", "video": ASSETS / "vae-tiny-video"}
 
 

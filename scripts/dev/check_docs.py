@@ -1,9 +1,9 @@
 """Run the code blocks of the documentation, page by page.
 
-    python scripts/check_docs.py                      # every page that is not slow
-    python scripts/check_docs.py --all                # the slow ones, too
-    python scripts/check_docs.py docs/inference.md
-    python scripts/check_docs.py --list               # what would run; runs nothing
+    python scripts/dev/check_docs.py                      # every page that is not slow
+    python scripts/dev/check_docs.py --all                # the slow ones, too
+    python scripts/dev/check_docs.py docs/inference.md
+    python scripts/dev/check_docs.py --list               # what would run; runs nothing
 
 The pages are *.md and docs/**/*.md. Blocks marked python, bash and yaml are run in order, in one
 folder that looks like the repository; the Python blocks of a page share their names. YAML is
@@ -46,7 +46,7 @@ from omegaconf import OmegaConf
 
 from diffnext.config.schema import TrainConfig, iterate_schema
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 # What blocks find in their folder; not what someone's own runs have left in the checkout.
 SOURCES = (
     *("accelerate_configs", "assets", "configs", "diffnext", "docs", "scripts", "tests"),

@@ -14,7 +14,7 @@ import nbformat
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PARTS = ("*.md", "LICENSE", "docs/**/*.*", "assets/**/README.md")
 
 

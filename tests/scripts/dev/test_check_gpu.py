@@ -12,7 +12,7 @@ import check_gpu
 from benchmarking.gpu_rows import ROWS
 from benchmarking.processes import Job
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def check(folder, *arguments):

@@ -1,6 +1,6 @@
 """Kill a training run at random points, again and again, and compare it with one left alone.
 
-    python scripts/check_resume.py --output resume_check --kills 10 --launcher plain zero2_x2
+    python scripts/dev/check_resume.py --output resume_check --kills 10 --launcher plain zero2_x2
 
 For every launcher and precision one run goes straight through, and one is killed (SIGKILL, all its
 processes) at random moments and started anew by the same command. Losses, gradient norms and the
@@ -32,7 +32,7 @@ import numpy as np
 from benchmarking.processes import describe_end, kill
 from diffnext.data.records import RecordWriter
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "configs" / "nova_shapes_t2i.yaml"
 ACCELERATE = ["-m", "accelerate.commands.launch", "--main_process_port={port}"]
 LAUNCH_FILES = ROOT / "accelerate_configs"

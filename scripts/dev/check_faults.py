@@ -1,6 +1,6 @@
 """Do to training runs what happens to them in long jobs, and show what they say.
 
-    python scripts/check_faults.py --output fault_check --tmpfs /mnt/small
+    python scripts/dev/check_faults.py --output fault_check --tmpfs /mnt/small
 
 Each fault is brought about from outside while a tiny run is going on (a killed process, a damaged
 file, a full disk, a signal). The table shows the message, the exit code, the seconds until every

@@ -1,7 +1,7 @@
 """Make assets/nova-tiny and assets/nova-tiny-video from nothing: data, autoencoders, NOVA, scores.
 
-    python scripts/make_nova_tiny.py --work nova_tiny
-    python scripts/make_nova_tiny.py --work try --scale 0.1 --seed 1 --only nova-tiny
+    python scripts/nova_tiny/make_nova_tiny.py --work nova_tiny
+    python scripts/nova_tiny/make_nova_tiny.py --work try --scale 0.1 --seed 1 --only nova-tiny
 
 Every stage is a command of this repository; it is shown, and skipped when its result is there. The
 same command continues after an interruption. NOVA learns pictures in two lessons, first what
@@ -17,7 +17,9 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -29,12 +31,12 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
-from demo import ROOT, run
 from diffnext.pipelines import NOVAPipeline
 from diffnext.utils.json_files import read_json, write_json
 from shapes_world.scenes import CATEGORIES, CLIP_CATEGORIES
 
-SCRIPTS = ROOT / "scripts"
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
 DIFFNEXT = (sys.executable, "-m", "diffnext")
 CONFIGS = ROOT / "configs"
 IMAGE_AUTOENCODER_CONFIG = CONFIGS / "autoencoder_shapes.yaml"
@@ -198,7 +200,7 @@ def fit_stage(
     output = args.work / name
     steps = scaled(OmegaConf.load(config).training.steps, args)
     command = [
-        *(sys.executable, SCRIPTS / "train_autoencoder.py", f"config={config}"),
+        *(sys.executable, HERE / "train_autoencoder.py", f"config={config}"),
         *(f"training.steps={steps}", f"training.seed={args.seed}", f"output_dir={output}"),
         *overrides,
     ]
@@ -210,7 +212,7 @@ def text_stage(args: argparse.Namespace) -> Stage:
     output = args.work / "text"
     transformer = OmegaConf.load(IMAGE_MODEL_CONFIG).pipeline.paths.module_config.transformer
     command = [
-        *(sys.executable, SCRIPTS / "train_text_encoder.py", "--output", output),
+        *(sys.executable, HERE / "train_text_encoder.py", "--output", output),
         *("--width", str(transformer.text_token_dim), "--steps", str(scaled(2500, args))),
         *("--seed", str(args.seed)),
     ]
@@ -240,7 +242,7 @@ def render_stage(args: argparse.Namespace, lesson: Lesson, seed: int) -> Stage:
     """Render and encode the pictures, or every fourth frame of the clips, of a lesson."""
     output = args.work / f"{lesson.name}_records"
     command = [
-        *(sys.executable, SCRIPTS / "make_shapes_dataset.py", "--output", output),
+        *(sys.executable, HERE / "make_shapes_dataset.py", "--output", output),
         *("--vae", args.work / "autoencoder" / "vae", "--seed", str(1000 * args.seed + seed)),
         *("--num", str(scaled(lesson.num_records, args)), "--categories", *lesson.categories),
         "--bf16",
@@ -258,7 +260,7 @@ def train_stage(args: argparse.Namespace, lesson: Lesson, pretrained: Path) -> S
     command = [
         *(Path(sys.executable).parent / "accelerate", "launch", "--num_processes", "1"),
         *("--num_machines", "1", "--dynamo_backend", "no"),
-        *("--num_cpu_threads_per_process", threads, SCRIPTS / "train.py"),
+        *("--num_cpu_threads_per_process", threads, ROOT / "scripts" / "train.py"),
         f"config={VIDEO_MODEL_CONFIG if lesson.is_clip else IMAGE_MODEL_CONFIG}",
         f"pipeline.paths.pretrained_path={pretrained}",
         f"experiment.output_dir={output}",
@@ -284,7 +286,7 @@ def score_release(args: argparse.Namespace, output: Path, is_video: bool) -> Non
         suffix = f"_given_{given_frames}" if given_frames else ""
         scores = args.work / f"{output.name}_scores{suffix}"
         command = [
-            *(sys.executable, SCRIPTS / "evaluate_shapes.py", "--model", output),
+            *(sys.executable, HERE / "evaluate_shapes.py", "--model", output),
             *("--output", scores, "--num", str(args.num_prompts)),
             *(["--clips", "--given-frames", str(given_frames)] if is_video else []),
             *(["--guidance-scale", "1"] if given_frames else []),
@@ -302,13 +304,20 @@ def run_stage(stage: Stage, work: Path) -> None:
     """Run a command and add its time to times.json, also when it is cut short."""
     begin = time.monotonic()
     try:
-        run(list(stage.command))
+        show_and_run(stage.command)
         if stage.result.name == "done":
             stage.result.touch()
     finally:
         times = read_times(work)
         hours = times.get(stage.name, 0) + (time.monotonic() - begin) / 3600
         write_json(work / "times.json", {**times, stage.name: round(hours, 4)})
+
+
+def show_and_run(command: Sequence[str | Path]) -> None:
+    """Print a command and run it."""
+    words = [str(word) for word in command]
+    print(f"\n$ {shlex.join(words)}", flush=True)
+    subprocess.run(words, check=True, cwd=ROOT)
 
 
 def read_times(work: Path) -> dict[str, float]:

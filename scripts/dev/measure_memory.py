@@ -1,8 +1,8 @@
 """Memory of real training steps and drawings against the simulated one, for small models.
 
-    python scripts/measure_memory.py
-    python scripts/measure_memory.py --work drawing recorded
-    python scripts/measure_memory.py --device cuda --arch vit_d16w768 vit_d32w768 mlp_d6w768 \
+    python scripts/dev/measure_memory.py
+    python scripts/dev/measure_memory.py --work drawing recorded
+    python scripts/dev/measure_memory.py --device cuda --arch vit_d16w768 vit_d32w768 mlp_d6w768 \
         --image-size 1024 --batch-size 8 --dtype bfloat16 --levels 0 1 2 3
 
 Each case runs in a process of its own. "training" is two steps on random latents, as one process of

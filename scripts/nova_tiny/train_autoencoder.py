@@ -1,7 +1,7 @@
 """Fit an image or video autoencoder to pictures, videos and drawn shapes.
 
-    python scripts/train_autoencoder.py config=configs/autoencoder_tiny.yaml [key=value ...]
-    python scripts/train_autoencoder.py config=configs/autoencoder_tiny_video.yaml
+    python scripts/nova_tiny/train_autoencoder.py config=configs/autoencoder_tiny.yaml [key=value ...]
+    python scripts/nova_tiny/train_autoencoder.py config=configs/autoencoder_tiny_video.yaml
 
 The same command continues after an interruption. The output folder receives
 

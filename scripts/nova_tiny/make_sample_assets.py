@@ -1,7 +1,7 @@
 """Render the sample pictures and the sample video with numpy, Pillow and a seed.
 
-    python scripts/make_sample_assets.py --output assets
-    python scripts/make_sample_assets.py --output assets --only video
+    python scripts/nova_tiny/make_sample_assets.py --output assets
+    python scripts/nova_tiny/make_sample_assets.py --output assets --only video
 
 Coordinates are in picture heights: x from 0 to the aspect ratio, y from 0 (top) to 1 (bottom).
 A canvas is (H, W, 3) float32 with values 0 to 255; a mask is (H, W) with values 0 to 1.
