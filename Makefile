@@ -18,11 +18,11 @@ PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 .PHONY: demo demo-video nova-tiny test test-slow check-gpu docs lint format setup setup-test clean-demo
 
 demo: setup
-	$(BIN)/python scripts/nova_tiny/draw_shapes.py --output demo
+	$(BIN)/diffnext generate "a red star" "two green squares" --model assets/nova-tiny --output demo/shapes.png
 	$(BIN)/python scripts/demo.py
 
 demo-video: setup
-	$(BIN)/python scripts/demo_video.py
+	$(BIN)/python scripts/demo.py clips
 
 nova-tiny: setup
 	$(BIN)/python scripts/nova_tiny/make_nova_tiny.py
