@@ -29,6 +29,7 @@ import torch
 
 from benchmarking.gpu_rows import BASELINE_ROWS, ROOT, ROWS, Context, Row
 from benchmarking.processes import Job, Outcome, run_job
+from benchmarking.tables import format_table
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -169,21 +170,6 @@ def add_shares(figures: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         for one in figures
     ]
     return [one | share for one, share in zip(figures, shares, strict=True)]
-
-
-def format_table(figures: Sequence[dict[str, Any]]) -> str:
-    """A Markdown table of objects, with a column for every name that occurs."""
-    names = list(dict.fromkeys(name for one in figures for name in one))
-    lines = [names, ["---"] * len(names)]
-    lines += [[format_cell(one.get(name)) for name in names] for one in figures]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-
-
-def format_cell(value: Any) -> str:
-    """A number with four digits, whole ones as they are, or text."""
-    if isinstance(value, float):
-        return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-    return "-" if value is None else str(value).replace("|", "/")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-import measure_memory
+import check_memory
 from diffnext.engine.memory import (
     ENGINES,
     BatchShape,
@@ -60,14 +60,14 @@ def test_simulated_bytes_are_those_of_a_real_step():
 @pytest.mark.parametrize("work", ["drawing", "recorded"])
 def test_simulated_bytes_are_those_of_a_real_drawing(work):
     arch = ("vit_d2w64", "vit_d4w64", "mlp_d2w64")
-    case = measure_memory.Case(arch, 128, 2, work=work, sets=4)
-    model = measure_memory.make_drawing_model(case)
+    case = check_memory.Case(arch, 128, 2, work=work, sets=4)
+    model = check_memory.make_drawing_model(case)
     programs = Programs(record_calls)
     model.programs = programs if work == "recorded" else None
     with LiveBytes(model) as live:
-        measure_memory.draw(model, case, measure_memory.make_run())
+        check_memory.draw(model, case, check_memory.make_run())
     weights = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
-    peak, kept = measure_memory.simulate_drawing(case)
+    peak, kept = check_memory.simulate_drawing(case)
     assert peak - weights == pytest.approx(live.most, rel=0.02)
     assert kept == programs.nbytes
     assert (kept > 0) == (work == "recorded")
@@ -182,6 +182,6 @@ def test_an_optimizer_without_moments_needs_none():
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
 @pytest.mark.parametrize("level", [0, 3])
 def test_the_estimate_is_within_15_percent_of_the_measured_peak(level):
-    case = measure_memory.Case(measure_memory.SMALL, 256, 16, level=level)
-    measured = measure_memory.run_child(case)
-    assert measure_memory.simulate(case) == pytest.approx(measured, rel=0.15)
+    case = check_memory.Case(check_memory.SMALL, 256, 16, level=level)
+    measured = check_memory.run_child(case)
+    assert check_memory.simulate(case) == pytest.approx(measured, rel=0.15)

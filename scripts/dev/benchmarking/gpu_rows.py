@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import benchmark
-from benchmarking import NONE, measuring
+from benchmarking import NONE, measuring, runs
 from benchmarking.worker import Worker
 
 ROOT = measuring.ROOT
@@ -284,15 +284,14 @@ def watch_drawing(context: Context) -> Iterator[Figures]:
 
 def watch_training(context: Context) -> Iterator[Figures]:
     """Train for some steps, of which the last is watched."""
-    import benchmark_async_save
-    import check_resume
+    import check_reliability
 
-    inputs = check_resume.make_inputs(context.folder.parent / "inputs")
     output = f"experiment.output_dir={context.folder}"
-    trainer = benchmark_async_save.make_trainer([*inputs, output, "experiment.log_every=1000"])
+    options = [*runs.make_inputs(context.folder.parent), output, "experiment.log_every=1000"]
+    trainer = check_reliability.make_trainer(options)
     for _ in range(4):
         with watched(context.device) as places:
-            benchmark_async_save.step(trainer)
+            check_reliability.step(trainer)
     trainer.close()
     yield from report_waits("training step", places)
 
@@ -337,12 +336,10 @@ def compare_attention(context: Context) -> Iterator[Figures]:
 
 def train(context: Context, engine: str) -> Iterator[Figures]:
     """Six steps, then the last three again from the checkpoint between them."""
-    import check_resume
-
     launcher = "fsdp2_x2" if context.is_rehearsal and engine == "fsdp2" else engine
     output, straight = context.folder / "run", context.folder / "straight"
     options = [
-        *check_resume.make_inputs(context.folder.parent / "inputs"),
+        *runs.make_inputs(context.folder.parent),
         "training.mixed_precision=bf16",
         f"training.max_train_steps={STEPS}",
         "lr_scheduler.params.warmup_steps=0",
@@ -352,13 +349,13 @@ def train(context: Context, engine: str) -> Iterator[Figures]:
     ]
     for folder in (output, straight):
         shutil.rmtree(folder, ignore_errors=True)
-    check_resume.run_to_end(launcher, options, output)
+    runs.run_to_end(launcher, options, output)
     shutil.copytree(output, straight)
-    for tree in check_resume.FILES:
+    for tree in runs.TREES:
         shutil.rmtree(output / tree / f"checkpoint-{STEPS}")
-    check_resume.run_to_end(launcher, options, output)
-    first, second = (np.array(check_resume.read_metrics(run)) for run in (straight, output))
-    differing = check_resume.count_differences(straight, output, STEPS)
+    runs.run_to_end(launcher, options, output)
+    first, second = (np.array(runs.read_metrics(one)) for one in (straight, output))
+    differing = runs.count_differences(straight, output, STEPS)
     pictures = len(list(output.glob(f"validation/step-{STEPS}/*.png")))
     yield {
         "engine": engine,
@@ -376,16 +373,16 @@ def train(context: Context, engine: str) -> Iterator[Figures]:
 
 def compare_memory(context: Context) -> Iterator[Figures]:
     """Peak of training steps and of recorded drawings, against the simulated one."""
-    import measure_memory
+    import check_memory
 
-    words = ["--work", "training", "recorded", "--sets", "8", "--device", context.device]
+    words = ["measure", "--work", "training", "recorded", "--sets", "8", "--device", context.device]
     words += [*ARCH, "--image-size", "64", "--batch-size", "1"] if context.is_rehearsal else []
     words += [] if context.is_rehearsal else [*LARGE, "--image-size", "1024", "--batch-size", "4"]
-    for case in measure_memory.make_cases(
-        measure_memory.parse_args([*words, "--dtype", context.dtype])
+    for case in check_memory.make_cases(
+        check_memory.parse_args([*words, "--dtype", context.dtype])
     ):
-        simulated = measure_memory.simulate(case) / 2**30
-        measured = measure_memory.run_child(case) / 2**30
+        simulated = check_memory.simulate(case) / 2**30
+        measured = check_memory.run_child(case) / 2**30
         ratio = simulated / measured
         gib = {"simulated, GiB": simulated, "measured, GiB": measured}
         yield {"memory": case.work, **gib, "ratio": ratio}

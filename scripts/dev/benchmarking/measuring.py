@@ -1,7 +1,4 @@
-"""Two sides that take turns at a piece of work, and the report of what they took.
-
-The command line is :mod:`diffnext.cli.benchmark`.
-"""
+"""Two sides that take turns at a piece of work, and the report of what they took."""
 
 from __future__ import annotations
 
@@ -23,6 +20,7 @@ import torch
 from omegaconf import OmegaConf
 
 from benchmarking import NONE, PLAIN
+from benchmarking.tables import format_table
 
 ROOT = Path(__file__).resolve().parents[3]  # holds the package, and in a checkout the configs
 SCRIPTS = Path(__file__).resolve().parents[1]
@@ -34,17 +32,21 @@ IMPORTS = {  # what is timed: (what is imported before, what is timed)
     ),
     "from diffusers import DiffusionPipeline": ("pass", "from diffusers import DiffusionPipeline"),
 }
-VAES = {
-    "AutoencoderKL": {"block_out_channels": [128, 256, 512, 512], "layers_per_block": 2},
+VAES: dict[str, dict[str, Any]] = {  # sizes of the released ones
+    "AutoencoderKL": {
+        "down_block_types": ["DownEncoderBlock2D"] * 4,
+        "up_block_types": ["UpDecoderBlock2D"] * 4,
+    },
     "AutoencoderKLOpenSora": {
-        "block_out_channels": [128, 256, 512, 512],
-        "layers_per_block": 2,
         "down_block_types": ["DownEncoderBlock2D"] * 2 + ["DownEncoderBlock3D"] * 2,
         "up_block_types": ["UpDecoderBlock3D"] * 4,
     },
 }
-
-
+VAE_SIZES = {
+    "block_out_channels": [128, 256, 512, 512],
+    "layers_per_block": 2,
+    "latent_channels": 4,
+}
 UNCHANGED = {"compile": False, "prepack": False, "checkpointing": 0}  # the model of a baseline
 GROWTH = {  # setting: values
     "sets": (4, 8, 16, 32),
@@ -52,13 +54,6 @@ GROWTH = {  # setting: values
     "size": (128, 256, 384, 512),
     "batch": (1, 2, 4, 8),
     "frames": (1, 2, 4, 8),
-}
-EXPECTED = {  # exponents of large values, and why
-    "sets": "0 to 1: each set is a pass of the image encoder, and empty sets cost nothing",
-    "steps": "0 to 1: the diffusion head runs at each, the encoders do not",
-    "size": "2 to 4: tokens grow with its square, attention with the square of tokens",
-    "batch": "0 to 1: 1 once matrix products are what takes the time",
-    "frames": "1: the cache keeps earlier frames; attention to them grows slowly",
 }
 
 
@@ -124,6 +119,8 @@ def make_specs(args: argparse.Namespace, scratch: Path) -> list[tuple[str, str, 
             return [("reading", "data", spec), ("first batch", "first-batch", spec)]
         case "vae":
             return [(f"{args.vae_class} {args.direction}", "vae", make_vae_spec(args))]
+        case "cache":
+            return [(f"cache of {args.kind}", "cache", make_cache_spec(args, scratch))]
         case "growth":
             return make_growth_specs(args, scratch)
     spec = make_model_spec(args, scratch / "weights.pt")
@@ -209,26 +206,24 @@ def make_vae_spec(args: argparse.Namespace) -> dict[str, Any]:
     channels, side, frames = 3, args.size, args.num_frames
     if args.direction == "decode":
         channels, side, frames = 4, args.size // 8, (args.num_frames - 1) // 4 + 1
-    shape = [args.batch, channels, *([frames] if is_video else []), side, side]
     return {
         "vae_class": args.vae_class,
-        "vae": {**VAES[args.vae_class], "latent_channels": 4, **kl_blocks(is_video)},
+        "vae": {**VAE_SIZES, **VAES[args.vae_class]},
         "direction": args.direction,
-        "shape": shape,
+        "shape": [args.batch, channels, *([frames] if is_video else []), side, side],
         "batch": args.batch,
         "device": args.device,
         "dtype": args.dtype,
     }
 
 
-def kl_blocks(is_video: bool) -> dict[str, Any]:
-    """Block types of the image autoencoder; those of videos are in ``VAES``."""
-    if is_video:
-        return {}
-    return {
-        "down_block_types": ["DownEncoderBlock2D"] * 4,
-        "up_block_types": ["UpDecoderBlock2D"] * 4,
-    }
+def make_cache_spec(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
+    """Settings of a cache that is built from random pictures or clips."""
+    names = ("kind", "size", "num", "num_frames", "workers", "flow", "device", "dtype")
+    shared = {name: getattr(args, name) for name in names}
+    shared["size"] = [args.size[0], args.size[-1]]
+    vae, source = str(args.vae.resolve()), str(scratch / "source")
+    return {**shared, "vae": vae, "source": source, "batch": args.num}
 
 
 def measure(
@@ -372,13 +367,6 @@ def seconds_of(results: list[dict[str, Any]], axis: str, value: int) -> float:
     return next(r["sides"][0]["seconds"] for r in results if r["name"] == name)
 
 
-def format_exponents(exponents: dict[str, float]) -> str:
-    """A Markdown table."""
-    lines = ["", "| setting | exponent found | expected |", "|---|---|---|"]
-    lines += [f"| {name} | {value:.2f} | {EXPECTED[name]} |" for name, value in exponents.items()]
-    return "\n".join(lines)
-
-
 def plot_growth(results: list[dict[str, Any]], exponents: dict[str, float], path: Path) -> None:
     """Draw time over each setting, on logarithmic axes."""
     from matplotlib.figure import Figure
@@ -393,37 +381,45 @@ def plot_growth(results: list[dict[str, Any]], exponents: dict[str, float], path
 
 
 def format_report(report: dict[str, Any]) -> str:
-    """A Markdown table with a line for each side."""
+    """What was measured on, and a table with a line for each side."""
     machine = report["machine"]
-    lines = [
-        f"{machine['device']}, {machine['threads']} threads, torch {machine['torch']}, "
-        f"products at {machine['matrix_gflops']:.0f} GFLOP/s",
-        "",
-        "| work | side | median s | span | per s | ratio | peak MB | operations | GFLOP | share |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+    results = report["results"]
+    rows = [
+        describe_side(result, side, machine["matrix_gflops"])
+        for result in results
+        for side in result["sides"]
     ]
-    for result in report["results"]:
-        baseline = result["sides"][-1]["seconds"]
-        for side in result["sides"]:
-            flops = side.get("flops")
-            share = "-"
-            if flops:
-                share = f"{flops / side['seconds'] / machine['matrix_gflops'] / 1e7:.0f} %"
-            cells = [
-                result["name"],
-                side["name"],
-                f"{side['seconds']:.4g}",
-                f"{side['fastest']:.4g} to {side['slowest']:.4g}",
-                f"{side['rate']:.4g}",
-                f"{baseline / side['seconds']:.2f}x" if len(result["sides"]) == 2 else "-",
-                f"{side['peak_mb']:.0f}",
-                str(side.get("operations", "-")),
-                f"{flops / 1e9:.1f}" if flops else "-",
-                share,
-            ]
-            lines.append(f"| {' | '.join(cells)} |")
-        if result["relative_error"] is not None:
-            lines.append(
-                f"\nResults differ by {result['relative_error']:.1e} of the largest value."
-            )
-    return "\n".join(lines)
+    errors = [result["relative_error"] for result in results]
+    return "\n".join(
+        [
+            f"{machine['device']}, {machine['threads']} threads, torch {machine['torch']}, "
+            f"products at {machine['matrix_gflops']:.0f} GFLOP/s",
+            "",
+            format_table(rows),
+            *(
+                f"\nResults differ by {error:.1e} of the largest value."
+                for error in errors
+                if error is not None
+            ),
+        ]
+    )
+
+
+def describe_side(
+    result: dict[str, Any], side: dict[str, Any], matrix_gflops: float
+) -> dict[str, Any]:
+    """The cells of a side; its share is of the rate of large matrix products."""
+    flops = side.get("flops")
+    baseline = result["sides"][-1]["seconds"] if len(result["sides"]) == 2 else None
+    return {
+        "work": result["name"],
+        "side": side["name"],
+        "median s": side["seconds"],
+        "span": f"{side['fastest']:.4g} to {side['slowest']:.4g}",
+        "per s": side["rate"],
+        "ratio": f"{baseline / side['seconds']:.2f}x" if baseline else None,
+        "peak MB": f"{side['peak_mb']:.0f}",
+        "operations": side.get("operations"),
+        "GFLOP": f"{flops / 1e9:.1f}" if flops else None,
+        "share": f"{flops / side['seconds'] / matrix_gflops / 1e7:.0f} %" if flops else None,
+    }

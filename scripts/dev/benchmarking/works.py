@@ -10,6 +10,7 @@ Shapes: B batch, C latent channels, T latent frames, h w latent size.
 from __future__ import annotations
 
 import importlib.util
+import json
 import subprocess
 import sys
 import tempfile
@@ -20,11 +21,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parents[3]
 REFERENCE = ROOT / "tests" / "reference_nova.py"
 TEXT_LENGTHS = (12, 40, 25, 60)  # tokens of prompts; the empty one has none
+
+FEATURES = {"moments": "bytes", "caption": "string", "text": "string", "shape": ["int64"]}
+CAPTIONS = {"caption": "long caption", "text": "short text"}
 
 Spec = dict[str, Any]
 
@@ -294,6 +299,95 @@ class VaeWork(Work):
         return self.vae.encode(self.x).latent_dist.parameters
 
 
+class CacheWork(Work):
+    """Building a cache of latents; plainly, by the loop of TRAINING.md, which measures no motion.
+
+    Spec: ``kind`` (images or videos), ``source`` (folder, written when missing), ``num`` (files),
+    ``size`` (height, width), ``num_frames``, ``vae`` (folder), ``workers``, ``flow``, ``device``,
+    ``dtype``.
+    """
+
+    rate_unit = "file"
+
+    def __init__(self, spec: Spec, is_plain: bool = False) -> None:
+        super().__init__(spec, is_plain)
+        write_media(spec)
+
+    def run(self) -> None:
+        """Build it in a new folder."""
+        with tempfile.TemporaryDirectory() as scratch:
+            output = Path(scratch) / "cache"
+            if self.is_plain:
+                self.build_plainly(output)
+            else:
+                self.build(output)
+
+    def build(self, output: Path) -> None:
+        """Build as ``diffnext cache`` does."""
+        from diffnext.data.caching.building import build_cache
+        from diffnext.data.caching.settings import USUAL_BATCH_SIZES, CacheSettings, FrameSampling
+
+        spec = self.spec
+        settings = CacheSettings(
+            kind=spec["kind"],
+            source=spec["source"],
+            output=output,
+            vae=Path(spec["vae"]),
+            sizes=(tuple(spec["size"]),),
+            frames=FrameSampling(num_frames=spec["num_frames"], stride=2),
+            flow=spec["flow"],
+            batch_size=USUAL_BATCH_SIZES[spec["kind"]],
+            workers=spec["workers"],
+            dtype=spec["dtype"],
+            device=spec["device"],
+        )
+        found = build_cache(settings).examples
+        if found != spec["num"]:
+            raise RuntimeError(f"the cache has {found} examples of {spec['num']} files")
+
+    def build_plainly(self, output: Path) -> None:
+        """Build one by one."""
+        from diffnext.data.records import RecordWriter
+        from diffnext.models.autoencoders.loading import load_autoencoder
+
+        spec = self.spec
+        dtype = getattr(torch, spec["dtype"])
+        vae = load_autoencoder(Path(spec["vae"]), dtype, spec["device"])
+        is_video = spec["kind"] == "videos"
+        output.mkdir()
+        with RecordWriter(
+            output, {**FEATURES, **({"flow": "float64"} if is_video else {})}
+        ) as writer:
+            for path in sorted(Path(spec["source"]).glob("*.mp4" if is_video else "*.jpg")):
+                pixels = self.read_clip(path) if is_video else self.read_picture(path)
+                x = torch.as_tensor(pixels).to(vae.device).to(vae.dtype)
+                with torch.no_grad():
+                    x = vae.encode(x.sub(127.5).div(127.5)).latent_dist.parameters
+                moments = x.half().cpu().numpy()[0]
+                record = {"moments": moments.tobytes(), "shape": moments.shape, **CAPTIONS}
+                writer.write({**record, **({"flow": 5.0} if is_video else {})})
+
+    def read_picture(self, path: Path) -> np.ndarray:
+        """A picture, scaled and cut, (1, 3, H, W)."""
+        height, width = self.spec["size"]
+        picture = ImageOps.fit(Image.open(path), (width, height), Image.Resampling.LANCZOS)
+        return np.array(picture)[None].transpose(0, 3, 1, 2)
+
+    def read_clip(self, path: Path) -> np.ndarray:
+        """Every second frame, scaled and cut, (1, 3, F, H, W)."""
+        import decord
+
+        height, width = self.spec["size"]
+        h, w = decord.VideoReader(str(path))[0].shape[:2]
+        scale = max(height / h, width / w)
+        h, w = int(h * scale + 0.5), int(w * scale + 0.5)
+        video = decord.VideoReader(str(path), height=h, width=w)
+        frames = video.get_batch(list(range(0, 2 * self.spec["num_frames"] - 1, 2))).asnumpy()
+        top, left = (h - height) // 2, (w - width) // 2
+        frames = frames[:, top : top + height, left : left + width]
+        return frames[None].transpose(0, 4, 1, 2, 3)
+
+
 WORKS = {
     "generate": GenerateWork,
     "train": TrainWork,
@@ -301,6 +395,7 @@ WORKS = {
     "first-batch": FirstBatchWork,
     "import": ImportWork,
     "vae": VaeWork,
+    "cache": CacheWork,
 }
 
 
@@ -332,8 +427,7 @@ def write_records(spec: Spec) -> None:
         return
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
-    features = {"moments": "bytes", "caption": "string", "text": "string", "shape": ["int64"]}
-    with RecordWriter(folder, features) as writer:
+    with RecordWriter(folder, FEATURES) as writer:
         for index in range(spec["records"]):
             moments = rng.standard_normal(spec["shape"], dtype=np.float32).astype(np.float16)
             writer.write(
@@ -344,3 +438,23 @@ def write_records(spec: Spec) -> None:
                     "shape": list(moments.shape),
                 }
             )
+
+
+def write_media(spec: Spec) -> None:
+    """Write pictures or clips of soft colours with captions, half as large again, once."""
+    from diffnext.utils.export_utils import export_to_video
+
+    folder = Path(spec["source"])
+    if folder.exists():
+        return
+    folder.mkdir(parents=True)
+    height, width = (side * 3 // 4 * 2 for side in spec["size"])
+    for number in range(spec["num"]):
+        colors = np.random.default_rng(number).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+        picture = Image.fromarray(colors).resize((width, height), Image.Resampling.BICUBIC)
+        (folder / f"{number:05d}.json").write_text(json.dumps(CAPTIONS))
+        if spec["kind"] == "images":
+            picture.save(folder / f"{number:05d}.jpg", quality=92)
+        else:
+            frames = [np.roll(picture, 2 * k, axis=1) for k in range(2 * spec["num_frames"])]
+            export_to_video(frames, folder / f"{number:05d}.mp4", fps=30)

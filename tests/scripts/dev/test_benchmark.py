@@ -70,3 +70,15 @@ def test_wrong_commands_are_refused(arguments, message, capsys):
 def test_a_size_that_does_not_fit_is_refused(capsys):
     assert benchmark.main(["generate", "--size", "100", *QUICK]) == 1
     assert "--size must be multiples of 32, got [100, 100]" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["images", "videos"])
+def test_building_a_cache_is_measured_beside_the_loop_of_the_guide(kind, tmp_path):
+    if kind == "videos":
+        pytest.importorskip("decord")
+    vae = ROOT / "assets" / ("vae-tiny" if kind == "images" else "vae-tiny-video")
+    words = [kind, "--vae", str(vae), "--size", "32", "--num", "2", "--num-frames", "5"]
+    (result,) = run(tmp_path, "cache", *words)
+    assert [side["name"] for side in result["sides"]] == ["ours", "plain"]
+    assert all(side["rate"] > 0 for side in result["sides"])

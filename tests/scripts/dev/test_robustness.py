@@ -2,8 +2,8 @@
 
 import pytest
 
-import check_faults
-import check_resume
+import check_reliability
+from benchmarking import runs
 
 pytestmark = pytest.mark.slow
 
@@ -18,21 +18,19 @@ def rows(capsys):
 def test_killed_runs_end_with_the_same_bytes(tmp_path, capsys, launcher, precision):
     pytest.importorskip("deepspeed")
     options = ["--launcher", launcher, "--precision", precision, "--kills", "2", "--steps", "30"]
-    with pytest.raises(SystemExit) as ended:
-        check_resume.main(["--output", str(tmp_path), *options])
-    assert ended.value.code == 0
+    assert check_reliability.main(["resume", "--output", str(tmp_path), *options]) == 0
     ((name, _, kills, losses, weights),) = rows(capsys)
     assert name == launcher
     assert len(kills.split(",")) == 2
     assert (losses, weights) == ("0", "0")
-    straight = check_resume.read_metrics(tmp_path / f"{launcher}-{precision}" / "straight")
+    straight = runs.read_metrics(tmp_path / f"{launcher}-{precision}" / "straight")
     assert [row[0] for row in straight] == list(range(30))
     assert len({row[3] for row in straight}) == 30  # the losses differ step by step
 
 
 def test_differing_bytes_are_counted():
-    assert check_resume.differing_bytes(b"abcd", b"abcd") == 0
-    assert check_resume.differing_bytes(b"abcd", b"axcdef") == 3
+    assert runs.differing_bytes(b"abcd", b"abcd") == 0
+    assert runs.differing_bytes(b"abcd", b"axcdef") == 3
 
 
 @pytest.mark.parametrize(
@@ -48,7 +46,7 @@ def test_differing_bytes_are_counted():
 )
 def test_fault_ends_in_a_message(tmp_path, capsys, fault, launcher, message, code):
     options = ["--output", str(tmp_path), "--only", fault, "--launcher", launcher]
-    check_faults.main(options)
+    check_reliability.main(["faults", *options])
     table = rows(capsys)
     for _, run, printed, exit_code, seconds, _ in table:
         assert run == launcher

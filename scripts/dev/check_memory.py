@@ -1,18 +1,23 @@
-"""Memory of real training steps and drawings against the simulated one, for small models.
+"""Memory of trainings and drawings: computed for large models, and compared with real small ones.
 
-    python scripts/dev/measure_memory.py
-    python scripts/dev/measure_memory.py --work drawing recorded
-    python scripts/dev/measure_memory.py --device cuda --arch vit_d16w768 vit_d32w768 mlp_d6w768 \
-        --image-size 1024 --batch-size 8 --dtype bfloat16 --levels 0 1 2 3
+    python scripts/dev/check_memory.py tables configs/nova_d48w768_sdxl1024.yaml
+    python scripts/dev/check_memory.py measure
+    python scripts/dev/check_memory.py measure --work drawing recorded
+    python scripts/dev/check_memory.py measure --device cuda --image-size 1024 --batch-size 8 \
+        --arch vit_d16w768 vit_d32w768 mlp_d6w768 --dtype bfloat16 --levels 0 1 2 3
 
-Each case runs in a process of its own. "training" is two steps on random latents, as one process of
-the trainer takes them: float32 weights, autocast, AdamW. "drawing" is sets of 25 steps with
-guidance, and "recorded" the same by programs that keep their inputs and results, as CUDA graphs do
-(on a CPU they are called again). On a CPU the peak is the process's high-water mark (VmHWM) less
-its size before the model is built; freed memory is given back at once (MALLOC_ARENA_MAX,
-MALLOC_TRIM_THRESHOLD_, MALLOC_MMAP_THRESHOLD_), as the allocator would otherwise keep some. On a
-GPU it is torch.cuda.max_memory_allocated. The share of hidden tokens, in training drawn at random,
-is always the smallest, which needs the most memory. Prints a Markdown table.
+tables: memory and traffic of training configs on 1, 8 and 128 GPUs, as docs/scaling.md shows them.
+Everything is computed, and no GPU is needed.
+
+measure: the memory of real training steps and drawings beside the simulated one. Each case runs in
+a process of its own. "training" is two steps on random latents, as one process of the trainer takes
+them: float32 weights, autocast, AdamW. "drawing" is sets of 25 steps with guidance, and "recorded"
+the same by programs that keep their inputs and results, as CUDA graphs do (on a CPU they are called
+again). On a CPU the peak is the process's high-water mark (VmHWM) less its size before the model is
+built; freed memory is given back at once (MALLOC_ARENA_MAX, MALLOC_TRIM_THRESHOLD_,
+MALLOC_MMAP_THRESHOLD_), as the allocator would otherwise keep some. On a GPU it is
+torch.cuda.max_memory_allocated. Training draws the share of hidden tokens at random; here it is
+always the smallest, which needs the most memory.
 """
 
 from __future__ import annotations
@@ -22,15 +27,32 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
+from benchmarking.tables import print_head, print_row
+from diffnext.config.load import parse, read_config
+from diffnext.config.schema import TrainConfig
+from diffnext.engine.dry_run import (
+    ENGINE_NAMES,
+    USABLE_SHARE,
+    ModelPlan,
+    format_memory,
+    memory_table,
+)
 from diffnext.engine.memory import (
+    ENGINES,
+    FLOAT32,
     BatchShape,
+    Engine,
     LiveBytes,
     ParameterCounts,
     estimate_memory,
@@ -38,6 +60,7 @@ from diffnext.engine.memory import (
     set_worst_mask,
     simulate_step,
 )
+from diffnext.engine.run_inputs import inspect_inputs
 from diffnext.models.capture import Programs, Recorded, record_calls, record_cuda_graph
 from diffnext.models.guidance_scaler import GuidanceScaler
 from diffnext.models.transformers.transformer_nova import NOVATransformer3DModel
@@ -45,7 +68,18 @@ from diffnext.pipelines.nova import sampling
 from diffnext.pipelines.pipeline_utils import cosine_set_sizes
 from diffnext.schedulers.denoising_run import DenoisingRun
 from diffnext.schedulers.scheduling_cfm import FlowMatchEulerDiscreteScheduler
+from diffnext.utils.accelerate_utils import precision_to_dtype
 
+aten = torch.ops.aten
+ATTENTION = {  # as the simulation runs it; the counter has only the GPU's kernels
+    aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[
+        aten._scaled_dot_product_flash_attention
+    ],
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
+        aten._scaled_dot_product_flash_attention_backward
+    ],
+}
+PROCESSES = (1, 8, 128)
 SMALL = ("vit_d3w192", "vit_d6w192", "mlp_d3w192")
 LARGE = ("vit_d16w768", "vit_d32w768", "mlp_d6w768")
 ALLOCATOR = {
@@ -82,43 +116,53 @@ WORKS = ("training", "drawing", "recorded")
 STEPS = 25  # of each set
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--arch", nargs=3, help="names of the two encoders and the head")
-    parser.add_argument("--image-size", type=int, default=512, help="pixels (512)")
-    parser.add_argument("--batch-size", type=int, default=16, help="samples (16)")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "float16", "bfloat16"])
-    parser.add_argument("--levels", type=int, nargs="+", default=[0], help="checkpointing (0)")
-    parser.add_argument(
-        "--work", nargs="+", choices=WORKS, default=WORKS, help="what is done (all)"
-    )
-    parser.add_argument("--sets", type=int, default=16, help="of tokens, in drawings (16)")
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--case", help=argparse.SUPPRESS)
+    commands = parser.add_subparsers(required=True)
+    tables = commands.add_parser("tables", help="computed, of training configs")
+    tables.add_argument("configs", type=Path, nargs="+", help="training configs (YAML)")
+    tables.add_argument("--level", type=int, default=0, help="gradient checkpointing (0)")
+    tables.add_argument("--gpu", type=float, default=80, help="GiB of a GPU (80)")
+    tables.set_defaults(run=print_tables)
+    measured = commands.add_parser("measure", help="of small models")
+    measured.add_argument("--arch", nargs=3, help="names of the two encoders and the head")
+    measured.add_argument("--image-size", type=int, default=512, help="pixels (512)")
+    measured.add_argument("--batch-size", type=int, default=16, help="samples (16)")
+    measured.add_argument("--dtype", default="float32", choices=["float32", "float16", "bfloat16"])
+    measured.add_argument("--levels", type=int, nargs="+", default=[0], help="checkpointing (0)")
+    measured.add_argument("--work", nargs="+", choices=WORKS, default=WORKS, help="(all)")
+    measured.add_argument("--sets", type=int, default=16, help="of tokens, in drawings (16)")
+    measured.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    measured.add_argument("--case", help=argparse.SUPPRESS)
+    measured.set_defaults(run=print_measured)
     return parser.parse_args(argv)
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Print the table, or, in a child process, measure one case."""
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line."""
     args = parse_args(argv)
+    args.run(args)
+
+
+# --- measured -----------------------------------------------------------------------------------
+
+
+def print_measured(args: argparse.Namespace) -> None:
+    """Print the table or, in a child process, measure one case."""
     if args.case is not None:
         values = json.loads(args.case)
         print(measure(Case(**{**values, "arch": tuple(values["arch"])})))
         return
-    print("| work | model | px | batch | dtype | level | simulated, GiB | measured, GiB | ratio |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    names = ("work", "model", "px", "batch", "dtype", "level")
+    print_head(*names, "simulated, GiB", "measured, GiB", "ratio")
     for case in make_cases(args):
-        simulated = simulate(case)
-        measured = run_child(case)
-        print(
-            f"| {case.work} | {' '.join(case.arch)} | {case.image_size} | {case.batch_size} "
-            f"| {case.dtype} | {case.level} | {simulated / GIB:.2f} | {measured / GIB:.2f} "
-            f"| {simulated / measured:.3f} |",
-            flush=True,
-        )
+        simulated, measured = simulate(case), run_child(case)
+        sizes = (case.image_size, case.batch_size, case.dtype, case.level)
+        figures = (f"{simulated / GIB:.2f}", f"{measured / GIB:.2f}", f"{simulated / measured:.3f}")
+        print_row(case.work, " ".join(case.arch), *sizes, *figures)
 
 
 def make_cases(args: argparse.Namespace) -> list[Case]:
@@ -134,7 +178,7 @@ def make_cases(args: argparse.Namespace) -> list[Case]:
     ]
 
 
-def model_config(case: Case) -> dict:
+def model_config(case: Case) -> dict[str, Any]:
     """Arguments of the model: an image model on latents of 8 pixels a side."""
     tokens = case.image_size // 16
     return {
@@ -191,7 +235,7 @@ class WithoutData(Programs):
 
 def run_child(case: Case) -> int:
     """Measure a case in a fresh process."""
-    command = [sys.executable, __file__, "--case", json.dumps(asdict(case))]
+    command = [sys.executable, __file__, "measure", "--case", json.dumps(asdict(case))]
     environment = {**os.environ, **ALLOCATOR}
     result = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
     return int(result.stdout.splitlines()[-1])
@@ -286,6 +330,81 @@ def read_status(name: str) -> int:
     with open("/proc/self/status") as file:
         line = next(line for line in file if line.startswith(f"{name}:"))
     return int(line.split()[1]) * 1024
+
+
+# --- tables -------------------------------------------------------------------------------------
+
+
+def print_tables(args: argparse.Namespace) -> None:
+    """Print the tables of docs/scaling.md."""
+    usable = int(args.gpu * USABLE_SHARE * GIB)
+    for path in args.configs:
+        plan = set_level(make_plan(path), args.level)
+        counts = ParameterCounts.of(plan.make())
+        batch = plan.batch_shape()
+        print(f"### {path.stem}: {counts.total / 1e6:.0f} M parameters, batch {batch.size}\n")
+        print(f"Forward and backward of a batch: {count_flops(plan) / 1e12:.0f} TFLOP.\n")
+        print(format_memory(memory_table(plan, batch, "cuda", PROCESSES), usable))
+        print(f"\nPeak at each checkpointing level on {PROCESSES[1]} GPUs:\n")
+        print_levels(plan)
+        print("\nSent by each GPU in one optimizer step, GB:\n")
+        print_traffic(plan, counts)
+        print()
+
+
+def make_plan(path: Path) -> ModelPlan:
+    """The model of a training config; what the config names need not exist."""
+    merged, _ = read_config([f"config={path}", "experiment.output_dir=."])
+    config = parse(merged, TrainConfig)
+    return ModelPlan.of(config, inspect_inputs(config))
+
+
+def set_level(plan: ModelPlan, level: int) -> ModelPlan:
+    """The same model with another level of gradient checkpointing."""
+    model = replace(plan.config.model, gradient_checkpointing=level)
+    return replace(plan, config=replace(plan.config, model=model))
+
+
+def count_flops(plan: ModelPlan) -> int:
+    """Floating-point operations of matrix products and attention, for one batch on one GPU."""
+    with FlopCounterMode(display=False, depth=0, custom_mapping=ATTENTION) as counter:
+        simulate_step(plan.make(), plan.batch_shape())
+    return counter.get_total_flops()
+
+
+def print_levels(plan: ModelPlan) -> None:
+    """Peak memory over levels and engines."""
+    print_head("level", *(f"{ENGINE_NAMES[engine]}, GiB" for engine in ENGINES))
+    number = PROCESSES[1]
+    for level in range(4):
+        estimates = memory_table(set_level(plan, level), plan.batch_shape(), "cuda", [number])
+        print_row(level, *(f"{estimates[engine, number].peak / GIB:.1f}" for engine in ENGINES))
+
+
+def print_traffic(plan: ModelPlan, counts: ParameterCounts) -> None:
+    """Bytes on the wire over engines and numbers of GPUs."""
+    itemsize = precision_to_dtype(plan.config.training.mixed_precision).itemsize
+    numbers = [number for number in PROCESSES if number > 1]
+    print_head("engine", *(f"{number} GPUs" for number in numbers))
+    for engine in ENGINES:
+        sent = [traffic(engine, number, counts, itemsize) / 1e9 for number in numbers]
+        print_row(ENGINE_NAMES[engine], *(f"{value:.2f}" for value in sent))
+
+
+def traffic(engine: Engine, processes: int, counts: ParameterCounts, itemsize: int) -> float:
+    """Bytes that each process sends in one optimizer step of one micro-batch, by ring algorithms.
+
+    An all-reduce sends twice the share (N - 1) / N of the data, a reduce-scatter or an all-gather
+    once. DDP all-reduces float32 gradients. ZeRO-2 reduces gradients to their owners and gathers
+    the new weights, FSDP2 reduces gradients and gathers weights in forward and in backward, all in
+    the training dtype.
+    """
+    passes = {
+        "ddp": 2 * FLOAT32 * counts.trainable,
+        "zero2": itemsize * 2 * counts.trainable,
+        "fsdp2": itemsize * (counts.trainable + 2 * counts.total),
+    }
+    return (processes - 1) / processes * passes[engine]
 
 
 if __name__ == "__main__":
