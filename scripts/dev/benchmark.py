@@ -13,26 +13,21 @@ from pathlib import Path
 from benchmarking import NONE, PLAIN
 
 DESCRIPTION = """\
-Measure sampling, training, reading, importing, autoencoders and caches, beside a baseline.
+Measure sampling, training and reading, beside a baseline.
 
     python scripts/dev/benchmark.py generate --model assets/nova-tiny --sets 64 --steps 25
     python scripts/dev/benchmark.py generate --config configs/nova_d48w768_sdxl1024.yaml --size 256
     python scripts/dev/benchmark.py train --size 256 --batch 2  # of nova_d48w768_sdxl1024
     python scripts/dev/benchmark.py data --records 2000
-    python scripts/dev/benchmark.py import
-    python scripts/dev/benchmark.py vae --direction decode --size 256
-    python scripts/dev/benchmark.py cache images --vae assets/vae-tiny --size 256
-    python scripts/dev/benchmark.py cache videos --vae assets/vae-tiny-video --size 64 96
     python scripts/dev/benchmark.py growth --plot docs/growth.png
     python scripts/dev/benchmark.py generate --baseline /path/to/folder/with/another/diffnext
 
 Weights are random and the same on both sides. The two sides are processes that take turns, run by
 run, so that both see the same machine; the table has medians, the span of the runs and the ratio of
 medians. The baseline of generate and train is, by default, NOVA as its specification words it
-(tests/reference_nova.py), and that of cache the loop of TRAINING.md. A path is the folder of
-another ``diffnext`` package, on which the same public calls are made; none measures one side only.
+(tests/reference_nova.py). A path is the folder of another ``diffnext`` package, on which the same
+public calls are made; none measures one side only.
 """
-VAES = ("AutoencoderKL", "AutoencoderKLOpenSora")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -70,7 +65,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if args.command == "growth":
         args.sets, args.steps, args.guidance = 16, 10, 5.0
         args.frames = args.frames or 1
-    has_plain = args.command in ("generate", "train", "cache")
+    has_plain = args.command in ("generate", "train")
     args.baseline = args.baseline or (PLAIN if has_plain else NONE)
     if args.baseline == PLAIN and not has_plain:
         parser.error(f"{args.command} has no plain formulation: --baseline none, or a folder")
@@ -131,22 +126,6 @@ def build_parser() -> argparse.ArgumentParser:
     data.add_argument("--batches", type=int, default=250, help="of a run (250)")
     data.add_argument("--workers", type=int, default=0, help="processes (0)")
     data.add_argument("--in-order", action="store_true", help="do not shuffle")
-    commands.add_parser("import", parents=[common])
-    vae = commands.add_parser("vae", parents=[common, device])
-    vae.add_argument("--vae-class", choices=VAES, default="AutoencoderKL", help="(AutoencoderKL)")
-    vae.add_argument("--direction", choices=("decode", "encode"), default="decode", help="(decode)")
-    vae.add_argument("--size", type=int, default=256, help="pixels a side (256)")
-    vae.add_argument("--num-frames", type=int, default=17, help="of clips (17)")
-    cache = commands.add_parser("cache", parents=[common])
-    cache.add_argument("kind", choices=("images", "videos"))
-    cache.add_argument("--vae", type=Path, required=True, help="folder of the autoencoder")
-    cache.add_argument("--size", type=int, nargs="+", required=True, help="side, or height width")
-    cache.add_argument("--num", type=int, default=32, help="files (32)")
-    cache.add_argument("--num-frames", type=int, default=17, help="frames of a clip (17)")
-    cache.add_argument("--workers", type=int, default=2, help="threads of our side (2)")
-    cache.add_argument("--flow", type=float, help="motion strength (our side measures it)")
-    cache.add_argument("--device", default="cpu", help="cpu, cuda (cpu)")
-    cache.add_argument("--dtype", default="float32", help="of the autoencoder (float32)")
     return parser
 
 

@@ -1,9 +1,7 @@
 """Run the code blocks of the documentation, page by page.
 
     python scripts/dev/check_docs.py                      # every page that is not slow
-    python scripts/dev/check_docs.py --all                # the slow ones, too
     python scripts/dev/check_docs.py docs/inference.md
-    python scripts/dev/check_docs.py --list               # what would run; runs nothing
 
 The pages are *.md and docs/**/*.md. Blocks marked python, bash and yaml are run in order, in one
 folder that looks like the repository; the Python blocks of a page share their names. YAML is
@@ -15,11 +13,10 @@ sees, say what else is needed:
     <!-- setup: python                      code of its own, run at this place (or "setup: bash")
     ...
     -->
-    <!-- slow page -->                      only --all and its own name run the page
+    <!-- slow page -->                      the page runs only if it is named
 
 Everywhere, tiny models stand for the released ones and for "/path/to/..." (STAND_INS), the CPU for
-CUDA, and float32 for half precision. The last line counts blocks that ran and blocks skipped, by
-reason.
+CUDA, and float32 for half precision.
 """
 
 from __future__ import annotations
@@ -120,14 +117,6 @@ class Page:
         return Counter(block.skip or "run" for block in self.blocks if not block.is_hidden)
 
 
-@dataclass
-class _Pending:
-    """What comments said about the next block."""
-
-    skip: str | None = None
-    replacements: list[tuple[str, str]] = field(default_factory=list)
-
-
 def page_paths() -> list[Path]:
     """All pages of the documentation, sorted."""
     return [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
@@ -137,67 +126,67 @@ def read_page(path: Path) -> Page:
     """Collect the blocks of a page.
 
     Raises:
-        DocsError: If a comment cannot be understood, or belongs to no block.
+        DocsError: If a comment cannot be understood, or does not belong to a block.
     """
     text = path.read_text(encoding="utf-8")
-    blocks: list[Block] = []
-    pending = _Pending()
-    is_slow = False
+    reader = _Reader(path.name)
     for match in _TOKENS.finditer(text):
-        line = text.count("\n", 0, match.start()) + 1
-        where = f"{path.name}:{line}"
-        if match["comment"] is not None:
-            directive = _DIRECTIVE.fullmatch(match["comment"])
-            if directive is None:
-                continue
-            name, rest = directive["name"], directive["rest"]
-            if name == "slow page":
-                is_slow = True
-            elif name == "skip":
-                pending.skip = _skip_reason(rest.strip(), where)
-            elif name == "replace":
-                pending.replacements += _replacements(rest, where)
-            else:
-                blocks.append(_hidden_block(rest, line, where))
-            continue
-        language = match["language"].strip()
-        if language not in RUNNABLE + NOT_CODE:
-            raise DocsError(f"{where}: a block of {language!r} is neither code nor text")
-        if language in RUNNABLE:
-            blocks.append(_visible_block(match["code"], language, line + 1, pending, where))
-            pending = _Pending()
-        elif pending != _Pending():
-            raise DocsError(f"{where}: a comment speaks of a block that is not run")
-    if pending != _Pending():
-        raise DocsError(f"{path.name}: a comment at the end belongs to no block")
-    return Page(path, is_slow, tuple(blocks))
+        reader.line = text.count("\n", 0, match.start()) + 1
+        if match["comment"] is None:
+            reader.read_fence(match["language"].strip(), match["code"])
+        elif directive := _DIRECTIVE.fullmatch(match["comment"]):
+            reader.read_comment(directive["name"], directive["rest"])
+    reader.check(not reader.is_pending, "a comment at the end belongs to no block")
+    return Page(path, reader.is_slow, tuple(reader.blocks))
 
 
-def _skip_reason(reason: str, where: str) -> str:
-    if reason not in SKIP_REASONS:
-        raise DocsError(f"{where}: skipping because it {reason!r} is none of {SKIP_REASONS}")
-    return reason
+@dataclass
+class _Reader:
+    """What was read of a page, and what comments said about the next block."""
 
+    name: str
+    line: int = 0
+    is_slow: bool = False
+    blocks: list[Block] = field(default_factory=list)
+    skip: str | None = None
+    replacements: list[tuple[str, str]] = field(default_factory=list)
 
-def _replacements(text: str, where: str) -> list[tuple[str, str]]:
-    pairs = [line.split("=>") for line in text.strip().splitlines()]
-    if not pairs or any(len(pair) != 2 for pair in pairs):
-        raise DocsError(f"{where}: each line of a replacement must be 'old => new'")
-    return [(old.strip(), new.strip()) for old, new in pairs]
+    @property
+    def is_pending(self) -> bool:
+        return bool(self.skip or self.replacements)
 
+    def check(self, condition: bool, message: str) -> None:
+        if not condition:
+            raise DocsError(f"{self.name}:{self.line}: {message}")
 
-def _hidden_block(text: str, line: int, where: str) -> Block:
-    language, _, code = text.lstrip(" ").partition("\n")
-    if language not in RUNNABLE:
-        raise DocsError(f"{where}: setup must name one of {RUNNABLE}, got {language!r}")
-    return Block(line + 1, language, code, is_hidden=True)
+    def read_comment(self, directive: str, rest: str) -> None:
+        if directive == "slow page":
+            self.is_slow = True
+        elif directive == "skip":
+            self.skip = rest.strip()
+            self.check(self.skip in SKIP_REASONS, f"{self.skip!r} is none of {SKIP_REASONS}")
+        elif directive == "replace":
+            pairs = [line.split("=>") for line in rest.strip().splitlines()]
+            is_sound = bool(pairs) and all(len(pair) == 2 for pair in pairs)
+            self.check(is_sound, "each line of a replacement must be 'old => new'")
+            self.replacements += [(old.strip(), new.strip()) for old, new in pairs]
+        else:
+            language, _, code = rest.lstrip(" ").partition("\n")
+            message = f"setup must name one of {RUNNABLE}, got {language!r}"
+            self.check(language in RUNNABLE, message)
+            self.blocks.append(Block(self.line + 1, language, code, is_hidden=True))
 
-
-def _visible_block(code: str, language: str, line: int, pending: _Pending, where: str) -> Block:
-    for old, _ in pending.replacements:
-        if old not in code:
-            raise DocsError(f"{where}: {old!r}, which is to be replaced, is not in the block")
-    return Block(line, language, code, tuple(pending.replacements), pending.skip)
+    def read_fence(self, language: str, code: str) -> None:
+        is_known = language in RUNNABLE + NOT_CODE
+        self.check(is_known, f"a block of {language!r} is neither code nor text")
+        if language not in RUNNABLE:
+            self.check(not self.is_pending, "a comment speaks of a block that is not run")
+            return
+        for old, _ in self.replacements:
+            self.check(old in code, f"{old!r}, which is to be replaced, is not in the block")
+        block = Block(self.line + 1, language, code, tuple(self.replacements), self.skip)
+        self.blocks.append(block)
+        self.skip, self.replacements = None, []
 
 
 class StandIns:
@@ -349,39 +338,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("pages", nargs="*", type=Path, help="pages to run (all but the slow ones)")
-    parser.add_argument("--all", action="store_true", help="run the slow ones, too")
-    parser.add_argument("--list", action="store_true", help="run nothing, count only")
     args = parser.parse_args(argv)
-    total: Counter[str] = Counter()
+    pages = [read_page(path.resolve()) for path in args.pages or page_paths()]
     failures = 0
     with tempfile.TemporaryDirectory() as scratch:
         stand_ins = StandIns(Path(scratch) / "models")
-        for path in [path.resolve() for path in args.pages] or page_paths():
-            page = read_page(path)
-            is_run = not args.list and (bool(args.pages) or args.all or not page.is_slow)
-            outcome = "listed"
-            if is_run:
-                outcome, failed = _outcome(page, Path(scratch) / "pages", stand_ins)
-                failures += failed
-            total += page.counts()
-            print(f"{page.name}: {_words(page.counts())}; {outcome}", flush=True)
-    print(f"total: {_words(total)}; {failures} pages failed")
+        for page in pages:
+            if page.is_slow and not args.pages:
+                continue
+            folder = Path(scratch) / page.name.replace("/", "-")
+            folder.mkdir()
+            outcome = "passed"
+            try:
+                run_page(page, folder, stand_ins)
+            except DocsError as error:
+                failures += 1
+                outcome = f"FAILED\n{error}"
+            print(f"{page.name}: {dict(page.counts())}: {outcome}", flush=True)
     return 1 if failures else 0
-
-
-def _outcome(page: Page, scratch: Path, stand_ins: StandIns) -> tuple[str, bool]:
-    folder = scratch / page.name.replace("/", "-")
-    folder.mkdir(parents=True)
-    try:
-        run_page(page, folder, stand_ins)
-    except DocsError as error:
-        return f"FAILED\n{error}", True
-    return "passed", False
-
-
-def _words(counts: Counter[str]) -> str:
-    skipped = [f"{counts[reason]} skipped ({reason})" for reason in SKIP_REASONS if counts[reason]]
-    return ", ".join([f"{counts['run']} to run", *skipped])
 
 
 if __name__ == "__main__":

@@ -10,32 +10,26 @@ from __future__ import annotations
 
 import functools
 import glob
+import itertools
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import imageio.v2 as imageio
 import numpy as np
 import torch
+from numpy import ndarray
 from PIL import Image
 from pydantic import AfterValidator
 from torch import Tensor
 
 from diffnext.config.schema import Count, Natural, Positive, Section, Share, key, not_empty
 from diffnext.config.targets import ConfigError
-from shapes_world.rendering import render_clip, render_scene
-from shapes_world.scenes import (
-    CATEGORIES,
-    CLIP_CATEGORIES,
-    choose,
-    draw_clip,
-    draw_clip_description,
-    draw_description,
-    draw_scene,
-)
+from shapes_world.rendering import draw_example
+from shapes_world.scenes import CATEGORIES, CLIP_CATEGORIES
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 TRAINING, EVALUATION, MEASUREMENT = range(3)  # independent streams of random crops
@@ -66,27 +60,6 @@ class DataSettings(Section):
     )
 
 
-# --- shapes -------------------------------------------------------------------------------------
-
-
-def draw_shapes(rng: np.random.Generator, size: int) -> Image.Image:
-    """Draw coloured shapes on a plain background."""
-    description = draw_description(rng, choose(rng, CATEGORIES))
-    return Image.fromarray(render_scene(draw_scene(rng, description), size))
-
-
-def draw_moving_shapes(rng: np.random.Generator, size: int, num_frames: int) -> list[Image.Image]:
-    """Draw a clip of shapes of which one moves, turns, grows or shrinks."""
-    description = draw_clip_description(rng, choose(rng, CLIP_CATEGORIES))
-    frames = render_clip(draw_clip(rng, description), num_frames, size)
-    return [Image.fromarray(frame) for frame in frames]
-
-
-def frame_times(num_frames: int) -> list[float]:
-    """Times of the frames of a clip, from 0 to 1."""
-    return np.linspace(0.0, 1.0, num_frames).tolist()
-
-
 # --- files --------------------------------------------------------------------------------------
 
 
@@ -96,15 +69,13 @@ def find_images(patterns: Sequence[str]) -> list[Path]:
     Raises:
         ConfigError: If a pattern matches no picture.
     """
-    found = []
+    found: list[Path] = []
     for pattern in patterns:
-        matches = sorted(
-            glob.glob(os.path.join(pattern, "*") if os.path.isdir(pattern) else pattern)
-        )
-        pictures = [Path(match) for match in matches if match.lower().endswith(IMAGE_SUFFIXES)]
+        matches = glob.glob(f"{pattern}/*" if os.path.isdir(pattern) else pattern)
+        pictures = [name for name in sorted(matches) if name.lower().endswith(IMAGE_SUFFIXES)]
         if not pictures:
             raise ConfigError(f"data.images: no pictures match {pattern!r}")
-        found.extend(pictures)
+        found += map(Path, pictures)
     return found
 
 
@@ -160,20 +131,38 @@ def random_box(
     return Box(left, top, side)
 
 
-def cut(picture: Image.Image, box: Box, size: int, is_flipped: bool) -> Image.Image:
-    """Cut a square, scale it to ``size`` and mirror it if asked to."""
-    corners = (box.left, box.top, box.left + box.side, box.top + box.side)
-    crop = picture.resize((size, size), Image.Resampling.LANCZOS, corners)
-    return crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if is_flipped else crop
+def cut_boxes(
+    rng: np.random.Generator, frames: Iterable[Image.Image], boxes: Iterable[Box], size: int
+) -> list[Image.Image]:
+    """Cut a square out of each frame and scale it to ``size``; flip half of the clips."""
+    is_flipped = rng.random() < 0.5
+    crops = []
+    for frame, box in zip(frames, boxes, strict=False):
+        corners = (box.left, box.top, box.left + box.side, box.top + box.side)
+        crop = frame.resize((size, size), Image.Resampling.LANCZOS, corners)
+        crops.append(crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if is_flipped else crop)
+    return crops
 
 
 def crop_randomly(
     rng: np.random.Generator, frames: list[Image.Image], size: int, max_zoom_out: float
 ) -> list[Image.Image]:
-    """Cut the same random square out of all frames and scale it to ``size``; flip half of them."""
+    """Cut the same random square out of all frames."""
     box = random_box(rng, frames[0].size, size, max_zoom_out)
-    is_flipped = rng.random() < 0.5
-    return [cut(frame, box, size, is_flipped) for frame in frames]
+    return cut_boxes(rng, frames, itertools.repeat(box), size)
+
+
+def pan_picture(
+    rng: np.random.Generator,
+    picture: Image.Image,
+    size: int,
+    max_zoom_out: float,
+    num_frames: int,
+) -> list[Image.Image]:
+    """Make a clip of a picture: a random square that pans and zooms slowly."""
+    first = random_box(rng, picture.size, size, max_zoom_out)
+    boxes = move_box(rng, picture.size, first, num_frames)
+    return cut_boxes(rng, itertools.repeat(picture), boxes, size)
 
 
 def move_box(
@@ -195,28 +184,14 @@ def move_box(
     )
     return [
         Box(*(a + (b - a) * t for a, b in ((box.left, left), (box.top, top), (box.side, side))))
-        for t in frame_times(num_frames)
+        for t in np.linspace(0.0, 1.0, num_frames).tolist()
     ]
-
-
-def pan_picture(
-    rng: np.random.Generator,
-    picture: Image.Image,
-    size: int,
-    max_zoom_out: float,
-    num_frames: int,
-) -> list[Image.Image]:
-    """Make a clip of a picture: a random square that pans and zooms slowly; flip half of them."""
-    first = random_box(rng, picture.size, size, max_zoom_out)
-    boxes = move_box(rng, picture.size, first, num_frames)
-    is_flipped = rng.random() < 0.5
-    return [cut(picture, box, size, is_flipped) for box in boxes]
 
 
 # --- batches ------------------------------------------------------------------------------------
 
 
-def to_pixels(frames: list[Image.Image]) -> Tensor:
+def to_pixels(frames: Sequence[Image.Image | ndarray]) -> Tensor:
     """Stack pictures of one size to (F, 3, H, W), -1 to 1."""
     stacked = np.stack([np.asarray(frame) for frame in frames])
     return torch.from_numpy(stacked).permute(0, 3, 1, 2).float().sub(127.5).div(127.5)
@@ -229,56 +204,9 @@ def split_off(items: list, every: int) -> tuple[list, list]:
     return [item for k, item in enumerate(items) if (k + 1) % every], items[every - 1 :: every]
 
 
-class CropSampler:
-    """Random batches of crops of pictures, single frames and drawn shapes.
-
-    Args:
-        settings: Sources and sizes.
-        batch_size: Pictures per batch at the smallest crop size.
-        seed: Seed of every stream.
-
-    Raises:
-        ConfigError: If nothing is left to train or evaluate on.
-    """
-
-    def __init__(self, settings: DataSettings, batch_size: int, seed: int) -> None:
-        self.settings = settings
-        self.batch_size = batch_size
-        self.seed = seed
-        pictures: list[Path | Image.Image] = [*find_images(settings.images)]
-        for video in settings.videos:
-            pictures.extend(read_frames(video, settings.frame_stride))
-        every = settings.hold_out_every
-        self.pictures, self.held_out = split_off(pictures, every)
-        if settings.shapes_fraction < 1 and not (self.pictures and self.held_out):
-            raise ConfigError(
-                f"data.hold_out_every={every} leaves {len(self.pictures)} pictures to train and "
-                f"{len(self.held_out)} to evaluate on"
-            )
-
-    def batch(self, stream: int, step: int) -> Tensor:
-        """Draw pictures, (B, 3, H, W), -1 to 1."""
-        rng = np.random.default_rng([self.seed, stream, step])
-        pictures = self.held_out if stream == EVALUATION else self.pictures
-        smallest = min(self.settings.crop_sizes)
-        size = int(rng.choice(self.settings.crop_sizes))
-        count = max(1, round(self.batch_size * (smallest / size) ** 2))
-        return to_pixels([self._draw(rng, pictures, size) for _ in range(count)])
-
-    def _draw(
-        self, rng: np.random.Generator, pictures: list[Path | Image.Image], size: int
-    ) -> Image.Image:
-        if rng.random() < self.settings.shapes_fraction:
-            return draw_shapes(rng, size)
-        picture = pictures[rng.integers(len(pictures))]
-        if isinstance(picture, Path):
-            picture = read_image(picture)
-        return crop_randomly(rng, [picture], size, self.settings.max_zoom_out)[0]
-
-
 def random_window(
-    rng: np.random.Generator, frames: list[Image.Image], num_frames: int, max_stride: int
-) -> list[Image.Image]:
+    rng: np.random.Generator, frames: Sequence[Any], num_frames: int, max_stride: int
+) -> Sequence[Any]:
     """Choose ``num_frames`` frames at even distances of at most ``max_stride``."""
     longest_stride = (len(frames) - 1) // max(num_frames - 1, 1)
     stride = rng.integers(min(max_stride, longest_stride)) + 1 if num_frames > 1 else 1
@@ -287,15 +215,15 @@ def random_window(
 
 
 @dataclass(frozen=True)
-class ClipSources:
-    """What clips are cut from.
+class Sources:
+    """What examples are cut from.
 
     Attributes:
-        pictures: Files of pictures, which clips pan over.
+        pictures: Files of pictures, and frames that count as such; clips pan over them.
         videos: Decoded frames of each video.
     """
 
-    pictures: list[Path]
+    pictures: list[Path | Image.Image]
     videos: list[list[Image.Image]]
 
     def __len__(self) -> int:
@@ -303,49 +231,68 @@ class ClipSources:
         return len(self.pictures) + len(self.videos)
 
 
-class ClipSampler:
-    """Random batches of clips: of videos, of pans over pictures and of moving shapes.
+class Sampler:
+    """Random batches of crops of pictures and of drawn shapes, or of clips.
 
-    Videos are decoded once and kept in memory.
+    Clips are parts of videos, pans over pictures and moving shapes. Videos are decoded once and
+    kept in memory.
 
     Args:
         settings: Sources and sizes.
-        batch_size: Clips per batch of the smallest crops and the shortest clips; fewer of others,
-            which keeps the number of pixels.
+        is_video: Whether to draw clips.
+        batch_size: Examples per batch of the smallest crops and the shortest clips; fewer of
+            others, which keeps the number of pixels.
         seed: Seed of every stream.
 
     Raises:
         ConfigError: If a video is too short, or nothing is left to train or evaluate on.
     """
 
-    def __init__(self, settings: DataSettings, batch_size: int, seed: int) -> None:
+    def __init__(
+        self, settings: DataSettings, is_video: bool, batch_size: int, seed: int
+    ) -> None:
         self.settings = settings
+        self.is_video = is_video
         self.batch_size = batch_size
         self.seed = seed
         every = settings.hold_out_every
-        pictures, held_out_pictures = split_off(find_images(settings.images), every)
-        parts = [self._read(path) for path in settings.videos]
-        self.sources = ClipSources(pictures, [frames for frames, _ in parts])
-        self.held_out = ClipSources(held_out_pictures, [frames for _, frames in parts])
-        if settings.shapes_fraction < 1 and not (len(self.sources) and len(self.held_out)):
+        pictures: list[Path | Image.Image] = [*find_images(settings.images)]
+        parts: list[tuple[list[Image.Image], list[Image.Image]]] = []
+        for path in settings.videos:
+            if is_video:
+                parts.append(self._split_video(path))
+            else:
+                pictures += read_frames(path, settings.frame_stride)
+        training, held_out = split_off(pictures, every)
+        self.training = Sources(training, [frames for frames, _ in parts])
+        self.held_out = Sources(held_out, [frames for _, frames in parts])
+        if settings.shapes_fraction < 1 and not (len(self.training) and len(self.held_out)):
             raise ConfigError(
-                f"data.hold_out_every={every} leaves {len(self.sources)} pictures and videos to "
+                f"data.hold_out_every={every} leaves {len(self.training)} pictures and videos to "
                 f"train and {len(self.held_out)} to evaluate on"
             )
 
     def batch(self, stream: int, step: int) -> Tensor:
-        """Draw clips, (B, 3, F, H, W), -1 to 1; those to evaluate on are of the longest kind."""
+        """Draw pictures, (B, 3, H, W), or clips, (B, 3, F, H, W), -1 to 1.
+
+        Clips to evaluate on have the greatest length.
+        """
         rng = np.random.default_rng([self.seed, stream, step])
         sizes, lengths = self.settings.crop_sizes, self.settings.clip_lengths
-        sources = self.held_out if stream == EVALUATION else self.sources
+        sources = self.held_out if stream == EVALUATION else self.training
         size = int(rng.choice(sizes))
-        num_frames = max(lengths) if stream == EVALUATION else int(rng.choice(lengths))
+        num_frames = max(lengths)
+        if self.is_video and stream != EVALUATION:
+            num_frames = int(rng.choice(lengths))
         share = (min(sizes) / size) ** 2 * min(lengths) / num_frames
         count = max(1, round(self.batch_size * share))
-        clips = [to_pixels(self._draw(rng, sources, size, num_frames)) for _ in range(count)]
+        examples = [self._draw(rng, sources, size, num_frames) for _ in range(count)]
+        if not self.is_video:
+            return to_pixels([frames[0] for frames in examples])
+        clips = [to_pixels(frames) for frames in examples]
         return torch.stack(clips).transpose(1, 2).contiguous()
 
-    def _read(self, path: str) -> tuple[list[Image.Image], list[Image.Image]]:
+    def _split_video(self, path: str) -> tuple[list[Image.Image], list[Image.Image]]:
         """Decode a video; returns the frames to train and to evaluate on."""
         frames = read_frames(path, stride=1)
         every = self.settings.hold_out_every
@@ -354,22 +301,31 @@ class ClipSampler:
         longest, shortest = max(self.settings.clip_lengths), min(len(training), len(held_out))
         if shortest < longest:
             raise ConfigError(
-                f"data.clip_lengths={list(self.settings.clip_lengths)} ask for {longest} frames, "
+                f"data.clip_lengths={list(self.settings.clip_lengths)} needs {longest} frames, "
                 f"but data.hold_out_every={every} leaves {shortest} of {path} to train or evaluate "
                 "on"
             )
         return training, held_out
 
     def _draw(
-        self, rng: np.random.Generator, sources: ClipSources, size: int, num_frames: int
-    ) -> list[Image.Image]:
+        self, rng: np.random.Generator, sources: Sources, size: int, num_frames: int
+    ) -> Sequence[Image.Image | ndarray]:
         settings = self.settings
         if rng.random() < settings.shapes_fraction:
-            return draw_moving_shapes(rng, size, num_frames)
-        # As many clips of videos as of pictures, however many there are of either.
+            return self._draw_shapes(rng, size, num_frames)
+        # Videos come up as often as pictures, however many there are of either.
         if sources.videos and (not sources.pictures or rng.random() < 0.5):
             frames = sources.videos[rng.integers(len(sources.videos))]
             window = random_window(rng, frames, num_frames, settings.frame_stride)
-            return crop_randomly(rng, window, size, settings.max_zoom_out)
-        picture = read_image(sources.pictures[rng.integers(len(sources.pictures))])
-        return pan_picture(rng, picture, size, settings.max_zoom_out, num_frames)
+            return crop_randomly(rng, list(window), size, settings.max_zoom_out)
+        picture = sources.pictures[rng.integers(len(sources.pictures))]
+        if isinstance(picture, Path):
+            picture = read_image(picture)
+        if self.is_video:
+            return pan_picture(rng, picture, size, settings.max_zoom_out, num_frames)
+        return crop_randomly(rng, [picture], size, settings.max_zoom_out)
+
+    def _draw_shapes(self, rng: np.random.Generator, size: int, num_frames: int) -> list[ndarray]:
+        categories = CLIP_CATEGORIES if self.is_video else CATEGORIES
+        length = num_frames if self.is_video else None
+        return list(draw_example(rng, categories, size, length)[1])

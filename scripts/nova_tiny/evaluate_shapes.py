@@ -1,7 +1,6 @@
 """Score a model on the world of coloured shapes: does it draw what prompts ask for?
 
     python scripts/nova_tiny/evaluate_shapes.py --model assets/nova-tiny --output scores
-    python scripts/nova_tiny/evaluate_shapes.py --model assets/nova-tiny --sweep guidance_scale 1 2 3 5 7
     python scripts/nova_tiny/evaluate_shapes.py --model assets/nova-tiny-video --clips --given-frames 1
     python scripts/nova_tiny/evaluate_shapes.py --truth
     python scripts/nova_tiny/evaluate_shapes.py --vae assets/nova-tiny/vae
@@ -36,6 +35,7 @@ from numpy import ndarray
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
+from diffnext.data.caching.contact_sheet import decode_frames
 from diffnext.models.autoencoders.autoencoder_kl_opensora import AutoencoderKLOpenSora
 from diffnext.models.autoencoders.loading import load_autoencoder
 from diffnext.pipelines import NOVAPipeline
@@ -88,8 +88,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             evaluate_truth(args)
         elif args.vae:
             evaluate_vae(args)
-        elif args.sweep:
-            sweep(args)
         else:
             evaluate_model(args)
     except (ValueError, OSError) as error:
@@ -121,12 +119,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--num-diffusion-steps", type=int, default=25, help="a set (25)")
     parser.add_argument("--batch-size", type=int, default=24, help="prompts at once (24)")
     parser.add_argument("--device", default="cpu", help="cpu, cuda (cpu)")
-    parser.add_argument(
-        "--sweep",
-        nargs="+",
-        metavar=("OPTION", "VALUE"),
-        help="score each value of guidance_scale, num_inference_steps or num_diffusion_steps",
-    )
     args = parser.parse_args(argv)
     known = CLIP_CATEGORIES if args.clips else CATEGORIES
     args.categories = args.categories or list(known)
@@ -134,9 +126,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"--clips are of the categories {', '.join(known)}")
     if not 0 <= args.given_frames < args.num_frames or (args.given_frames and not args.clips):
         parser.error("--given-frames needs --clips, and must be below --num-frames")
-    options = ("guidance_scale", "num_inference_steps", "num_diffusion_steps")
-    if args.sweep and (args.sweep[0] not in options or len(args.sweep) < 2):
-        parser.error(f"--sweep takes one of {', '.join(options)} and its values")
     return args
 
 
@@ -176,35 +165,19 @@ def evaluate_vae(args: argparse.Namespace) -> None:
     """Score reconstructions, and measure them in dB."""
     vae = load_autoencoder(args.vae, device=args.device)
     if isinstance(vae, AutoencoderKLOpenSora) != args.clips:
-        raise ValueError(
-            f"--vae {args.vae} is a {type(vae).__name__}: --clips goes with that of clips"
-        )
+        kind = type(vae).__name__
+        raise ValueError(f"--vae {args.vae} is an {kind}: use --clips only for clips")
     errors = []
 
     def reconstruct(descriptions: Sequence[Description], seed: int) -> Iterable[ndarray]:
         for frames in render(args, descriptions, seed):
-            rebuilt = decode(vae, encode(vae, frames[None]))[0]
-            difference = rebuilt.astype(np.float64) - frames
-            errors.append(10 * np.log10(255**2 / np.square(difference).mean()))
+            rebuilt = decode_frames(vae, encode(vae, frames[None])[0])
+            errors.append(np.square(rebuilt.astype(np.float64) - frames).mean())
             yield rebuilt
 
     drawings = draw_all(args, reconstruct)
-    settings = {"vae": str(args.vae), "psnr": round(float(np.mean(errors)), 2), "seed": args.seed}
-    report(args, drawings, settings)
-
-
-def sweep(args: argparse.Namespace) -> None:
-    """Score a model at several values of an option."""
-    option, *values = args.sweep
-    pipe = load_pipeline(args)
-    print(f"| {option} | seen | held out | s |\n|---|---|---|---|")
-    for value in values:
-        setattr(args, option, float(value) if option == "guidance_scale" else int(value))
-        begin = time.monotonic()
-        scores = score(draw_all(args, pipeline_drawer(pipe, args)))
-        overall = [scores[split].get("overall", {}).get("right", float("nan")) for split in SPLITS]
-        seconds = time.monotonic() - begin
-        print(f"| {value} | {overall[0]:.3f} | {overall[1]:.3f} | {seconds:.0f} |", flush=True)
+    psnr = round(float(np.mean(10 * np.log10(255**2 / np.array(errors)))), 2)
+    report(args, drawings, {"vae": str(args.vae), "psnr": psnr, "seed": args.seed})
 
 
 def draw_all(args: argparse.Namespace, draw: Draw) -> list[Drawing]:
@@ -285,16 +258,6 @@ def given_frames(
         return {}
     clips = np.stack([clip[: args.given_frames] for clip in render(args, descriptions, seed)])
     return {"image": clips[:, 0]} if args.given_frames == 1 else {"video": clips}
-
-
-@torch.no_grad()
-def decode(vae: torch.nn.Module, moments: ndarray) -> ndarray:
-    """Pictures or clips of posterior means, (B, F, S, S, 3) of uint8."""
-    mean = torch.from_numpy(moments).to(vae.device).float().chunk(2, dim=1)[0]
-    pixels = vae.decode(mean).sample
-    pixels = pixels if pixels.ndim == 5 else pixels.unsqueeze(2)
-    pixels = (pixels * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
-    return pixels.permute(0, 2, 3, 4, 1).cpu().numpy()
 
 
 # --- scores -------------------------------------------------------------------------------------

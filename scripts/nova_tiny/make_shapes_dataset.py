@@ -37,17 +37,8 @@ from diffnext.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffnext.models.autoencoders.autoencoder_kl_opensora import AutoencoderKLOpenSora
 from diffnext.models.autoencoders.loading import load_autoencoder
 from shapes_world.captions import write_caption, write_prompt
-from shapes_world.rendering import render_clip, render_scene
-from shapes_world.scenes import (
-    CATEGORIES,
-    CLIP_CATEGORIES,
-    Description,
-    choose,
-    draw_clip,
-    draw_clip_description,
-    draw_description,
-    draw_scene,
-)
+from shapes_world.rendering import draw_example
+from shapes_world.scenes import CATEGORIES, CLIP_CATEGORIES
 
 FEATURES = {"moments": "bytes", "caption": "string", "text": "string", "shape": ["int64"]}
 FRAMES_PER_SECOND = 8  # of GIFs
@@ -59,14 +50,12 @@ class Example:
     """A picture or a clip with its captions.
 
     Attributes:
-        description: What the captions say.
         caption: In varied wording.
         text: In the plain wording of prompts.
         frames: (F, S, S, 3) of uint8; one of a picture.
         flow: Motion strength, 5 being the usual one; 0 of a picture.
     """
 
-    description: Description
     caption: str
     text: str
     frames: ndarray
@@ -133,18 +122,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def make_example(args: argparse.Namespace, index: int) -> Example:
     """Render one example."""
     rng = np.random.default_rng([args.seed, index])
-    category = choose(rng, args.categories)
-    if args.clips:
-        description = draw_clip_description(rng, category)
-        clip = draw_clip(rng, description)
-        frames = render_clip(clip, args.num_frames, args.size)
-        flow = clip.flow
-    else:
-        description = draw_description(rng, category)
-        frames = render_scene(draw_scene(rng, description), args.size)[None]
-        flow = 0.0
-    caption = write_caption(rng, description)
-    return Example(description, caption, write_prompt(description), frames, flow)
+    num_frames = args.num_frames if args.clips else None
+    description, frames, flow = draw_example(rng, args.categories, args.size, num_frames)
+    return Example(write_caption(rng, description), write_prompt(description), frames, flow)
 
 
 def write_records(args: argparse.Namespace, folder: Path) -> None:

@@ -20,7 +20,7 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -28,19 +28,12 @@ from typing import Annotated, Literal
 import torch
 from diffusers.models.resnet import ResnetBlock2D
 from PIL import Image
-from pydantic import AfterValidator, BeforeValidator
+from pydantic import BeforeValidator
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from autoencoder_data import (
-    EVALUATION,
-    MEASUREMENT,
-    TRAINING,
-    ClipSampler,
-    CropSampler,
-    DataSettings,
-)
+from autoencoder_data import EVALUATION, MEASUREMENT, TRAINING, DataSettings, Sampler
 from diffnext.config.load import parse, read_config
 from diffnext.config.schema import (
     USAGE,
@@ -70,13 +63,7 @@ Autoencoder = AutoencoderKL | AutoencoderKLOpenSora
 # --- settings -----------------------------------------------------------------------------------
 
 
-def _torch_type(name: str) -> str:
-    if not isinstance(getattr(torch, name, None), torch.dtype):
-        raise ValueError("must name a torch type")
-    return name
-
-
-TorchType = Annotated[str, AfterValidator(_torch_type), "torch type"]
+TorchType = Literal["float16", "bfloat16", "float32"]
 Precision = Annotated[Literal["no", "bf16"], BeforeValidator(precision_name), "no or bf16"]
 
 
@@ -120,7 +107,7 @@ class TrainingSettings(Section):
     seed: Natural = key("Seed of weights, crops and posterior samples.", 0)
     device: str = key("Where to train: cpu, cuda, cuda:1.", "cpu")
     mixed_precision: Precision = key(
-        "no, or bf16: convolutions in bfloat16, twice as fast where processors know it.", "no"
+        "no, or bf16: convolutions in bfloat16, twice as fast on processors that have it.", "no"
     )
     save_every: Count = key("Steps between two saved states.", 500)
     evaluate_every: Count = key("Steps between two evaluations on held-out crops.", 250)
@@ -132,9 +119,8 @@ class ExportSettings(Section):
     """How the fitted model is written."""
 
     dtype: TorchType = key("Type of the written weights.", "float16")
-    whiten: bool = key("Bring every latent channel to mean 0 and the same variance.", True)
     posterior_scale: Positive = key(
-        "Times the posterior's standard deviation: less noise to learn for who trains on latents.",
+        "Times the posterior's standard deviation; below 1, latents have less noise to learn.",
         1.0,
     )
     measured_batches: Count = key("Batches on which latents are measured.", 64)
@@ -246,7 +232,7 @@ def autoencoder_loss(
         x: Pictures or clips, -1 to 1.
         weights: Weights of the terms.
         generator: Source of the posterior sample.
-        teacher: Whose latents are approached, if anyone's.
+        teacher: Whose latents are approached, if any.
 
     Returns:
         The loss, a scalar, and the reconstruction, of the shape of ``x``.
@@ -266,18 +252,7 @@ def autoencoder_loss(
 def decoder_loss(
     vae: Autoencoder, x: Tensor, weights: LossSettings, generator: torch.Generator, noise: float
 ) -> tuple[Tensor, Tensor]:
-    """Loss of one batch when the encoder stays as it is.
-
-    Args:
-        vae: The model.
-        x: Pictures or clips, -1 to 1.
-        weights: Weights of the terms.
-        generator: Source of the noise.
-        noise: Its standard deviation, in units of the latents.
-
-    Returns:
-        The loss, a scalar, and the reconstruction, of the shape of ``x``.
-    """
+    """The same when the encoder stays as it is; ``noise`` is added to the latents."""
     with torch.no_grad():
         z = vae.encode(x).latent_dist.mean.float()
         z = z + noise * torch.randn(z.shape, generator=generator, device=z.device)
@@ -294,21 +269,11 @@ def pixel_loss(y: Tensor, x: Tensor, weights: LossSettings) -> Tensor:
 # --- latents ------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class LatentStatistics:
-    """Mean and standard deviation of sampled latents per channel, (C,)."""
-
-    mean: Tensor
-    std: Tensor
-
-
 @torch.no_grad()
-def measure_latents(vae: Autoencoder, batches: list[Tensor]) -> LatentStatistics:
-    """Measure samples of the posterior: their variance is that of the mean plus the mean variance.
+def measure_latents(vae: Autoencoder, batches: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation per channel of samples of the posterior, (C,).
 
-    Args:
-        vae: The model.
-        batches: Pictures or clips.
+    Their variance is the variance of the mean plus the mean variance.
     """
     means, variances = [], []
     for x in batches:
@@ -317,20 +282,11 @@ def measure_latents(vae: Autoencoder, batches: list[Tensor]) -> LatentStatistics
         variances.append(posterior.var.double().transpose(0, 1).flatten(1))
     mean, variance = torch.cat(means, 1), torch.cat(variances, 1)
     total = mean.var(1, correction=0) + variance.mean(1)
-    return LatentStatistics(mean.mean(1), total.sqrt())
+    return mean.mean(1), total.sqrt()
 
 
 @torch.no_grad()
-def standardize_latents(vae: Autoencoder, statistics: LatentStatistics) -> None:
-    """Set the factors with which scaled latents have mean 0 and variance 1, channels together."""
-    center = statistics.mean.mean()
-    variance = (statistics.std.square() + (statistics.mean - center).square()).mean()
-    factors = {"scaling_factor": variance.rsqrt().item(), "shift_factor": center.item()}
-    vae.register_to_config(**factors)
-
-
-@torch.no_grad()
-def whiten_latents(vae: Autoencoder, statistics: LatentStatistics) -> None:
+def whiten_latents(vae: Autoencoder, center: Tensor, std: Tensor) -> None:
     """Fold an affine map per channel into the convolutions around the latents.
 
     Encoded means become ``(mean - m) / s``, log-variances ``logvar - 2 log s``, and the decoder
@@ -339,11 +295,11 @@ def whiten_latents(vae: Autoencoder, statistics: LatentStatistics) -> None:
 
     Args:
         vae: The model, changed in place.
-        statistics: Mean and standard deviation of its latents.
+        center: Mean of its latents, (C,).
+        std: Standard deviation, (C,).
     """
-    scaling_factor = statistics.std.square().mean().rsqrt().item()
-    center = statistics.mean
-    spread = statistics.std * scaling_factor
+    scaling_factor = std.square().mean().rsqrt().item()
+    spread = std * scaling_factor
     before, after = vae.quant_conv, vae.post_quant_conv
     channels = len(center)
     to_affine = {"dtype": before.weight.dtype, "device": before.weight.device}
@@ -353,8 +309,7 @@ def whiten_latents(vae: Autoencoder, statistics: LatentStatistics) -> None:
     after.weight *= spread.view(1, -1, *ones)
     before.bias[:channels] = (before.bias[:channels] - center) / spread
     before.weight[:channels] /= spread.view(-1, 1, *ones)
-    if before.bias.numel() == 2 * channels:
-        before.bias[channels:] -= 2 * spread.log()
+    before.bias[channels:] -= 2 * spread.log()
     vae.register_to_config(scaling_factor=scaling_factor, shift_factor=None)
 
 
@@ -369,16 +324,12 @@ def scale_posterior(vae: Autoencoder, factor: float) -> None:
 
 
 def save_model(vae: Autoencoder, folder: Path) -> None:
-    """Write the model so that the folder is never seen half full."""
-    fresh = folder.with_name(folder.name + ".new")
-    stale = folder.with_name(folder.name + ".old")
-    for leftover in (fresh, stale):
-        shutil.rmtree(leftover, ignore_errors=True)
+    """Write the model; the folder is never half full."""
+    fresh = folder.with_name(f"{folder.name}.new")
+    shutil.rmtree(fresh, ignore_errors=True)
     vae.save_pretrained(fresh)
-    if folder.exists():
-        folder.rename(stale)
+    shutil.rmtree(folder, ignore_errors=True)
     fresh.rename(folder)
-    shutil.rmtree(stale, ignore_errors=True)
 
 
 def save_comparison(x: Tensor, y: Tensor, path: Path) -> None:
@@ -471,24 +422,17 @@ def prepare_weights(vae: Autoencoder) -> None:
         if isinstance(module, FrameAttention):
             nn.init.zeros_(module.to_out[0].weight)
             nn.init.zeros_(module.to_out[0].bias)
-    last = vae.quant_conv if has_weights(vae.quant_conv) else vae.encoder.conv_out
     channels = vae.config.latent_channels
-    last.weight[channels:] *= 0.1
-    last.bias[channels:] = FIRST_LOG_VARIANCE
+    vae.quant_conv.weight[channels:] *= 0.1
+    vae.quant_conv.bias[channels:] = FIRST_LOG_VARIANCE
     vae.decoder.conv_out.weight *= 0.3  # pictures stay within -1 to 1
 
 
-def has_weights(layer: nn.Module | None) -> bool:
-    """Whether an optional convolution is there."""
-    return hasattr(layer, "weight")
-
-
 def check_model(vae: Autoencoder, settings: Settings) -> None:
-    """Refuse combinations that would only fail after hours.
+    """Stop before hours are spent on a combination that cannot work.
 
     Raises:
-        ConfigError: If crops or clips do not fit the model, or latents cannot be sampled or
-            whitened.
+        ConfigError: If crops or clips do not fit the model, or its latents cannot be whitened.
     """
     stride = 2 ** (len(vae.config.block_out_channels) - 1)
     if any(size % stride for size in settings.data.crop_sizes):
@@ -501,15 +445,6 @@ def check_model(vae: Autoencoder, settings: Settings) -> None:
                 vae.latent_length(length)
             except ValueError as error:
                 raise ConfigError(f"data.clip_lengths: {error}") from error
-    elif not vae.config.double_z:
-        raise ConfigError("model.double_z must be true: the loss needs a mean and a variance")
-    around = (vae.quant_conv, vae.post_quant_conv)
-    is_adjusted = settings.export.whiten or settings.export.posterior_scale != 1
-    if is_adjusted and not all(has_weights(layer) for layer in around):
-        raise ConfigError(
-            "export.whiten and export.posterior_scale need model.use_quant_conv and "
-            "model.use_post_quant_conv"
-        )
 
 
 class AutoencoderTrainer:
@@ -524,8 +459,11 @@ class AutoencoderTrainer:
         training = settings.training
         self.device = torch.device(training.device)
         self.output_dir = Path(settings.output_dir)
-        sampler_class = ClipSampler if settings.is_video else CropSampler
-        self.sampler = sampler_class(settings.data, training.batch_size, training.seed)
+        self.state_path = self.output_dir / "training_state.pt"
+        self.model_dir = self.output_dir / "vae"
+        self.sampler = Sampler(
+            settings.data, settings.is_video, training.batch_size, training.seed
+        )
         torch.manual_seed(training.seed)
         vae = build_model(settings)
         check_model(vae, settings)
@@ -543,16 +481,6 @@ class AutoencoderTrainer:
             weight_decay=settings.optimizer.weight_decay,
         )
         self.step = 0
-
-    @property
-    def state_path(self) -> Path:
-        """File that a later run continues from."""
-        return self.output_dir / "training_state.pt"
-
-    @property
-    def model_dir(self) -> Path:
-        """Folder of the fitted model."""
-        return self.output_dir / "vae"
 
     def run(self) -> None:
         """Train to the last step, then write the model and the comparison."""
@@ -586,7 +514,7 @@ class AutoencoderTrainer:
             group["lr"] = learning_rate
         seed = self.settings.training.seed
         generator = torch.Generator(self.device).manual_seed(seed * 1_000_003 + self.step)
-        x = self.to_device(self.sampler.batch(TRAINING, self.step))
+        x = self.batch(TRAINING, self.step)
         is_mixed = self.settings.training.mixed_precision == "bf16"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=is_mixed):
             loss, y = self.compute_loss(x, generator)
@@ -618,9 +546,9 @@ class AutoencoderTrainer:
         decay = 0.5 * (1 + math.cos(math.pi * step / self.settings.training.steps))
         return settings.learning_rate * warmup * decay
 
-    def to_device(self, x: Tensor) -> Tensor:
-        """Move pictures or clips to where the model is."""
-        return x.to(self.device)
+    def batch(self, stream: int, step: int) -> Tensor:
+        """Pictures or clips, where the model is."""
+        return self.sampler.batch(stream, step).to(self.device)
 
     @torch.no_grad()
     def evaluate(self, batches: int = 8) -> float:
@@ -628,7 +556,7 @@ class AutoencoderTrainer:
         self.vae.eval()
         values = []
         for index in range(batches):
-            x = self.to_device(self.sampler.batch(EVALUATION, index))
+            x = self.batch(EVALUATION, index)
             y = self.vae.decode(self.vae.encode(x).latent_dist.mean).sample
             values.extend(psnr(*pair) for pair in zip(x, y, strict=True))
             if index == 0:
@@ -641,28 +569,15 @@ class AutoencoderTrainer:
         settings = self.settings.export
         vae = copy.deepcopy(self.vae).eval().requires_grad_(False)
         if not self.settings.is_decoder_only:
-            self.adjust_latents(vae)
+            if settings.posterior_scale != 1:
+                scale_posterior(vae, settings.posterior_scale)
+            if self.teacher is not None:
+                vae.register_to_config(scaling_factor=1.0, shift_factor=None)
+            else:
+                batches = (self.batch(MEASUREMENT, k) for k in range(settings.measured_batches))
+                whiten_latents(vae, *measure_latents(vae, batches))
         nn.Module.to(vae, dtype=getattr(torch, settings.dtype))
         save_model(vae, self.model_dir)
-
-    def adjust_latents(self, vae: Autoencoder) -> None:
-        """Scale the posterior, and standardize latents that are not those of a teacher."""
-        settings = self.settings.export
-        if settings.posterior_scale != 1:
-            scale_posterior(vae, settings.posterior_scale)
-        if self.teacher is not None:
-            vae.register_to_config(scaling_factor=1.0, shift_factor=None)
-        else:
-            adjust = whiten_latents if settings.whiten else standardize_latents
-            adjust(vae, self.measure(vae))
-
-    def measure(self, vae: Autoencoder) -> LatentStatistics:
-        """Measure latents on batches of their own."""
-        batches = [
-            self.to_device(self.sampler.batch(MEASUREMENT, index))
-            for index in range(self.settings.export.measured_batches)
-        ]
-        return measure_latents(vae, batches)
 
     def save_state(self) -> None:
         """Write the training state and the model of this step."""

@@ -24,29 +24,6 @@ from benchmarking.tables import format_table
 
 ROOT = Path(__file__).resolve().parents[3]  # holds the package, and in a checkout the configs
 SCRIPTS = Path(__file__).resolve().parents[1]
-IMPORTS = {  # what is timed: (what is imported before, what is timed)
-    "import diffnext": ("pass", "import diffnext"),
-    "import diffnext.pipelines": (
-        "from diffusers import DiffusionPipeline",
-        "import diffnext.pipelines",
-    ),
-    "from diffusers import DiffusionPipeline": ("pass", "from diffusers import DiffusionPipeline"),
-}
-VAES: dict[str, dict[str, Any]] = {  # sizes of the released ones
-    "AutoencoderKL": {
-        "down_block_types": ["DownEncoderBlock2D"] * 4,
-        "up_block_types": ["UpDecoderBlock2D"] * 4,
-    },
-    "AutoencoderKLOpenSora": {
-        "down_block_types": ["DownEncoderBlock2D"] * 2 + ["DownEncoderBlock3D"] * 2,
-        "up_block_types": ["UpDecoderBlock3D"] * 4,
-    },
-}
-VAE_SIZES = {
-    "block_out_channels": [128, 256, 512, 512],
-    "layers_per_block": 2,
-    "latent_channels": 4,
-}
 UNCHANGED = {"compile": False, "prepack": False, "checkpointing": 0}  # the model of a baseline
 GROWTH = {  # setting: values
     "sets": (4, 8, 16, 32),
@@ -100,29 +77,13 @@ class Side:
 
 def make_specs(args: argparse.Namespace, scratch: Path) -> list[tuple[str, str, dict[str, Any]]]:
     """Name, kind of work and settings of everything a command measures."""
-    match args.command:
-        case "import":
-            return [
-                (name, "import", {"first": first, "statement": statement})
-                for name, (first, statement) in IMPORTS.items()
-            ]
-        case "data":
-            spec = {
-                "dataset": str(scratch / "records"),
-                "records": args.records,
-                "shape": args.shape,
-                "batch": args.batch,
-                "batches": args.batches,
-                "workers": args.workers,
-                "shuffle": not args.in_order,
-            }
-            return [("reading", "data", spec), ("first batch", "first-batch", spec)]
-        case "vae":
-            return [(f"{args.vae_class} {args.direction}", "vae", make_vae_spec(args))]
-        case "cache":
-            return [(f"cache of {args.kind}", "cache", make_cache_spec(args, scratch))]
-        case "growth":
-            return make_growth_specs(args, scratch)
+    if args.command == "data":
+        names = ("records", "shape", "batch", "batches", "workers")
+        spec = {name: getattr(args, name) for name in names}
+        spec |= {"dataset": str(scratch / "records"), "shuffle": not args.in_order}
+        return [("reading", "data", spec), ("first batch", "first-batch", spec)]
+    if args.command == "growth":
+        return make_growth_specs(args, scratch)
     spec = make_model_spec(args, scratch / "weights.pt")
     if args.command == "train":
         levels = args.levels
@@ -198,32 +159,6 @@ def make_model_arguments(args: argparse.Namespace) -> dict[str, Any]:
         frames = config["video_base_size"][0]
         config["video_base_size"] = [frames, *(side // stride // 2 for side in size)]
     return {**config, "image_size": size}
-
-
-def make_vae_spec(args: argparse.Namespace) -> dict[str, Any]:
-    """Settings of an autoencoder of the released sizes."""
-    is_video = args.vae_class == "AutoencoderKLOpenSora"
-    channels, side, frames = 3, args.size, args.num_frames
-    if args.direction == "decode":
-        channels, side, frames = 4, args.size // 8, (args.num_frames - 1) // 4 + 1
-    return {
-        "vae_class": args.vae_class,
-        "vae": {**VAE_SIZES, **VAES[args.vae_class]},
-        "direction": args.direction,
-        "shape": [args.batch, channels, *([frames] if is_video else []), side, side],
-        "batch": args.batch,
-        "device": args.device,
-        "dtype": args.dtype,
-    }
-
-
-def make_cache_spec(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
-    """Settings of a cache that is built from random pictures or clips."""
-    names = ("kind", "size", "num", "num_frames", "workers", "flow", "device", "dtype")
-    shared = {name: getattr(args, name) for name in names}
-    shared["size"] = [args.size[0], args.size[-1]]
-    vae, source = str(args.vae.resolve()), str(scratch / "source")
-    return {**shared, "vae": vae, "source": source, "batch": args.num}
 
 
 def measure(

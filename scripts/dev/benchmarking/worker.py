@@ -134,8 +134,6 @@ def timed(work: Work) -> tuple[Any, dict[str, float]]:
     result = work.run()
     synchronize(work)
     seconds = time.perf_counter() - begin
-    if hasattr(work, "seconds"):
-        seconds = work.seconds()
     return result, {"seconds": seconds, "rate": work.count() / seconds, "peak_mb": peak(work)}
 
 

@@ -10,8 +10,6 @@ Shapes: B batch, C latent channels, T latent frames, h w latent size.
 from __future__ import annotations
 
 import importlib.util
-import json
-import subprocess
 import sys
 import tempfile
 from abc import ABC, abstractmethod
@@ -21,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -29,7 +26,6 @@ REFERENCE = ROOT / "tests" / "reference_nova.py"
 TEXT_LENGTHS = (12, 40, 25, 60)  # tokens of prompts; the empty one has none
 
 FEATURES = {"moments": "bytes", "caption": "string", "text": "string", "shape": ["int64"]}
-CAPTIONS = {"caption": "long caption", "text": "short text"}
 
 Spec = dict[str, Any]
 
@@ -42,8 +38,6 @@ class Work(ABC):
         is_plain: Whether to do it as the specification words it.
     """
 
-    unit = "s"
-
     def __init__(self, spec: Spec, is_plain: bool = False) -> None:
         self.spec = spec
         self.is_plain = is_plain
@@ -53,7 +47,7 @@ class Work(ABC):
         """Do it once; returns what both packages should agree on."""
 
     def count(self) -> int:
-        """How many units of ``rate_unit`` one run makes."""
+        """Samples, records or loaders of one run."""
         return self.spec.get("batch", 1)
 
 
@@ -115,8 +109,6 @@ class GenerateWork(ModelWork):
     ``compile_options`` of a compiled model, if any.
     """
 
-    rate_unit = "sample"
-
     def __init__(self, spec: Spec, is_plain: bool = False) -> None:
         super().__init__(spec, is_plain)
         self.model.eval()
@@ -169,8 +161,6 @@ class TrainWork(ModelWork):
     Spec, besides that of :class:`ModelWork`: ``checkpointing``, a level.
     """
 
-    rate_unit = "sample"
-
     def __init__(self, spec: Spec, is_plain: bool = False) -> None:
         super().__init__(spec, is_plain)
         self.model.train()
@@ -211,8 +201,6 @@ class DataWork(Work):
     ``workers``, ``batches`` (of one run), ``shuffle``.
     """
 
-    rate_unit = "record"
-
     def __init__(self, spec: Spec, is_plain: bool = False) -> None:
         super().__init__(spec, is_plain)
         from diffnext.data.flex_loaders import FeatureDataLoader
@@ -238,8 +226,6 @@ class DataWork(Work):
 class FirstBatchWork(DataWork):
     """From the construction of a loader to its first batch; spec as for :class:`DataWork`."""
 
-    rate_unit = "loader"
-
     def count(self) -> int:
         """One."""
         return 1
@@ -250,152 +236,11 @@ class FirstBatchWork(DataWork):
         self.loader.next()
 
 
-class ImportWork(Work):
-    """Starting Python and importing something.
-
-    Spec: ``statement``; ``first`` is run before the clock starts.
-    """
-
-    rate_unit = "import"
-
-    def run(self) -> None:
-        """Nothing to do in this process; see :meth:`seconds`."""
-
-    def seconds(self) -> float:
-        """Import in a fresh process; seconds of processor time of the statement alone."""
-        code = (
-            f"{self.spec['first']}\nimport time\nbegin = time.process_time()\n"
-            f"{self.spec['statement']}\nprint(time.process_time() - begin)"
-        )
-        result = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
-        return float(result.stdout.split()[-1])
-
-
-class VaeWork(Work):
-    """Decoding, or encoding, by an autoencoder of random weights.
-
-    Spec: ``vae_class``, ``vae`` (arguments), ``direction``, ``shape`` of the input, ``device``,
-    ``dtype``, ``batch``.
-    """
-
-    rate_unit = "sample"
-
-    def __init__(self, spec: Spec, is_plain: bool = False) -> None:
-        super().__init__(spec, is_plain)
-        name = spec["vae_class"]
-        module = {"AutoencoderKL": "autoencoder_kl"}.get(name, "autoencoder_kl_opensora")
-        vae_class = getattr(importlib.import_module(f"diffnext.models.autoencoders.{module}"), name)
-        torch.manual_seed(0)
-        self.vae = vae_class(**spec["vae"]).to(spec["device"], getattr(torch, spec["dtype"])).eval()
-        generator = torch.Generator().manual_seed(1)
-        x = torch.randn(spec["shape"], generator=generator)
-        self.x = x.to(spec["device"], getattr(torch, spec["dtype"]))
-
-    @torch.no_grad()
-    def run(self) -> Tensor:
-        """Decode latents, or encode pixels to the posterior's parameters."""
-        if self.spec["direction"] == "decode":
-            return self.vae.decode(self.x).sample
-        return self.vae.encode(self.x).latent_dist.parameters
-
-
-class CacheWork(Work):
-    """Building a cache of latents; plainly, by the loop of TRAINING.md, which measures no motion.
-
-    Spec: ``kind`` (images or videos), ``source`` (folder, written when missing), ``num`` (files),
-    ``size`` (height, width), ``num_frames``, ``vae`` (folder), ``workers``, ``flow``, ``device``,
-    ``dtype``.
-    """
-
-    rate_unit = "file"
-
-    def __init__(self, spec: Spec, is_plain: bool = False) -> None:
-        super().__init__(spec, is_plain)
-        write_media(spec)
-
-    def run(self) -> None:
-        """Build it in a new folder."""
-        with tempfile.TemporaryDirectory() as scratch:
-            output = Path(scratch) / "cache"
-            if self.is_plain:
-                self.build_plainly(output)
-            else:
-                self.build(output)
-
-    def build(self, output: Path) -> None:
-        """Build as ``diffnext cache`` does."""
-        from diffnext.data.caching.building import build_cache
-        from diffnext.data.caching.settings import USUAL_BATCH_SIZES, CacheSettings, FrameSampling
-
-        spec = self.spec
-        settings = CacheSettings(
-            kind=spec["kind"],
-            source=spec["source"],
-            output=output,
-            vae=Path(spec["vae"]),
-            sizes=(tuple(spec["size"]),),
-            frames=FrameSampling(num_frames=spec["num_frames"], stride=2),
-            flow=spec["flow"],
-            batch_size=USUAL_BATCH_SIZES[spec["kind"]],
-            workers=spec["workers"],
-            dtype=spec["dtype"],
-            device=spec["device"],
-        )
-        found = build_cache(settings).examples
-        if found != spec["num"]:
-            raise RuntimeError(f"the cache has {found} examples of {spec['num']} files")
-
-    def build_plainly(self, output: Path) -> None:
-        """Build one by one."""
-        from diffnext.data.records import RecordWriter
-        from diffnext.models.autoencoders.loading import load_autoencoder
-
-        spec = self.spec
-        dtype = getattr(torch, spec["dtype"])
-        vae = load_autoencoder(Path(spec["vae"]), dtype, spec["device"])
-        is_video = spec["kind"] == "videos"
-        output.mkdir()
-        with RecordWriter(
-            output, {**FEATURES, **({"flow": "float64"} if is_video else {})}
-        ) as writer:
-            for path in sorted(Path(spec["source"]).glob("*.mp4" if is_video else "*.jpg")):
-                pixels = self.read_clip(path) if is_video else self.read_picture(path)
-                x = torch.as_tensor(pixels).to(vae.device).to(vae.dtype)
-                with torch.no_grad():
-                    x = vae.encode(x.sub(127.5).div(127.5)).latent_dist.parameters
-                moments = x.half().cpu().numpy()[0]
-                record = {"moments": moments.tobytes(), "shape": moments.shape, **CAPTIONS}
-                writer.write({**record, **({"flow": 5.0} if is_video else {})})
-
-    def read_picture(self, path: Path) -> np.ndarray:
-        """A picture, scaled and cut, (1, 3, H, W)."""
-        height, width = self.spec["size"]
-        picture = ImageOps.fit(Image.open(path), (width, height), Image.Resampling.LANCZOS)
-        return np.array(picture)[None].transpose(0, 3, 1, 2)
-
-    def read_clip(self, path: Path) -> np.ndarray:
-        """Every second frame, scaled and cut, (1, 3, F, H, W)."""
-        import decord
-
-        height, width = self.spec["size"]
-        h, w = decord.VideoReader(str(path))[0].shape[:2]
-        scale = max(height / h, width / w)
-        h, w = int(h * scale + 0.5), int(w * scale + 0.5)
-        video = decord.VideoReader(str(path), height=h, width=w)
-        frames = video.get_batch(list(range(0, 2 * self.spec["num_frames"] - 1, 2))).asnumpy()
-        top, left = (h - height) // 2, (w - width) // 2
-        frames = frames[:, top : top + height, left : left + width]
-        return frames[None].transpose(0, 4, 1, 2, 3)
-
-
 WORKS = {
     "generate": GenerateWork,
     "train": TrainWork,
     "data": DataWork,
     "first-batch": FirstBatchWork,
-    "import": ImportWork,
-    "vae": VaeWork,
-    "cache": CacheWork,
 }
 
 
@@ -438,23 +283,3 @@ def write_records(spec: Spec) -> None:
                     "shape": list(moments.shape),
                 }
             )
-
-
-def write_media(spec: Spec) -> None:
-    """Write pictures or clips of soft colours with captions, half as large again, once."""
-    from diffnext.utils.export_utils import export_to_video
-
-    folder = Path(spec["source"])
-    if folder.exists():
-        return
-    folder.mkdir(parents=True)
-    height, width = (side * 3 // 4 * 2 for side in spec["size"])
-    for number in range(spec["num"]):
-        colors = np.random.default_rng(number).integers(0, 256, (8, 8, 3), dtype=np.uint8)
-        picture = Image.fromarray(colors).resize((width, height), Image.Resampling.BICUBIC)
-        (folder / f"{number:05d}.json").write_text(json.dumps(CAPTIONS))
-        if spec["kind"] == "images":
-            picture.save(folder / f"{number:05d}.jpg", quality=92)
-        else:
-            frames = [np.roll(picture, 2 * k, axis=1) for k in range(2 * spec["num_frames"])]
-            export_to_video(frames, folder / f"{number:05d}.mp4", fps=30)

@@ -6,11 +6,24 @@ Shapes: F frames, S side in pixels.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from numpy import ndarray
 
-from shapes_world.scenes import BACKGROUNDS, COLORS, Clip, Item, Scene
+from shapes_world.scenes import (
+    BACKGROUNDS,
+    COLORS,
+    Clip,
+    Description,
+    Item,
+    Scene,
+    choose,
+    draw_clip,
+    draw_clip_description,
+    draw_description,
+    draw_scene,
+)
 
 LIGHT = (-0.6, -0.8)  # where it comes from
 SHADOW = 0.12  # how much darker it is in the shadow of a shape
@@ -19,6 +32,23 @@ SHADOW_BLUR = 0.05
 FALLOFF = 0.04  # how much the light differs between the middle and a corner
 ROUNDING = 0.3  # how wide the rounded edge of a shape is, in radii
 GLOSS = 0.28  # how much lighter, or darker, the rounded edge is
+
+
+def draw_example(
+    rng: np.random.Generator, categories: Sequence[str], size: int, num_frames: int | None = None
+) -> tuple[Description, ndarray, float]:
+    """Draw a training picture or, of some frames, a clip.
+
+    Returns:
+        What it shows, its frames, (F, S, S, 3) of uint8, and the strength of the motion.
+    """
+    category = choose(rng, categories)
+    if num_frames is None:
+        description = draw_description(rng, category)
+        return description, render_scene(draw_scene(rng, description), size)[None], 0.0
+    description = draw_clip_description(rng, category)
+    clip = draw_clip(rng, description)
+    return description, render_clip(clip, num_frames, size), clip.flow
 
 
 def render_scene(scene: Scene, size: int = 64) -> ndarray:

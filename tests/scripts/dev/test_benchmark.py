@@ -44,12 +44,9 @@ def test_another_package_is_measured_by_its_path(tmp_path):
 
 
 @pytest.mark.slow
-def test_reading_importing_and_decoding_are_measured(tmp_path):
+def test_reading_is_measured(tmp_path):
     reading, first = run(tmp_path, "data", "--records", "20", "--batches", "2")
     assert reading["sides"][0]["rate"] > 0 and first["sides"][0]["seconds"] > 0
-    assert len(run(tmp_path, "import")) == 3
-    (decoding,) = run(tmp_path, "vae", "--size", "32")
-    assert decoding["sides"][0]["runs"][0]["seconds"] > 0
 
 
 @pytest.mark.parametrize(
@@ -70,15 +67,3 @@ def test_wrong_commands_are_refused(arguments, message, capsys):
 def test_a_size_that_does_not_fit_is_refused(capsys):
     assert benchmark.main(["generate", "--size", "100", *QUICK]) == 1
     assert "--size must be multiples of 32, got [100, 100]" in capsys.readouterr().err
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["images", "videos"])
-def test_building_a_cache_is_measured_beside_the_loop_of_the_guide(kind, tmp_path):
-    if kind == "videos":
-        pytest.importorskip("decord")
-    vae = ROOT / "assets" / ("vae-tiny" if kind == "images" else "vae-tiny-video")
-    words = [kind, "--vae", str(vae), "--size", "32", "--num", "2", "--num-frames", "5"]
-    (result,) = run(tmp_path, "cache", *words)
-    assert [side["name"] for side in result["sides"]] == ["ours", "plain"]
-    assert all(side["rate"] > 0 for side in result["sides"])
