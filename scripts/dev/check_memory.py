@@ -23,12 +23,11 @@ always the smallest, which needs the most memory.
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import subprocess
-import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -136,7 +135,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     measured.add_argument("--work", nargs="+", choices=WORKS, default=WORKS, help="(all)")
     measured.add_argument("--sets", type=int, default=16, help="of tokens, in drawings (16)")
     measured.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    measured.add_argument("--case", help=argparse.SUPPRESS)
     measured.set_defaults(run=print_measured)
     return parser.parse_args(argv)
 
@@ -151,11 +149,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def print_measured(args: argparse.Namespace) -> None:
-    """Print the table or, in a child process, measure one case."""
-    if args.case is not None:
-        values = json.loads(args.case)
-        print(measure(Case(**{**values, "arch": tuple(values["arch"])})))
-        return
+    """Print the table."""
     names = ("work", "model", "px", "batch", "dtype", "level")
     print_head(*names, "simulated, GiB", "measured, GiB", "ratio")
     for case in make_cases(args):
@@ -235,10 +229,9 @@ class WithoutData(Programs):
 
 def run_child(case: Case) -> int:
     """Measure a case in a fresh process."""
-    command = [sys.executable, __file__, "measure", "--case", json.dumps(asdict(case))]
-    environment = {**os.environ, **ALLOCATOR}
-    result = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
-    return int(result.stdout.splitlines()[-1])
+    with mock.patch.dict(os.environ, ALLOCATOR):
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+            return pool.submit(measure, case).result()
 
 
 def measure(case: Case) -> int:

@@ -5,21 +5,20 @@
     python scripts/nova_tiny/compare_approximations.py --config configs/nova_d48w768_sdxl1024.yaml --size 256
 
 Every approximation is one that the pipeline offers, off by default. All draw the same prompts, turn
-by turn; the table has the median time against that of exact sampling, and the score of
-scripts/nova_tiny/evaluate_shapes.py with the same prompts and seeds. With `--config` weights are random, and
-there are times alone.
+by turn; the table has the median time beside that of exact sampling, and the score of
+evaluate_shapes.py with the same prompts and seeds. With `--config` weights are random, and only
+times are measured.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
-import json
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -87,23 +86,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     torch.set_num_threads(args.threads)
     chosen = [EXACT, *(one for one in APPROXIMATIONS if one.group in args.only)]
-    prompts = draw_prompts(args)
     try:
-        samplers = {one.name: make_sampler(args, one, prompts) for one in chosen}
-        times = time_in_turns(samplers, args.runs)
+        seconds = time_in_turns(args, chosen)
         scores = {} if args.config else {one.name: score_one(args, one) for one in chosen}
     except (OSError, ValueError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(format_table(args, times, scores))
-    if args.output:
-        report = {
-            "settings": {name: str(value) for name, value in vars(args).items()},
-            "approximations": [asdict(one) for one in chosen],
-            "seconds": times,
-            "scores": scores,
-        }
-        args.output.write_text(json.dumps(report, indent=2) + "\n")
+    print(format_table(seconds, scores))
     return 0
 
 
@@ -117,26 +106,16 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     source.add_argument("--config", type=Path, help="training config: times with random weights")
     groups = list(dict.fromkeys(one.group for one in APPROXIMATIONS))
     parser.add_argument("--only", nargs="+", choices=groups, default=groups, help="(all)")
-    parser.add_argument("--size", type=int, help="pixels, in place of the config's")
+    parser.add_argument("--size", type=int, help="pixels (those of the config)")
     parser.add_argument("--guidance-scale", type=float, default=2.5, help="(2.5)")
-    parser.add_argument("--num-inference-steps", type=int, default=16, help="sets a frame (16)")
-    parser.add_argument("--num-diffusion-steps", type=int, default=25, help="a set (25)")
-    parser.add_argument("--num", type=int, default=48, help="scored a category and split (48)")
+    parser.add_argument("--num-inference-steps", type=int, default=16, help="sets per frame (16)")
+    parser.add_argument("--num-diffusion-steps", type=int, default=25, help="steps per set (25)")
+    parser.add_argument("--num", type=int, default=48, help="prompts scored per category and split (48)")
     parser.add_argument("--seed", type=int, default=0, help="of prompts and pictures (0)")
     parser.add_argument("--batch", type=int, default=1, help="pictures at once when timed (1)")
-    parser.add_argument("--runs", type=int, default=5, help="timed of each (5)")
+    parser.add_argument("--runs", type=int, default=5, help="timed runs of each (5)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="(all cores)")
-    parser.add_argument("--output", type=Path, help="JSON file with everything measured")
     return parser.parse_args(argv)
-
-
-# --- sampling -----------------------------------------------------------------------------------
-
-
-def draw_prompts(args: argparse.Namespace) -> list[str]:
-    """Prompts to be timed with."""
-    wanted = select_descriptions("colors", False, args.batch, args.seed)
-    return [write_prompt(description) for description in wanted]
 
 
 @functools.lru_cache
@@ -190,22 +169,20 @@ def configure(args: argparse.Namespace, one: Approximation) -> tuple[NOVAPipelin
     return pipe, arguments
 
 
-def make_sampler(
-    args: argparse.Namespace, one: Approximation, prompts: Sequence[str]
-) -> Callable[[], Tensor]:
-    """Something that draws the timed prompts once, without decoding them."""
-
-    def sample() -> Tensor:
-        pipe, arguments = configure(args, one)
-        return pipe(
-            **(random_states(pipe, len(prompts)) if args.config else {"prompt": list(prompts)}),
-            generator=torch.Generator().manual_seed(args.seed),
-            output_type="latent",
-            disable_progress_bar=True,
-            **arguments,
-        ).frames
-
-    return sample
+def draw(args: argparse.Namespace, one: Approximation) -> Tensor:
+    """Draw the timed prompts once, without decoding them."""
+    pipe, arguments = configure(args, one)
+    if args.config:
+        arguments |= random_states(pipe, args.batch)
+    else:
+        wanted = select_descriptions("colors", False, args.batch, args.seed)
+        arguments["prompt"] = [write_prompt(description) for description in wanted]
+    return pipe(
+        generator=torch.Generator().manual_seed(args.seed),
+        output_type="latent",
+        disable_progress_bar=True,
+        **arguments,
+    ).frames
 
 
 def random_states(pipe: NOVAPipeline, count: int) -> dict[str, list[Tensor]]:
@@ -219,20 +196,17 @@ def random_states(pipe: NOVAPipeline, count: int) -> dict[str, list[Tensor]]:
 
 
 def time_in_turns(
-    samplers: dict[str, Callable[[], Tensor]], runs: int
-) -> dict[str, dict[str, float]]:
-    """Median, least and greatest seconds of each; one run of each before is not measured."""
-    seconds: dict[str, list[float]] = {name: [] for name in samplers}
-    for run in range(runs + 1):
-        for name, sample in samplers.items():
+    args: argparse.Namespace, chosen: Sequence[Approximation]
+) -> dict[str, list[float]]:
+    """Seconds of the runs of each; one run of each before is not measured."""
+    seconds: dict[str, list[float]] = {one.name: [] for one in chosen}
+    for run in range(args.runs + 1):
+        for one in chosen:
             begin = time.perf_counter()
-            sample()
+            draw(args, one)
             if run:
-                seconds[name].append(time.perf_counter() - begin)
-    return {
-        name: {"median": statistics.median(values), "least": min(values), "greatest": max(values)}
-        for name, values in seconds.items()
-    }
+                seconds[one.name].append(time.perf_counter() - begin)
+    return seconds
 
 
 def score_one(args: argparse.Namespace, one: Approximation) -> dict[str, float]:
@@ -245,17 +219,18 @@ def score_one(args: argparse.Namespace, one: Approximation) -> dict[str, float]:
 
 
 def format_table(
-    args: argparse.Namespace, times: dict[str, dict[str, float]], scores: dict[str, dict]
+    seconds: dict[str, list[float]], scores: dict[str, dict[str, float]]
 ) -> str:
     """A Markdown table."""
-    names = list(SPLITS) if scores else []
-    header = ["", "s", "times as fast", *(f"{name}: right" for name in names)]
+    splits = list(SPLITS) if scores else []
+    header = ["", "s", "times as fast", *(f"{name}: right" for name in splits)]
     lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
-    for name, seconds in times.items():
-        ratio = times[EXACT.name]["median"] / seconds["median"]
-        span = f"{seconds['median']:.3f} ({seconds['least']:.3f}-{seconds['greatest']:.3f})"
-        cells = [name, span, f"{ratio:.2f}", *(f"{scores[name][s]:.2f}" for s in names)]
-        lines.append(f"| {' | '.join(cells)} |")
+    exact = statistics.median(seconds[EXACT.name])
+    for name, values in seconds.items():
+        median = statistics.median(values)
+        span = f"{median:.3f} ({min(values):.3f}-{max(values):.3f})"
+        right = [f"{scores[name][split]:.2f}" for split in splits]
+        lines.append(f"| {' | '.join([name, span, f'{exact / median:.2f}', *right])} |")
     return "\n".join(lines)
 
 

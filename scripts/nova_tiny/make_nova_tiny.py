@@ -3,14 +3,14 @@
     python scripts/nova_tiny/make_nova_tiny.py --work nova_tiny
     python scripts/nova_tiny/make_nova_tiny.py --work try --scale 0.1 --seed 1 --only nova-tiny
 
-Every stage is a command of this repository; it is shown, and skipped when its result is there. The
-same command continues after an interruption. NOVA learns pictures in two lessons, first what
-words say and then all kinds; the model of clips goes on from the weights of that of pictures. The
+Every stage is a command of this repository; it is shown, and skipped if its result is there. The
+same command continues after an interruption. NOVA learns pictures in two lessons, first what words
+say and then all kinds; the model of clips starts from the weights of the model of pictures. The
 work folder receives
 
     nova-tiny/, nova-tiny-video/  release folders: the average of the weights (EMA), in float16
     *_scores/                     scores.json, scores.md and a sheet of pictures of each
-    times.json                    hours of each stage, all attempts together
+    times.json                    hours per stage, all attempts together
 """
 
 from __future__ import annotations
@@ -37,7 +37,6 @@ from shapes_world.scenes import CATEGORIES, CLIP_CATEGORIES
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-DIFFNEXT = (sys.executable, "-m", "diffnext")
 CONFIGS = ROOT / "configs"
 IMAGE_AUTOENCODER_CONFIG = CONFIGS / "autoencoder_shapes.yaml"
 VIDEO_AUTOENCODER_CONFIG = CONFIGS / "autoencoder_shapes_video.yaml"
@@ -47,16 +46,16 @@ VIDEO_MODEL_CONFIG = CONFIGS / "nova_shapes_t2v.yaml"
 
 @dataclass(frozen=True)
 class Lesson:
-    """What the model is trained on for a while, starting with what it learnt before.
+    """What the model is trained on for a while, starting with what it has learnt before.
 
     Attributes:
         name: In the names of folders.
         categories: Kinds of pictures; a kind that is named twice is twice as frequent.
         num_records: Pictures, or clips.
         steps: Of training.
-        is_clip: Whether it is of clips.
-        learning_rate: At its peak; that of the config when None.
-        hides_all: Whether all tokens are hidden in every step, so that words alone explain a
+        is_clip: Whether the examples are clips.
+        learning_rate: At its peak; default: the config's.
+        hides_all: Whether all tokens are hidden in every step, so that only words explain a
             picture; else as many as the config says.
     """
 
@@ -69,8 +68,8 @@ class Lesson:
     hides_all: bool = False
 
 
-# Words are learnt where they alone explain a picture: with everything hidden, from pictures whose
-# captions say most. Otherwise neighbours explain it first.
+# Words are learnt where only they explain a picture: with everything hidden, from pictures whose
+# captions say most. Otherwise the model first learns from neighbouring tokens.
 NAMED_COLORS = ("colors", "attribution", "attribution", "position")
 ALL_KINDS = (*CATEGORIES, "colors", "attribution")
 COLORED_CLIPS = ("single", "two", "colors", "colors", "attribution", "attribution")
@@ -102,7 +101,7 @@ class Stage:
 
     name: str
     result: Path
-    command: Sequence[str | Path]
+    command: Sequence[object]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -133,7 +132,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--scale", type=float, default=1.0, help="of all steps and records; 0.1 for a try (1)"
     )
-    parser.add_argument("--num-prompts", type=int, default=48, help="scored a category (48)")
+    parser.add_argument("--num-prompts", type=int, default=48, help="scored per category (48)")
     parser.add_argument("--seed", type=int, default=0, help="of weights, data and order (0)")
     args = parser.parse_args(argv)
     args.work = args.work.resolve()
@@ -153,10 +152,10 @@ def make_picture_stages(args: argparse.Namespace) -> list[Stage]:
 
 
 def make_clip_stages(args: argparse.Namespace) -> list[Stage]:
-    """Everything up to the trained model of clips, which goes on from that of pictures.
+    """Everything up to the trained model of clips, which starts from the model of pictures.
 
     Its autoencoder has the same latents. It starts from an image autoencoder of its own widths; its
-    decoder then learns moving shapes alone for a while.
+    decoder then learns only moving shapes for a while.
     """
     before = make_picture_stages(args)
     pictures, base = before[-1].result, args.work / "clip_base"
@@ -199,11 +198,8 @@ def fit_stage(
     """Fit an autoencoder; the script leaves no mark at the end, so the stage does."""
     output = args.work / name
     steps = scaled(OmegaConf.load(config).training.steps, args)
-    command = [
-        *(sys.executable, HERE / "train_autoencoder.py", f"config={config}"),
-        *(f"training.steps={steps}", f"training.seed={args.seed}", f"output_dir={output}"),
-        *overrides,
-    ]
+    settings = [f"config={config}", f"training.steps={steps}", f"training.seed={args.seed}"]
+    command = script("train_autoencoder", *settings, f"output_dir={output}", *overrides)
     return Stage(name, output / "done", command)
 
 
@@ -211,11 +207,8 @@ def text_stage(args: argparse.Namespace) -> Stage:
     """Fit the text encoder."""
     output = args.work / "text"
     transformer = OmegaConf.load(IMAGE_MODEL_CONFIG).pipeline.paths.module_config.transformer
-    command = [
-        *(sys.executable, HERE / "train_text_encoder.py", "--output", output),
-        *("--width", str(transformer.text_token_dim), "--steps", str(scaled(2500, args))),
-        *("--seed", str(args.seed)),
-    ]
+    sizes = ["--width", transformer.text_token_dim, "--steps", scaled(2500, args)]
+    command = script("train_text_encoder", "--output", output, *sizes, "--seed", args.seed)
     return Stage("text", output, command)
 
 
@@ -225,13 +218,8 @@ def initialize_stage(
     """Put the untrained model together."""
     text = args.work / "text"
     command = [
-        *DIFFNEXT,
-        "init",
-        "--config",
-        config,
-        "--output",
-        output,
-        *("--vae", args.work / autoencoder / "vae", "--seed", str(args.seed), "--shift", "1.5"),
+        *(sys.executable, "-m", "diffnext", "init", "--config", config, "--output", output),
+        *("--vae", args.work / autoencoder / "vae", "--seed", args.seed, "--shift", "1.5"),
         *("--text-encoder", text / "text_encoder", "--tokenizer", text / "tokenizer"),
         *options,
     ]
@@ -241,19 +229,18 @@ def initialize_stage(
 def render_stage(args: argparse.Namespace, lesson: Lesson, seed: int) -> Stage:
     """Render and encode the pictures, or every fourth frame of the clips, of a lesson."""
     output = args.work / f"{lesson.name}_records"
-    command = [
-        *(sys.executable, HERE / "make_shapes_dataset.py", "--output", output),
-        *("--vae", args.work / "autoencoder" / "vae", "--seed", str(1000 * args.seed + seed)),
-        *("--num", str(scaled(lesson.num_records, args)), "--categories", *lesson.categories),
-        "--bf16",
+    command = script(
+        *("make_shapes_dataset", "--output", output, "--vae", args.work / "autoencoder" / "vae"),
+        *("--seed", 1000 * args.seed + seed, "--num", scaled(lesson.num_records, args)),
+        *("--categories", *lesson.categories, "--bf16"),
         *(["--clips"] if lesson.is_clip else []),
-    ]
+    )
     return Stage(output.name, output, command)
 
 
 def train_stage(args: argparse.Namespace, lesson: Lesson, pretrained: Path) -> Stage:
     """Launch scripts/train.py on a lesson; its result is the last checkpoint."""
-    threads = os.environ.get("OMP_NUM_THREADS") or str(os.cpu_count() or 1)
+    threads = os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1
     steps = scaled(lesson.steps, args)
     output = args.work / f"{lesson.name}_training"
     held_out = HELD_OUT_CLIPS if lesson.is_clip else HELD_OUT_PICTURES
@@ -276,21 +263,26 @@ def train_stage(args: argparse.Namespace, lesson: Lesson, pretrained: Path) -> S
     return Stage(output.name, output / "checkpoints" / f"checkpoint-{steps}", command)
 
 
+def script(name: str, *words: object) -> list[object]:
+    """The command of a script beside this one."""
+    return [sys.executable, HERE / f"{name}.py", *words]
+
+
 def score_release(args: argparse.Namespace, output: Path, is_video: bool) -> None:
     """Score a product; the scores are also put into its folder.
 
-    Clips are also scored when they go on from a picture, and from the first five frames of a clip,
-    without guidance: what is given says more than the prompt.
+    Clips are also scored when they continue a picture, and the first five frames of a clip, without
+    guidance, as the given frames say more than the prompt.
     """
     for given_frames in (0, 1, 5) if is_video else (0,):
         suffix = f"_given_{given_frames}" if given_frames else ""
         scores = args.work / f"{output.name}_scores{suffix}"
-        command = [
-            *(sys.executable, HERE / "evaluate_shapes.py", "--model", output),
-            *("--output", scores, "--num", str(args.num_prompts)),
-            *(["--clips", "--given-frames", str(given_frames)] if is_video else []),
+        command = script(
+            *("evaluate_shapes", "--model", output, "--output", scores),
+            *("--num", args.num_prompts),
+            *(["--clips", "--given-frames", given_frames] if is_video else []),
             *(["--guidance-scale", "1"] if given_frames else []),
-        ]
+        )
         run_stage(Stage(scores.name, scores, command), args.work)
         shutil.copy(scores / "scores.json", output / f"scores{suffix}.json")
 
@@ -313,7 +305,7 @@ def run_stage(stage: Stage, work: Path) -> None:
         write_json(work / "times.json", {**times, stage.name: round(hours, 4)})
 
 
-def show_and_run(command: Sequence[str | Path]) -> None:
+def show_and_run(command: Sequence[object]) -> None:
     """Print a command and run it."""
     words = [str(word) for word in command]
     print(f"\n$ {shlex.join(words)}", flush=True)

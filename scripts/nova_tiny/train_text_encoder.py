@@ -2,10 +2,10 @@
 
     python scripts/nova_tiny/train_text_encoder.py --output DIR
 
-A linear map of each token's state is to tell what the whole caption says: shapes, colours, sizes,
-number, relation, background and motion. The last tokens can know all of it, earlier ones what they
-have read. A generator that reads such states need not find out which colour goes with which shape.
-No caption holds a combination that scripts/nova_tiny/shapes_world/scenes.py holds out. The folder receives
+A linear map learns to tell from each token's state what the whole caption says: shapes, colours,
+sizes, number, relation, background and motion. The last tokens can tell all of it, earlier ones
+what they have read. A generator that reads such states need not find out which colour goes with
+which shape. No caption has a combination that shapes_world/scenes.py holds out. The folder receives
 text_encoder/ and tokenizer/, in the layout of release folders.
 """
 
@@ -15,7 +15,7 @@ import argparse
 import shutil
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +46,7 @@ from shapes_world.scenes import (
     draw_description,
 )
 
-DROPOUT = 0.1  # of embeddings: words are to be read, not guessed from the words that went with them
+DROPOUT = 0.1  # of embeddings, so that words are read, not guessed from those before them
 # Values that each fact can have; None where a caption leaves it open.
 _MENTION_FACTS = ((None, *SHAPES), (None, *COLORS), (None, *SIZES))
 FACTS = (
@@ -57,6 +57,22 @@ FACTS = (
     (None, *BACKGROUNDS),
     (None, *MOTIONS),
 )
+SIZES_OF_FACTS = [len(values) for values in FACTS]
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A text encoder, and a linear map that tells facts from its states."""
+
+    tokenizer: PreTrainedTokenizerFast
+    encoder: PhiEncoderModel
+    readout: nn.Linear
+
+    def read(self, captions: list[str]) -> tuple[Tensor, Tensor]:
+        """Logits of all facts' values side by side, (B, S, values), and where tokens are, (B, S)."""
+        tokens = self.tokenizer(captions, padding=True, padding_side="right", return_tensors="pt")
+        states = self.encoder(tokens["input_ids"]).last_hidden_state
+        return self.readout(states), tokens["attention_mask"].bool()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -67,10 +83,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     torch.manual_seed(args.seed)
     tokenizer, encoder = tiny_tokenizer(), tiny_text_encoder(args.width)
-    readout = nn.Linear(args.width, sum(map(len, FACTS)))
-    train(args, tokenizer, encoder, readout)
+    reader = Reader(tokenizer, encoder, nn.Linear(args.width, sum(SIZES_OF_FACTS)))
+    train(args, reader)
     for held_out in (False, True):
-        share = measure(args, tokenizer, encoder, readout, held_out)
+        share = measure(reader, held_out, args.seed)
         print(f"{'held-out' if held_out else 'seen'} prompts read without an error: {share:.3f}")
     partial = args.output.with_name(args.output.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -89,20 +105,16 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, required=True, help="folder to write; must be new")
     parser.add_argument("--width", type=int, default=64, help="of the states (64)")
     parser.add_argument("--steps", type=int, default=2500, help="of training (2500)")
-    parser.add_argument("--batch-size", type=int, default=128, help="captions a step (128)")
+    parser.add_argument("--batch-size", type=int, default=128, help="captions per step (128)")
     parser.add_argument("--learning-rate", type=float, default=2e-3, help="at its peak (0.002)")
     parser.add_argument("--seed", type=int, default=0, help="of weights and captions (0)")
     return parser.parse_args(argv)
 
 
-def train(
-    args: argparse.Namespace,
-    tokenizer: PreTrainedTokenizerFast,
-    encoder: PhiEncoderModel,
-    readout: nn.Linear,
-) -> None:
+def train(args: argparse.Namespace, reader: Reader) -> None:
     """Fit encoder and readout, in place."""
-    parameters = [*encoder.model.parameters(), *readout.parameters()]
+    encoder = reader.encoder
+    parameters = [*encoder.model.parameters(), *reader.readout.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, args.learning_rate, total_steps=args.steps, pct_start=0.1
@@ -111,11 +123,10 @@ def train(
     encoder.train()
     encoder.model.embed_dropout.p = DROPOUT
     for _ in (bar := tqdm(range(args.steps), desc="text encoder", mininterval=2)):
-        captions, descriptions = zip(
-            *(draw_caption(rng) for _ in range(args.batch_size)), strict=True
-        )
-        logits, is_token = read(tokenizer, encoder, readout, captions)
-        loss = fact_errors(logits, list_facts(descriptions))[is_token].mean()
+        drawn = [draw_caption(rng) for _ in range(args.batch_size)]
+        logits, is_token = reader.read([caption for caption, _ in drawn])
+        facts = list_facts([description for _, description in drawn])
+        loss = fact_errors(logits, facts)[is_token].mean()
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -134,22 +145,6 @@ def draw_caption(rng: np.random.Generator) -> tuple[str, Description]:
     if rng.random() < 0.5:
         return write_caption(rng, description), description
     return write_prompt(description), replace(description, background=None)
-
-
-def read(
-    tokenizer: PreTrainedTokenizerFast,
-    encoder: PhiEncoderModel,
-    readout: nn.Linear,
-    captions: Sequence[str],
-) -> tuple[Tensor, Tensor]:
-    """What the states tell.
-
-    Returns:
-        Logits of all facts' values side by side, (B, S, values), and where tokens are, (B, S).
-    """
-    tokens = tokenizer(list(captions), padding=True, padding_side="right", return_tensors="pt")
-    states = encoder(tokens["input_ids"]).last_hidden_state
-    return readout(states), tokens["attention_mask"].bool()
 
 
 def list_facts(descriptions: Sequence[Description]) -> Tensor:
@@ -173,36 +168,25 @@ def _facts(description: Description) -> list[str | int | None]:
 
 def fact_errors(logits: Tensor, facts: Tensor) -> Tensor:
     """Cross-entropy of each token's readout, summed over the facts, (B, S)."""
-    parts = logits.split([len(values) for values in FACTS], dim=-1)
-    length = logits.size(1)
-    return sum(
-        F.cross_entropy(part.mT, column[:, None].expand(-1, length), reduction="none")
-        for part, column in zip(parts, facts.mT, strict=True)
-    )
+    columns = facts[:, None].expand(-1, logits.size(1), -1)
+    parts = zip(logits.split(SIZES_OF_FACTS, dim=-1), columns.unbind(-1), strict=True)
+    errors = [F.cross_entropy(part.mT, column, reduction="none") for part, column in parts]
+    return sum(errors[1:], errors[0])
 
 
 @torch.no_grad()
-def measure(
-    args: argparse.Namespace,
-    tokenizer: PreTrainedTokenizerFast,
-    encoder: PhiEncoderModel,
-    readout: nn.Linear,
-    held_out: bool,
-    number: int = 200,
-) -> float:
+def measure(reader: Reader, held_out: bool, seed: int, number: int = 200) -> float:
     """Share of prompts whose last token tells every fact."""
     descriptions = [
         description
         for is_clip, categories in ((False, CATEGORIES), (True, CLIP_CATEGORIES))
         for category in categories
-        for description in select_descriptions(category, held_out, number, args.seed, is_clip)
+        for description in select_descriptions(category, held_out, number, seed, is_clip)
     ]
-    prompts = [write_prompt(description) for description in descriptions]
-    logits, is_token = read(tokenizer, encoder, readout, prompts)
-    last = logits[torch.arange(len(prompts)), is_token.sum(1) - 1]
-    parts = last.split([len(values) for values in FACTS], dim=-1)
-    told = torch.stack([part.argmax(-1) for part in parts], dim=1)
-    return (told == list_facts(descriptions)).all(1).float().mean().item()
+    logits, is_token = reader.read([write_prompt(description) for description in descriptions])
+    last = logits[torch.arange(len(descriptions)), is_token.sum(1) - 1]
+    told = [part.argmax(-1) for part in last.split(SIZES_OF_FACTS, dim=-1)]
+    return (torch.stack(told, dim=1) == list_facts(descriptions)).all(1).float().mean().item()
 
 
 if __name__ == "__main__":

@@ -246,7 +246,8 @@ def test_offload_on_a_gpu(kind, method):
 
 
 @pytest.mark.gpu
-def test_float16_on_a_gpu(kind):
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_on_a_gpu(kind, dtype):
     full = draw(MAKERS[kind]().to("cuda"), kind).cpu()
-    half = draw(MAKERS[kind]().to("cuda", torch.float16), kind).float().cpu()
+    half = draw(MAKERS[kind]().to("cuda", dtype), kind).float().cpu()
     assert (half - full).abs().mean() < 0.05

@@ -22,8 +22,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.nn import functional as F
 
 import benchmark
 from benchmarking import NONE, measuring, runs
@@ -219,30 +217,6 @@ def extrapolate(short: Figures, long: Figures) -> Figures:
     return {key: long[key] + ratio * (long[key] - short[key]) for key in keys}
 
 
-def draw_in_all_dtypes(context: Context) -> Iterator[Figures]:
-    """Draw with NOVA-tiny, of pictures and of videos, against float32."""
-    from diffnext.pipelines import NOVAPipeline
-
-    for name, frames in (("nova-tiny", 1), ("nova-tiny-video", 3)):
-        exact: np.ndarray | None = None
-        for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            pipe = NOVAPipeline.from_pretrained(ROOT / "assets" / name, dtype=dtype)
-            output = pipe.to(context.device)(
-                "a red circle",
-                num_inference_steps=1,  # with more, rounding may change the order of tokens
-                num_diffusion_steps=5,
-                max_latent_length=frames,
-                generator=torch.Generator().manual_seed(0),
-                output_type="np",
-                disable_progress_bar=True,
-            )
-            drawn = np.asarray(output[0], dtype=np.float32)  # pictures or frames, 0 to 255
-            exact = drawn if exact is None else exact
-            distance = float(np.abs(drawn - exact).mean() / exact.std())
-            yield {"model": name, "dtype": str(dtype), "distance to float32": distance}
-            assert distance < 0.5, f"{name} in {dtype} is {distance:.2f} from float32"
-
-
 # --- waits --------------------------------------------------------------------------------------
 
 
@@ -296,42 +270,7 @@ def watch_training(context: Context) -> Iterator[Figures]:
     yield from report_waits("training step", places)
 
 
-# --- attention, training, memory ----------------------------------------------------------------
-
-
-def compare_attention(context: Context) -> Iterator[Figures]:
-    """Attention of the video encoder's blocks in bfloat16, against a dense mask in float32."""
-    from diffnext.models.attention import BlockCausalMask
-
-    tokens = 6 if context.is_rehearsal else 360
-    mask = BlockCausalMask.of_frames(num_frames=9, frame_tokens=tokens, num_condition=257)
-    shape = (3, 2, 16, sum(mask.lengths), 64)
-    rounded = torch.randn(shape, dtype=torch.bfloat16, device=context.device)
-    dense = mask.dense(torch.float32, context.device)
-    prepared = mask.prepare(rounded.device, 64)
-
-    def attend_dense(x: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(*x.unbind(0), attn_mask=dense.to(x.dtype))
-
-    def differentiate(attend: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
-        x = x.detach().requires_grad_()
-        result = attend(x)
-        return result.detach(), torch.autograd.grad(result.float().square().sum(), x)[0]
-
-    ways = {
-        "dense, float32": partial(differentiate, attend_dense, rounded.float()),
-        "dense, bfloat16": partial(differentiate, attend_dense, rounded),
-        "by blocks, bfloat16": partial(
-            differentiate, lambda x: prepared.attend(*x.unbind(0)), rounded
-        ),
-    }
-    exact = ways["dense, float32"]()
-    for name, way in ways.items():
-        pairs = zip(way(), exact, strict=True)
-        errors = [((found - true).norm() / true.norm()).item() for found, true in pairs]
-        seconds = measuring.best_seconds(way, context.device)
-        yield {"attention": name, "error": errors[0], "of gradients": errors[1], "s": seconds}
-        assert max(errors) < 0.02, f"attention ({name}) differs by {max(errors):.3f}"
+# --- training, memory ---------------------------------------------------------------------------
 
 
 def train(context: Context, engine: str) -> Iterator[Figures]:
@@ -397,10 +336,8 @@ ROWS = (
     Row("clip eager", 45, partial(draw, name="clip", modes=["eager"]), is_timed=True),
     Row("clip captured", 85, partial(draw, name="clip", modes=CAPTURED), is_timed=True),
     Row("tests", 110, run_tests),
-    Row("dtypes", 60, draw_in_all_dtypes),
     Row("waits drawing", 60, watch_drawing),
     Row("waits training", 60, watch_training),
-    Row("attention", 60, compare_attention),
     Row("training plain", 110, partial(train, engine="plain")),
     Row("training zero2", 110, partial(train, engine="zero2")),
     Row("training fsdp2", 110, partial(train, engine="fsdp2")),
