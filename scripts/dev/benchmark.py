@@ -19,7 +19,6 @@ Measure sampling, training and reading, beside a baseline.
     python scripts/dev/benchmark.py generate --config configs/nova_d48w768_sdxl1024.yaml --size 256
     python scripts/dev/benchmark.py train --size 256 --batch 2  # of nova_d48w768_sdxl1024
     python scripts/dev/benchmark.py data --records 2000
-    python scripts/dev/benchmark.py growth --plot docs/growth.png
     python scripts/dev/benchmark.py generate --baseline /path/to/folder/with/another/diffnext
 
 Weights are random and the same on both sides. The two sides are processes that take turns, run by
@@ -48,11 +47,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     machine = measuring.describe_machine(args)
     report = {"machine": machine, "arguments": vars(args), "results": results}
     print(measuring.format_report(report))
-    if args.command == "growth":
-        report["exponents"] = measuring.find_exponents(results)
-        print(f"Exponents of the time: {report['exponents']}")
-        if args.plot:
-            measuring.plot_growth(results, report["exponents"], args.plot)
     if args.output:
         args.output.write_text(json.dumps(report, indent=2, default=str) + "\n")
     return 0
@@ -62,13 +56,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     parser = build_parser()
     args = parser.parse_args(argv)
-    if args.command == "growth":
-        args.sets, args.steps, args.guidance = 16, 10, 5.0
-        args.frames = args.frames or 1
-    has_plain = args.command in ("generate", "train")
-    args.baseline = args.baseline or (PLAIN if has_plain else NONE)
-    if args.baseline == PLAIN and not has_plain:
-        parser.error(f"{args.command} has no plain formulation: --baseline none, or a folder")
+    is_data = args.command == "data"
+    args.baseline = args.baseline or (NONE if is_data else PLAIN)
+    if args.baseline == PLAIN and is_data:
+        parser.error("data has no plain formulation: --baseline none, or a folder")
     if args.baseline not in (PLAIN, NONE) and not (Path(args.baseline) / "diffnext").is_dir():
         parser.error(f"--baseline {args.baseline} holds no folder diffnext")
     if args.runs < 1 or args.warmup < 0:
@@ -78,55 +69,55 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of the command line."""
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument(
-        "--baseline", help="plain, none, or a folder (plain; none where no plain is)"
-    )
-    common.add_argument("--runs", type=int, default=5, help="measured a side (5)")
-    common.add_argument("--warmup", type=int, default=1, help="runs before, not measured (1)")
-    common.add_argument(
-        "--threads", type=int, default=os.cpu_count(), help="of PyTorch (all cores)"
-    )
-    common.add_argument("--output", type=Path, help="JSON file with everything measured")
-    device = argparse.ArgumentParser(add_help=False)
-    device.add_argument("--device", default="cpu", help="cpu, cuda (cpu)")
-    device.add_argument("--dtype", default="float32", help="float32, bfloat16, float16 (float32)")
-    device.add_argument("--batch", type=int, default=1, help="samples at once (1)")
-    model = argparse.ArgumentParser(add_help=False)
-    source = model.add_mutually_exclusive_group()
-    source.add_argument("--config", type=Path, help="training config with the model's sizes")
-    source.add_argument("--model", type=Path, help="release folder with the model's sizes")
-    model.add_argument("--size", type=int, nargs="+", help="pixels, in place of the config's")
-    model.add_argument("--arch", nargs=3, help="names of the three parts, in place of the config's")
-    model.add_argument("--frames", type=int, help="latent frames (9 for videos, else 1)")
-    model.add_argument("--compile", action="store_true", help="compile the blocks of our side")
-    model.add_argument("--scheduler", choices=("flow", "ddpm"), default="flow", help="(flow)")
     parser = argparse.ArgumentParser(
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    generate = commands.add_parser("generate", parents=[common, device, model])
-    generate.add_argument("--sets", type=int, default=16, help="of tokens a frame (16)")
-    generate.add_argument("--steps", type=int, default=25, help="of diffusion a set (25)")
+    generate = commands.add_parser("generate", help="sampling")
+    add_model_options(generate)
+    generate.add_argument("--sets", type=int, default=16, help="of tokens per frame (16)")
+    generate.add_argument("--steps", type=int, default=25, help="of diffusion per set (25)")
     generate.add_argument("--guidance", type=float, default=5.0, help="(5)")
     generate.add_argument(
         "--prepack", action="store_true", help="lay out the weights of our side for a CPU"
     )
-    train = commands.add_parser("train", parents=[common, device, model])
+    train = commands.add_parser("train", help="training steps")
+    add_model_options(train)
     train.add_argument(
         "--levels", type=int, nargs="+", default=[0], help="of gradient checkpointing, each (0)"
     )
-    growth = commands.add_parser("growth", parents=[common, device, model])
-    growth.add_argument("--plot", type=Path, help="picture of the curves (PNG)")
-    data = commands.add_parser("data", parents=[common])
+    data = commands.add_parser("data", help="reading records")
     data.add_argument("--records", type=int, default=2000, help="in the dataset (2000)")
     data.add_argument("--shape", type=int, nargs="+", default=[8, 128, 128], help="(8 128 128)")
     data.add_argument("--batch", type=int, default=8, help="records at once (8)")
-    data.add_argument("--batches", type=int, default=250, help="of a run (250)")
+    data.add_argument("--batches", type=int, default=250, help="per run (250)")
     data.add_argument("--workers", type=int, default=0, help="processes (0)")
     data.add_argument("--in-order", action="store_true", help="do not shuffle")
+    for command in (generate, train, data):
+        add = command.add_argument
+        add("--baseline", help="plain, none, or a folder (plain; for data none)")
+        add("--runs", type=int, default=5, help="measured per side (5)")
+        add("--warmup", type=int, default=1, help="runs before, not measured (1)")
+        add("--threads", type=int, default=os.cpu_count(), help="of PyTorch (all cores)")
+        add("--output", type=Path, help="JSON file with everything measured")
     return parser
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of works with a model."""
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--config", type=Path, help="training config with the model's sizes")
+    source.add_argument("--model", type=Path, help="release folder with the model's sizes")
+    add = parser.add_argument
+    add("--size", type=int, nargs="+", help="pixels (the config's)")
+    add("--arch", nargs=3, help="names of the three parts (the config's)")
+    add("--frames", type=int, help="latent frames (9 for videos, else 1)")
+    add("--compile", action="store_true", help="compile the blocks of our side")
+    add("--scheduler", choices=("flow", "ddpm"), default="flow", help="(flow)")
+    add("--device", default="cpu", help="cpu, cuda (cpu)")
+    add("--dtype", default="float32", help="float32, bfloat16, float16 (float32)")
+    add("--batch", type=int, default=1, help="samples at once (1)")
 
 
 if __name__ == "__main__":

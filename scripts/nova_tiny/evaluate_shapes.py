@@ -32,10 +32,10 @@ from typing import Any
 import numpy as np
 import torch
 from numpy import ndarray
-from PIL import Image, ImageDraw
+from PIL import Image
 from tqdm import tqdm
 
-from diffnext.data.caching.contact_sheet import decode_frames
+from diffnext.data.caching.contact_sheet import arrange, decode_frames, draw_cell
 from diffnext.models.autoencoders.autoencoder_kl_opensora import AutoencoderKLOpenSora
 from diffnext.models.autoencoders.loading import load_autoencoder
 from diffnext.pipelines import NOVAPipeline
@@ -55,7 +55,6 @@ from shapes_world.scenes import (
 
 SPLITS = {"seen": False, "held out": True}
 SHEET_COLUMNS = 12
-WRONG = (196, 30, 58)  # of crosses and captions
 
 
 @dataclass(frozen=True)
@@ -222,12 +221,12 @@ def load_pipeline(args: argparse.Namespace) -> NOVAPipeline:
 
 
 def pipeline_drawer(pipe: NOVAPipeline, args: argparse.Namespace, **options: Any) -> Draw:
-    """Draw prompts with a model; every prompt has a seed of its own.
+    """Draw prompts with a model; every prompt has its own seed.
 
     Args:
         pipe: The model.
         args: Settings of this script.
-        **options: Arguments of the pipeline that go before those of ``args``.
+        **options: Arguments of the pipeline, which override those of ``args``.
     """
 
     def draw(descriptions: Sequence[Description], seed: int) -> Iterable[ndarray]:
@@ -343,33 +342,16 @@ def format_cell(row: dict[str, float] | None, name: str) -> str:
     return f"{row[name]:.2f}{interval}"
 
 
-def make_sheet(drawings: Sequence[Drawing], columns: int = SHEET_COLUMNS) -> Image.Image:
-    """A row of pictures for each category and split; clips show three frames one below another.
-
-    The captions of those that are wrong are red and begin with a cross.
-    """
-    groups: dict[tuple[str, str], list[Drawing]] = {}
+def make_sheet(drawings: Sequence[Drawing]) -> Image.Image:
+    """Some pictures of each category and split; the captions of wrong ones begin with a cross."""
+    groups: dict[tuple[str, str], list[Image.Image]] = {}
     for drawing in drawings:
-        groups.setdefault((drawing.category, drawing.split), []).append(drawing)
-    frames, side = drawings[0].frames.shape[:2]
-    shown = [0] if frames == 1 else [0, frames // 2, frames - 1]
-    cell, line = max(2 * side, 128), 14
-    width, height = cell + 10, len(shown) * (cell + 4) + 20
-    sheet = Image.new("RGB", (columns * width, len(groups) * (height + line)), "white")
-    pen = ImageDraw.Draw(sheet)
-    for row, ((category, split), members) in enumerate(groups.items()):
-        top = row * (height + line)
-        pen.text((4, top + 1), f"{category}, {split}", fill="black")
-        for column, drawing in enumerate(members[:columns]):
-            left = column * width + 4
-            for place, frame in enumerate(shown):
-                picture = Image.fromarray(drawing.frames[frame]).resize((cell, cell))
-                sheet.paste(picture, (left, top + line + place * (cell + 4)))
-            words = write_prompt(drawing.description)
-            words = words if drawing.verdict.is_right else f"x {words}"
-            color = "black" if drawing.verdict.is_right else WRONG
-            pen.text((left, top + height - 6), words[: cell // 6], fill=color)
-    return sheet
+        cells = groups.setdefault((drawing.category, drawing.split), [])
+        mark = "" if drawing.verdict.is_right else "x "
+        title = f"{mark}{drawing.category}, {drawing.split}: {write_prompt(drawing.description)}"
+        cells.append(draw_cell(drawing.frames, title))
+    shown = [cell for cells in groups.values() for cell in cells[:SHEET_COLUMNS]]
+    return arrange(shown, SHEET_COLUMNS)
 
 
 if __name__ == "__main__":

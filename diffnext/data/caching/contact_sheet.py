@@ -53,7 +53,7 @@ def draw_contact_sheet(
         check_features(dataset.features, str(folder))
         indices = np.linspace(0, len(dataset) - 1, min(count, len(dataset))).round().astype(int)
         cells = [_draw_cell(model, dataset, index) for index in indices.tolist()]
-    return _arrange(cells, columns)
+    return arrange(cells, columns)
 
 
 def find_vae(folder: Path, given: Path | None = None) -> Path:
@@ -100,6 +100,16 @@ def _draw_cell(vae: Any, dataset: RecordDataset, index: int) -> Image.Image:
         frames = decode_frames(vae, ParseLatents()(example))
     except (LookupError, RuntimeError, TypeError, ValueError) as error:
         raise RecordError(f"{dataset.describe(index)} cannot be decoded: {error}") from error
+    return draw_cell(frames, _label(example, index))
+
+
+def draw_cell(frames: np.ndarray, caption: str) -> Image.Image:
+    """A picture, or some frames of a clip side by side, above its caption.
+
+    Args:
+        frames: (F, H, W, 3), uint8.
+        caption: Is wrapped, and cut after three lines.
+    """
     shown = frames[np.linspace(0, len(frames) - 1, min(FRAMES, len(frames))).round().astype(int)]
     strip = Image.fromarray(np.concatenate(list(shown), axis=1))
     font = ImageFont.load_default()
@@ -108,7 +118,7 @@ def _draw_cell(vae: Any, dataset: RecordDataset, index: int) -> Image.Image:
     cell = Image.new("RGB", (width, strip.height + LINES * line_height), "white")
     cell.paste(strip, (0, 0))
     letters = max(1, int(width / font.getlength("n")))
-    lines = textwrap.wrap(_label(example, index), letters)[:LINES]
+    lines = textwrap.wrap(caption, letters)[:LINES]
     for number, line in enumerate(lines):
         position = (0, strip.height + number * line_height)
         ImageDraw.Draw(cell).text(position, line, fill="black", font=font)
@@ -125,7 +135,8 @@ def _label(example: Mapping[str, Any], index: int) -> str:
     return f"{index}{flow}: {caption}"
 
 
-def _arrange(cells: Sequence[Image.Image], columns: int) -> Image.Image:
+def arrange(cells: Sequence[Image.Image], columns: int) -> Image.Image:
+    """Lay cells out row by row."""
     width = max(cell.width for cell in cells) + MARGIN
     height = max(cell.height for cell in cells) + MARGIN
     columns = min(columns, len(cells))

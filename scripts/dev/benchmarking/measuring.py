@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from omegaconf import OmegaConf
 
@@ -25,13 +24,6 @@ from benchmarking.tables import format_table
 ROOT = Path(__file__).resolve().parents[3]  # holds the package, and in a checkout the configs
 SCRIPTS = Path(__file__).resolve().parents[1]
 UNCHANGED = {"compile": False, "prepack": False, "checkpointing": 0}  # the model of a baseline
-GROWTH = {  # setting: values
-    "sets": (4, 8, 16, 32),
-    "steps": (5, 10, 20, 40),
-    "size": (128, 256, 384, 512),
-    "batch": (1, 2, 4, 8),
-    "frames": (1, 2, 4, 8),
-}
 
 
 @dataclass
@@ -82,27 +74,11 @@ def make_specs(args: argparse.Namespace, scratch: Path) -> list[tuple[str, str, 
         spec = {name: getattr(args, name) for name in names}
         spec |= {"dataset": str(scratch / "records"), "shuffle": not args.in_order}
         return [("reading", "data", spec), ("first batch", "first-batch", spec)]
-    if args.command == "growth":
-        return make_growth_specs(args, scratch)
     spec = make_model_spec(args, scratch / "weights.pt")
     if args.command == "train":
         levels = args.levels
         return [(f"train, level {n}", "train", spec | {"checkpointing": n}) for n in levels]
     return [(args.command, args.command, spec)]
-
-
-def make_growth_specs(
-    args: argparse.Namespace, scratch: Path
-) -> list[tuple[str, str, dict[str, Any]]]:
-    """Sampling with one setting growing at a time; other sizes need other weights."""
-    specs = []
-    for axis, values in GROWTH.items():
-        for value in values:
-            changed = argparse.Namespace(**vars(args))
-            setattr(changed, axis, [value] if axis == "size" else value)
-            spec = make_model_spec(changed, scratch / f"{axis}{value}.pt")
-            specs.append((f"{axis}={value}", "generate", spec))
-    return specs
 
 
 def make_model_spec(args: argparse.Namespace, weights: Path | None) -> dict[str, Any]:
@@ -118,13 +94,12 @@ def make_model_spec(args: argparse.Namespace, weights: Path | None) -> dict[str,
     }
     is_video = spec["transformer"]["video_base_size"][0] > 1
     spec["frames"] = args.frames or (9 if is_video else 1)
-    if args.command in ("generate", "growth"):
+    if args.command == "generate":
         from diffnext.pipelines.pipeline_utils import cosine_set_sizes  # takes seconds
 
         tokens = math.prod(spec["transformer"]["image_base_size"])
         num_preds = cosine_set_sizes(args.sets, tokens).tolist()
         spec |= {"num_preds": num_preds, "steps": args.steps, "guidance": args.guidance}
-    if args.command == "generate":
         spec["prepack"] = args.prepack
     return spec
 
@@ -139,8 +114,7 @@ def make_model_arguments(args: argparse.Namespace) -> dict[str, Any]:
         config = json.loads((args.model / "transformer" / "config.json").read_text())
         config = {name: value for name, value in config.items() if not name.startswith("_")}
     else:
-        name = "nova_shapes_t2v" if args.command == "growth" else "nova_d48w768_sdxl1024"
-        path = args.config or ROOT / "configs" / f"{name}.yaml"
+        path = args.config or ROOT / "configs" / "nova_d48w768_sdxl1024.yaml"
         if not path.is_file():
             raise ValueError(f"there is no config {path}: give --config or --model")
         config = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
@@ -285,34 +259,6 @@ def best_seconds(function: Callable[[], Any], device: str, runs: int = 6) -> flo
             torch.cuda.synchronize()
         best = min(best, time.perf_counter() - begin)
     return best
-
-
-def find_exponents(results: list[dict[str, Any]]) -> dict[str, float]:
-    """Slope of the logarithm of time over that of each setting, by least squares."""
-    exponents = {}
-    for axis, values in GROWTH.items():
-        seconds = [seconds_of(results, axis, value) for value in values]
-        exponents[axis] = float(np.polyfit(np.log(values), np.log(seconds), 1)[0])
-    return exponents
-
-
-def seconds_of(results: list[dict[str, Any]], axis: str, value: int) -> float:
-    """Median of our side with that setting."""
-    name = f"{axis}={value}"
-    return next(r["sides"][0]["seconds"] for r in results if r["name"] == name)
-
-
-def plot_growth(results: list[dict[str, Any]], exponents: dict[str, float], path: Path) -> None:
-    """Draw time over each setting, on logarithmic axes."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(3 * len(GROWTH), 3), layout="constrained")
-    for axes, (name, values) in zip(figure.subplots(1, len(GROWTH)), GROWTH.items(), strict=True):
-        axes.loglog(values, [seconds_of(results, name, value) for value in values], "o-")
-        axes.set(title=f"{name}: exponent {exponents[name]:.2f}", xlabel=name, ylabel="s")
-        axes.set_xticks(values, [str(value) for value in values])
-        axes.minorticks_off()
-    figure.savefig(path, dpi=100)
 
 
 def format_report(report: dict[str, Any]) -> str:
