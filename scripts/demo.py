@@ -30,6 +30,7 @@ import torch
 from numpy import ndarray
 from PIL import Image
 
+from diffnext.cli.parsing import command_parser
 from diffnext.engine.validation import make_grid
 from diffnext.image_processor import VaeImageProcessor
 from diffnext.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -142,9 +143,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("demo.py", __doc__)
     parser.add_argument("what", nargs="?", choices=DEMOS, default="pictures", help="(pictures)")
     parser.add_argument("--output", type=Path, help="folder to write (demo, of clips demo_video)")
     parser.add_argument("--size", type=int, help="side in pixels (256, of clips 128)")

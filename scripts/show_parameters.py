@@ -7,20 +7,18 @@ A file that carries none is an error: exit code 1.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from diffnext.cli.parsing import command_parser
 from diffnext.utils import read_parameters
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code, 1 if a file carries no parameters."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("show_parameters.py", __doc__)
     parser.add_argument("files", nargs="+", type=Path, help="pictures and videos")
     exit_code = 0
     for file in parser.parse_args(argv).files:

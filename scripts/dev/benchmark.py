@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarking import NONE, PLAIN
+from diffnext.cli.parsing import command_parser
 
 DESCRIPTION = """\
 Measure sampling, training and reading, beside a baseline.
@@ -69,10 +70,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of the command line."""
-    parser = argparse.ArgumentParser(
-        description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("benchmark.py", DESCRIPTION)
     commands = parser.add_subparsers(dest="command", required=True)
     generate = commands.add_parser("generate", help="sampling")
     add_model_options(generate)

@@ -21,7 +21,6 @@ CUDA, and float32 for half precision.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import functools
@@ -41,6 +40,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from diffnext.cli.parsing import command_parser
 from diffnext.config.schema import TrainConfig, iterate_schema
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -334,9 +334,7 @@ def _check_section(section: dict[str, Any], prefix: str, schema: dict[str, Any])
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("check_docs.py", __doc__)
     parser.add_argument("pages", nargs="*", type=Path, help="pages to run (all but the slow ones)")
     args = parser.parse_args(argv)
     pages = [read_page(path.resolve()) for path in args.pages or page_paths()]

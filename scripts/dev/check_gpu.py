@@ -30,6 +30,7 @@ import torch
 from benchmarking.gpu_rows import BASELINE_ROWS, ROOT, ROWS, Context, Row
 from benchmarking.processes import Job, Outcome, run_job
 from benchmarking.tables import format_table
+from diffnext.cli.parsing import command_parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -60,9 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("check_gpu.py", __doc__)
     parser.add_argument("--output", type=Path, default=Path("gpu_check"), help="folder to write")
     parser.add_argument("--rehearse", action="store_true", help="on the CPU, with small models")
     parser.add_argument("--only", default="*", metavar="PATTERN", help="rows whose name has this")

@@ -38,6 +38,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from benchmarking.tables import print_head, print_row
+from diffnext.cli.parsing import command_parser
 from diffnext.config.load import parse, read_config
 from diffnext.config.schema import TrainConfig
 from diffnext.engine.dry_run import (
@@ -117,9 +118,7 @@ STEPS = 25  # of each set
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("check_memory.py", __doc__)
     commands = parser.add_subparsers(required=True)
     tables = commands.add_parser("tables", help="computed, of training configs")
     tables.add_argument("configs", type=Path, nargs="+", help="training configs (YAML)")

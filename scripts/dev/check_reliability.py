@@ -43,6 +43,7 @@ from benchmarking.runs import (
     started,
 )
 from benchmarking.tables import print_head, print_row
+from diffnext.cli.parsing import command_parser
 
 WARM_UP = 3
 
@@ -55,9 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("check_reliability.py", __doc__)
     checks = parser.add_subparsers(required=True)
     resume = checks.add_parser("resume", help="kill and continue")
     resume.add_argument("--launcher", nargs="+", choices=LAUNCHERS, default=ON_CPU)

@@ -9,7 +9,6 @@ two files in configs/ set. The text above the mark in the page is written by han
 
 from __future__ import annotations
 
-import argparse
 import inspect
 import sys
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from diffnext.cli.parsing import command_parser
 from diffnext.config.schema import KEEP, SchemaKey, TrainConfig, iterate_schema, look_up
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,9 +29,7 @@ MARK = "<!-- Below: written by scripts/dev/make_config_reference.py, from the co
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("make_config_reference.py", __doc__)
     parser.add_argument("--check", action="store_true", help="compare only, write nothing")
     args = parser.parse_args(argv)
     text = render()

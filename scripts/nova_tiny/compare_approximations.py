@@ -27,6 +27,7 @@ from diffusers import DPMSolverMultistepScheduler, FlowMatchHeunDiscreteSchedule
 from omegaconf import OmegaConf
 from torch import Tensor
 
+from diffnext.cli.parsing import command_parser
 from diffnext.models.transformers.transformer_nova import NOVATransformer3DModel
 from diffnext.pipelines import NOVAPipeline
 from diffnext.schedulers.scheduling_cfm import FlowMatchEulerDiscreteScheduler
@@ -98,9 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("compare_approximations.py", __doc__)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--model", type=Path, help="folder of a model of shapes: times and scores")
     source.add_argument("--config", type=Path, help="training config: times with random weights")

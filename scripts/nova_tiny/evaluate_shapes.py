@@ -35,6 +35,7 @@ from numpy import ndarray
 from PIL import Image
 from tqdm import tqdm
 
+from diffnext.cli.parsing import command_parser
 from diffnext.data.caching.contact_sheet import arrange, decode_frames, draw_cell
 from diffnext.models.autoencoders.autoencoder_kl_opensora import AutoencoderKLOpenSora
 from diffnext.models.autoencoders.loading import load_autoencoder
@@ -97,9 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("evaluate_shapes.py", __doc__)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--model", type=Path, help="pipeline folder or checkpoint to score")
     what.add_argument("--truth", action="store_true", help="score rendered pictures")

@@ -31,6 +31,7 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
+from diffnext.cli.parsing import command_parser
 from diffnext.pipelines import NOVAPipeline
 from diffnext.utils.json_files import read_json, write_json
 from shapes_world.scenes import CATEGORIES, CLIP_CATEGORIES
@@ -124,9 +125,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line; paths become absolute."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("make_nova_tiny.py", __doc__)
     parser.add_argument("--work", type=Path, default=Path("nova_tiny"), help="(nova_tiny)")
     parser.add_argument("--only", nargs="+", choices=PRODUCTS, help="make these only (both)")
     parser.add_argument(

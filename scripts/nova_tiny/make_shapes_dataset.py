@@ -32,6 +32,7 @@ import torch
 from numpy import ndarray
 from tqdm import tqdm
 
+from diffnext.cli.parsing import command_parser
 from diffnext.data.records import RecordWriter
 from diffnext.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffnext.models.autoencoders.autoencoder_kl_opensora import AutoencoderKLOpenSora
@@ -86,9 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("make_shapes_dataset.py", __doc__)
     parser.add_argument("--output", type=Path, required=True, help="folder to write; must be new")
     target = parser.add_mutually_exclusive_group(required=True)
     target.add_argument("--vae", type=Path, help="folder of the autoencoder: write records")

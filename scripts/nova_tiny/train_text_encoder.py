@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
+from diffnext.cli.parsing import command_parser
 from diffnext.models.text_encoders.phi import PhiEncoderModel
 from diffnext.pipelines.fresh_folder import tiny_text_encoder, tiny_tokenizer
 from shapes_world.captions import write_caption, write_prompt
@@ -99,9 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("train_text_encoder.py", __doc__)
     parser.add_argument("--output", type=Path, required=True, help="folder to write; must be new")
     parser.add_argument("--width", type=int, default=64, help="of the states (64)")
     parser.add_argument("--steps", type=int, default=2500, help="of training (2500)")
