@@ -1,8 +1,10 @@
-"""``diffnext evaluate``: the samples of a benchmark, in the layout that its scorer reads."""
+"""``diffnext evaluate``: the samples of a benchmark, or the score of coloured shapes."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
+import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -22,6 +24,7 @@ Draw the samples of a benchmark, in the layout that its scorer reads.
   diffnext evaluate vbench --prompt prompts.json --prompt_key dense_prompt \\
     --ckpt BAAI/nova-d48w1024-osp480 --outdir vbench/nova
   torchrun --nproc_per_node 8 -m diffnext evaluate geneval ...
+  diffnext evaluate shapes --model assets/nova-tiny
 
 Samples that exist are not drawn again, so the same command continues after a stop. Prompts come
 from the benchmarks' own repositories; docs/evaluation.md says how.
@@ -30,6 +33,7 @@ GENEVAL = """\
 Draw the pictures of GenEval (arXiv:2310.11513): OUTDIR/<prompt, 5 digits>/metadata.jsonl and
 OUTDIR/<prompt>/samples/<sample, 5 digits>.png.
 """
+SHAPES = Path(__file__).resolve().parents[2] / "scripts" / "nova_tiny"
 VBENCH = """\
 Draw the videos of VBench's standard suite (arXiv:2311.17982): OUTDIR/<tag>/<prompt>-<sample>.mp4,
 12 frames per second.
@@ -39,7 +43,10 @@ SEED = 1337  # the seeds of all samples are derived from it
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    args = build_parser().parse_args(argv)
+    words = sys.argv[1:] if argv is None else list(argv)
+    if words[:1] == ["shapes"]:
+        return score_shapes(words[1:])
+    args = build_parser().parse_args(words)
     return run(lambda: args.draw(args))
 
 
@@ -59,7 +66,21 @@ def build_parser() -> argparse.ArgumentParser:
     vbench.add_argument("--flow", type=float, default=5.0, help="motion strength (5)")
     add_sampling_arguments(vbench, prompt_size=8, sample_size=5, vae_batch_size=1)
     vbench.set_defaults(draw=draw_vbench)
+    benchmarks.add_parser("shapes", help="coloured shapes, drawn and scored (source checkout)")
     return parser
+
+
+def score_shapes(words: Sequence[str]) -> int:
+    """Run the script of a source checkout that draws and scores coloured shapes."""
+    if not SHAPES.is_dir():
+        print(
+            "error: coloured shapes are scored by scripts/nova_tiny/evaluate_shapes.py, which is "
+            "not installed: run the command in a checkout of the source",
+            file=sys.stderr,
+        )
+        return 1
+    sys.path.insert(0, str(SHAPES))
+    return importlib.import_module("evaluate_shapes").main(words)
 
 
 def add_sampling_arguments(

@@ -18,7 +18,7 @@ COMMANDS = {  # name: (module, what it does)
     "train": ("diffnext.cli.train", "train or fine-tune a model"),
     "lora": ("diffnext.cli.lora", "merge trained adapters into their model"),
     "encode": ("diffnext.cli.encode", "encode the prompts of a benchmark"),
-    "evaluate": ("diffnext.cli.evaluate", "draw the samples of GenEval or VBench"),
+    "evaluate": ("diffnext.cli.evaluate", "draw the samples of GenEval or VBench; score shapes"),
 }
 EXAMPLES = """
 examples:

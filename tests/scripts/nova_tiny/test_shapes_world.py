@@ -11,7 +11,8 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
 import evaluate_shapes
 import make_shapes_dataset
-from diffnext.cli import init
+from diffnext.cli import evaluate, init
+from diffnext.cli import main as cli
 from diffnext.data.flex_loaders import FeatureDataLoader
 from diffnext.models.autoencoders.loading import load_autoencoder
 from diffnext.pipelines import NOVAPipeline
@@ -234,6 +235,16 @@ def test_the_scorer_finds_rendered_pictures_right(tmp_path, capsys):
     assert scores["held out"]["overall"]["right"] == 1.0
     assert (tmp_path / "sheet.png").exists()
     assert "| position | 1.00 (0.51 to 1.00) | 1.00 (0.51 to 1.00) |" in capsys.readouterr().out
+
+
+def test_the_command_scores_shapes_in_a_checkout_only(capsys, monkeypatch, tmp_path):
+    words = ["evaluate", "shapes", "--truth", "--num", "1", "--categories", "single"]
+    assert cli.main(words) == 0
+    assert "| overall | 1.00" in capsys.readouterr().out
+    monkeypatch.setattr(evaluate, "SHAPES", tmp_path / "scripts")
+    assert cli.main(words) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and "checkout" in error
 
 
 @pytest.mark.parametrize(
