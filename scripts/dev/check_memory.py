@@ -41,25 +41,7 @@ from benchmarking.tables import print_head, print_row
 from diffnext.cli.parsing import command_parser
 from diffnext.config.load import parse, read_config
 from diffnext.config.schema import TrainConfig
-from diffnext.engine.dry_run import (
-    ENGINE_NAMES,
-    USABLE_SHARE,
-    ModelPlan,
-    format_memory,
-    memory_table,
-)
-from diffnext.engine.memory import (
-    ENGINES,
-    FLOAT32,
-    BatchShape,
-    Engine,
-    LiveBytes,
-    ParameterCounts,
-    estimate_memory,
-    make_meta_model,
-    set_worst_mask,
-    simulate_step,
-)
+from diffnext.engine import dry_run, memory
 from diffnext.engine.run_inputs import inspect_inputs
 from diffnext.models.capture import Programs, Recorded, record_calls, record_cuda_graph
 from diffnext.models.guidance_scaler import GuidanceScaler
@@ -194,11 +176,13 @@ def simulate(case: Case) -> int:
 def simulate_training(case: Case) -> int:
     """What the dry run says."""
     dtype = getattr(torch, case.dtype)
-    model = make_meta_model(model_config(case), gradient_checkpointing=case.level)
-    counts = ParameterCounts.of(model)
-    batch = BatchShape(size=case.batch_size, frames=1, latent_size=(case.image_size // 8,) * 2)
-    step = simulate_step(model, batch, engine="ddp", dtype=dtype, device_type=case.device)
-    return estimate_memory("ddp", 1, counts=counts, step=step, dtype=dtype).peak
+    model = memory.make_meta_model(model_config(case), gradient_checkpointing=case.level)
+    counts = memory.ParameterCounts.of(model)
+    batch = memory.BatchShape(
+        size=case.batch_size, frames=1, latent_size=(case.image_size // 8,) * 2
+    )
+    step = memory.simulate_step(model, batch, engine="ddp", dtype=dtype, device_type=case.device)
+    return memory.estimate_memory("ddp", 1, counts=counts, step=step, dtype=dtype).peak
 
 
 def simulate_drawing(case: Case) -> tuple[int, int]:
@@ -214,7 +198,7 @@ def simulate_drawing(case: Case) -> tuple[int, int]:
         model = make_drawing_model(case)
         weights = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
         model.programs = programs if case.work == "recorded" else None
-        with LiveBytes(model) as live:
+        with memory.LiveBytes(model) as live:
             draw(model, case, run)
     return weights + live.most, programs.nbytes
 
@@ -286,7 +270,7 @@ def train(case: Case) -> None:
     model = NOVATransformer3DModel(**model_config(case)).to(case.device).train()
     model.noise_scheduler = FlowMatchEulerDiscreteScheduler()
     model.set_gradient_checkpointing(case.level)
-    set_worst_mask(model)
+    memory.set_worst_mask(model)
     inputs = random_batch(case)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     for _ in range(2):
@@ -329,14 +313,14 @@ def read_status(name: str) -> int:
 
 def print_tables(args: argparse.Namespace) -> None:
     """Print the tables of docs/scaling.md."""
-    usable = int(args.gpu * USABLE_SHARE * GIB)
+    usable = int(args.gpu * dry_run.USABLE_SHARE * GIB)
     for path in args.configs:
         plan = set_level(make_plan(path), args.level)
-        counts = ParameterCounts.of(plan.make())
+        counts = memory.ParameterCounts.of(plan.make())
         batch = plan.batch_shape()
         print(f"### {path.stem}: {counts.total / 1e6:.0f} M parameters, batch {batch.size}\n")
         print(f"Forward and backward of a batch: {count_flops(plan) / 1e12:.0f} TFLOP.\n")
-        print(format_memory(memory_table(plan, batch, "cuda", PROCESSES), usable))
+        print(dry_run.format_memory(dry_run.memory_table(plan, batch, "cuda", PROCESSES), usable))
         print(f"\nPeak at each checkpointing level on {PROCESSES[1]} GPUs:\n")
         print_levels(plan)
         print("\nSent by each GPU in one optimizer step, GB:\n")
@@ -344,46 +328,52 @@ def print_tables(args: argparse.Namespace) -> None:
         print()
 
 
-def make_plan(path: Path) -> ModelPlan:
+def make_plan(path: Path) -> dry_run.ModelPlan:
     """The model of a training config; what the config names need not exist."""
     merged, _ = read_config([f"config={path}", "experiment.output_dir=."])
     config = parse(merged, TrainConfig)
-    return ModelPlan.of(config, inspect_inputs(config))
+    return dry_run.ModelPlan.of(config, inspect_inputs(config))
 
 
-def set_level(plan: ModelPlan, level: int) -> ModelPlan:
+def set_level(plan: dry_run.ModelPlan, level: int) -> dry_run.ModelPlan:
     """The same model with another level of gradient checkpointing."""
     model = replace(plan.config.model, gradient_checkpointing=level)
     return replace(plan, config=replace(plan.config, model=model))
 
 
-def count_flops(plan: ModelPlan) -> int:
+def count_flops(plan: dry_run.ModelPlan) -> int:
     """Floating-point operations of matrix products and attention, for one batch on one GPU."""
     with FlopCounterMode(display=False, depth=0, custom_mapping=ATTENTION) as counter:
-        simulate_step(plan.make(), plan.batch_shape())
+        memory.simulate_step(plan.make(), plan.batch_shape())
     return counter.get_total_flops()
 
 
-def print_levels(plan: ModelPlan) -> None:
+def print_levels(plan: dry_run.ModelPlan) -> None:
     """Peak memory over levels and engines."""
-    print_head("level", *(f"{ENGINE_NAMES[engine]}, GiB" for engine in ENGINES))
+    print_head("level", *(f"{dry_run.ENGINE_NAMES[engine]}, GiB" for engine in memory.ENGINES))
     number = PROCESSES[1]
     for level in range(4):
-        estimates = memory_table(set_level(plan, level), plan.batch_shape(), "cuda", [number])
-        print_row(level, *(f"{estimates[engine, number].peak / GIB:.1f}" for engine in ENGINES))
+        estimates = dry_run.memory_table(
+            set_level(plan, level), plan.batch_shape(), "cuda", [number]
+        )
+        print_row(
+            level, *(f"{estimates[engine, number].peak / GIB:.1f}" for engine in memory.ENGINES)
+        )
 
 
-def print_traffic(plan: ModelPlan, counts: ParameterCounts) -> None:
+def print_traffic(plan: dry_run.ModelPlan, counts: memory.ParameterCounts) -> None:
     """Bytes on the wire over engines and numbers of GPUs."""
     itemsize = precision_to_dtype(plan.config.training.mixed_precision).itemsize
     numbers = [number for number in PROCESSES if number > 1]
     print_head("engine", *(f"{number} GPUs" for number in numbers))
-    for engine in ENGINES:
+    for engine in memory.ENGINES:
         sent = [traffic(engine, number, counts, itemsize) / 1e9 for number in numbers]
-        print_row(ENGINE_NAMES[engine], *(f"{value:.2f}" for value in sent))
+        print_row(dry_run.ENGINE_NAMES[engine], *(f"{value:.2f}" for value in sent))
 
 
-def traffic(engine: Engine, processes: int, counts: ParameterCounts, itemsize: int) -> float:
+def traffic(
+    engine: memory.Engine, processes: int, counts: memory.ParameterCounts, itemsize: int
+) -> float:
     """Bytes that each process sends in one optimizer step of one micro-batch, by ring algorithms.
 
     An all-reduce sends twice the share (N - 1) / N of the data, a reduce-scatter or an all-gather
@@ -392,7 +382,7 @@ def traffic(engine: Engine, processes: int, counts: ParameterCounts, itemsize: i
     the training dtype.
     """
     passes = {
-        "ddp": 2 * FLOAT32 * counts.trainable,
+        "ddp": 2 * memory.FLOAT32 * counts.trainable,
         "zero2": itemsize * 2 * counts.trainable,
         "fsdp2": itemsize * (counts.trainable + 2 * counts.total),
     }

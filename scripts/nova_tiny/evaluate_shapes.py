@@ -45,14 +45,7 @@ from shapes_world.binding import measure_binding
 from shapes_world.captions import write_prompt
 from shapes_world.evaluation import Verdict, judge, select_descriptions
 from shapes_world.rendering import render_clip, render_scene
-from shapes_world.scenes import (
-    CATEGORIES,
-    CLIP_CATEGORIES,
-    Description,
-    draw_clip,
-    draw_scene,
-    name_colors,
-)
+from shapes_world import scenes
 
 SPLITS = {"seen": False, "held out": True}
 SHEET_COLUMNS = 12
@@ -72,12 +65,12 @@ class Drawing:
 
     category: str
     split: str
-    description: Description
+    description: scenes.Description
     frames: ndarray
     verdict: Verdict
 
 
-Draw = Callable[[Sequence[Description], int], Iterable[ndarray]]
+Draw = Callable[[Sequence[scenes.Description], int], Iterable[ndarray]]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -106,7 +99,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, help="folder for scores and sheet (none)")
     parser.add_argument("--num", type=int, default=48, help="prompts a category and split (48)")
     parser.add_argument("--seed", type=int, default=0, help="of prompts and pictures (0)")
-    parser.add_argument("--categories", nargs="+", choices=CATEGORIES, help="some only (all)")
+    parser.add_argument("--categories", nargs="+", choices=scenes.CATEGORIES, help="some only (all)")
     parser.add_argument("--clips", action="store_true", help="score clips, not pictures")
     parser.add_argument("--num-frames", type=int, default=17, help="frames of clips (17)")
     parser.add_argument(
@@ -118,7 +111,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=24, help="prompts at once (24)")
     parser.add_argument("--device", default="cpu", help="cpu, cuda (cpu)")
     args = parser.parse_args(argv)
-    known = CLIP_CATEGORIES if args.clips else CATEGORIES
+    known = scenes.CLIP_CATEGORIES if args.clips else scenes.CATEGORIES
     args.categories = args.categories or list(known)
     if not set(args.categories) <= set(known):
         parser.error(f"--clips are of the categories {', '.join(known)}")
@@ -167,7 +160,7 @@ def evaluate_vae(args: argparse.Namespace) -> None:
         raise ValueError(f"--vae {args.vae} is an {kind}: use --clips only for clips")
     errors = []
 
-    def reconstruct(descriptions: Sequence[Description], seed: int) -> Iterable[ndarray]:
+    def reconstruct(descriptions: Sequence[scenes.Description], seed: int) -> Iterable[ndarray]:
         for frames in render(args, descriptions, seed):
             rebuilt = decode_frames(vae, encode(vae, frames[None])[0])
             errors.append(np.square(rebuilt.astype(np.float64) - frames).mean())
@@ -190,7 +183,7 @@ def draw_all(args: argparse.Namespace, draw: Draw) -> list[Drawing]:
     ]
     if args.given_frames:
         rng = np.random.default_rng(args.seed)
-        wanted = [(*names, name_colors(rng, description)) for *names, description in wanted]
+        wanted = [(*names, scenes.name_colors(rng, description)) for *names, description in wanted]
     drawings = []
     for start in tqdm(range(0, len(wanted), args.batch_size), unit="batch", leave=False):
         batch = wanted[start : start + args.batch_size]
@@ -202,16 +195,16 @@ def draw_all(args: argparse.Namespace, draw: Draw) -> list[Drawing]:
 
 
 def render(
-    args: argparse.Namespace, descriptions: Sequence[Description], seed: int
+    args: argparse.Namespace, descriptions: Sequence[scenes.Description], seed: int
 ) -> Iterable[ndarray]:
     """Render what prompts ask for, (F, S, S, 3) of uint8 each."""
     for index, description in enumerate(descriptions):
         rng = np.random.default_rng([seed, index])
         if args.clips:
-            clip = draw_clip(rng, description, strength=1)  # the motion that pipelines ask for
+            clip = scenes.draw_clip(rng, description, strength=1)  # the motion that pipelines ask for
             yield render_clip(clip, args.num_frames)
         else:
-            yield render_scene(draw_scene(rng, description))[None]
+            yield render_scene(scenes.draw_scene(rng, description))[None]
 
 
 def load_pipeline(args: argparse.Namespace) -> NOVAPipeline:
@@ -228,7 +221,7 @@ def pipeline_drawer(pipe: NOVAPipeline, args: argparse.Namespace, **options: Any
         **options: Arguments of the pipeline, which override those of ``args``.
     """
 
-    def draw(descriptions: Sequence[Description], seed: int) -> Iterable[ndarray]:
+    def draw(descriptions: Sequence[scenes.Description], seed: int) -> Iterable[ndarray]:
         seeds = range(seed, seed + len(descriptions))
         arguments = {
             "num_inference_steps": args.num_inference_steps,
@@ -249,7 +242,7 @@ def pipeline_drawer(pipe: NOVAPipeline, args: argparse.Namespace, **options: Any
 
 
 def given_frames(
-    args: argparse.Namespace, descriptions: Sequence[Description], seed: int
+    args: argparse.Namespace, descriptions: Sequence[scenes.Description], seed: int
 ) -> dict[str, ndarray]:
     """Argument of the pipeline with the rendered frames that clips begin with."""
     if not args.given_frames:

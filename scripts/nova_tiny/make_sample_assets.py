@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -103,20 +103,22 @@ def value_noise(x: ndarray, y: ndarray, seed: int) -> ndarray:
 
 def fractal_noise(x: ndarray, y: ndarray, seed: int, octaves: int = 5) -> ndarray:
     """Sum of octaves of value noise, in [0, 1]."""
-    total = np.zeros_like(x)
-    for octave in range(octaves):
-        scale = 2.0**octave
-        total += value_noise(x * scale, y * scale, seed + octave) / (2 * scale)
-    return total / (1 - 0.5**octaves)
+    return sum_octaves(x, y, seed, octaves, lambda noise: noise)
 
 
 def ridge_line(x: ndarray, seed: int, octaves: int = 7) -> ndarray:
     """Profile of a mountain range in [0, 1], with sharp peaks; x is (W,)."""
+    return sum_octaves(x, np.zeros_like(x), seed, octaves, lambda noise: 1 - np.abs(2 * noise - 1))
+
+
+def sum_octaves(
+    x: ndarray, y: ndarray, seed: int, octaves: int, shape: Callable[[ndarray], ndarray]
+) -> ndarray:
+    """Sum of octaves of value noise, each brought into a shape, in [0, 1]."""
     total = np.zeros_like(x)
     for octave in range(octaves):
         scale = 2.0**octave
-        noise = value_noise(x * scale, np.zeros_like(x), seed + octave)
-        total += (1 - np.abs(2 * noise - 1)) / (2 * scale)
+        total += shape(value_noise(x * scale, y * scale, seed + octave)) / (2 * scale)
     return total / (1 - 0.5**octaves)
 
 
@@ -183,9 +185,8 @@ def draw_mountains(canvas: ndarray, view: View, mood: Mood, camera: float) -> No
         crest = HORIZON - 0.035 - height + 0.045 * closeness
         below = view.y - crest[None, :]
         relief = fractal_noise(x[None] * 14 + below * 9, below * 16, 70 + index, octaves=4) - 0.5
-        mist = np.clip(below / (0.30 - 0.16 * closeness), 0, 1)[..., None] * (
-            0.62 - 0.4 * closeness
-        )
+        mist = np.clip(below / (0.30 - 0.16 * closeness), 0, 1)[..., None]
+        mist = mist * (0.62 - 0.4 * closeness)
         color = far + (near - far) * closeness**0.8 + relief[..., None] * (95 - 55 * closeness)
         color = color + (gradient(np.array(HORIZON), mood.sky) - color) * mist
         if index < 2:
@@ -367,9 +368,8 @@ def grow_branches(
         return
     for side in (-1, 1) if levels % 3 else (-1, 0, 1):
         turn = side * rng.uniform(0.25, 0.55)
-        yield from grow_branches(
-            rng, end, angle + turn, length * rng.uniform(0.72, 0.9), levels - 1
-        )
+        shorter = length * rng.uniform(0.72, 0.9)
+        yield from grow_branches(rng, end, angle + turn, shorter, levels - 1)
 
 
 def draw_coral(canvas: ndarray, view: View, root: Point, size: float, color: Color) -> None:
@@ -434,11 +434,8 @@ def draw_fish(
     light = np.clip(0.98 - 0.55 * v, 0.6, 1.25)[..., None]
     bands = np.clip(3.2 * np.sin(5.2 * u + 1.2) - 1.2, 0, 1)[..., None]
     skin = (np.asarray(body) + (np.asarray(stripe) - np.asarray(body)) * bands) * light
-    paint(
-        target,
-        np.clip(skin, 0, 255),
-        local.inside((profile - np.abs(v)) * abs(size)) * (np.abs(u) < 1),
-    )
+    body_mask = local.inside((profile - np.abs(v)) * abs(size)) * (np.abs(u) < 1)
+    paint(target, np.clip(skin, 0, 255), body_mask)
     eye = np.hypot(u - 0.62, v + 0.08)
     paint(target, (250, 250, 240), local.inside((0.115 - eye) * abs(size)))
     paint(target, (14, 16, 26), local.inside((0.068 - eye) * abs(size)))
@@ -453,9 +450,8 @@ def draw_bubbles(canvas: ndarray, view: View) -> None:
         local = view.crop(box)
         distance = np.hypot(local.x - x, local.y - y)
         ring = local.inside(0.16 * radius - np.abs(distance - radius))
-        spot = local.inside(
-            0.3 * radius - np.hypot(local.x - x + 0.35 * radius, local.y - y + 0.35 * radius)
-        )
+        away = np.hypot(local.x - x + 0.35 * radius, local.y - y + 0.35 * radius)
+        spot = local.inside(0.3 * radius - away)
         paint(canvas[box], (220, 255, 255), np.maximum(0.75 * ring, 0.9 * spot))
         paint(canvas[box], (220, 255, 255), 0.12 * local.inside(radius - distance))
 
@@ -465,9 +461,8 @@ def draw_shoal(canvas: ndarray, view: View) -> None:
     rng = np.random.default_rng(37)
     for _ in range(46):
         center = (0.36 + 0.15 * rng.normal(), 0.22 + 0.055 * rng.normal())
-        draw_fish(
-            canvas, view, center, rng.uniform(0.009, 0.017), (150, 214, 222), (84, 160, 190), 0
-        )
+        size = rng.uniform(0.009, 0.017)
+        draw_fish(canvas, view, center, size, (150, 214, 222), (84, 160, 190), 0)
     draw_fish(canvas, view, (0.66, 0.40), -0.125, (255, 146, 30), (252, 246, 236), 0.12)
     draw_fish(canvas, view, (0.27, 0.52), 0.085, (250, 222, 62), (44, 62, 140), -0.15)
     draw_fish(canvas, view, (0.80, 0.60), -0.060, (98, 116, 236), (246, 214, 90), -0.1)
@@ -530,8 +525,6 @@ def main() -> None:
         save_picture(render_reef(), args.output / "sample_image2.jpg")
     if args.only in (None, "video"):
         save_video(render_morning_frames(), args.output / "sample_video.mp4")
-    for path in sorted(args.output.glob("sample_*")):
-        print(f"{path}: {path.stat().st_size / 1000:.0f} kB")
 
 
 if __name__ == "__main__":

@@ -30,33 +30,18 @@ from diffnext.models.text_encoders.phi import PhiEncoderModel
 from diffnext.pipelines.fresh_folder import tiny_text_encoder, tiny_tokenizer
 from shapes_world.captions import write_caption, write_prompt
 from shapes_world.evaluation import select_descriptions
-from shapes_world.scenes import (
-    BACKGROUNDS,
-    CATEGORIES,
-    CLIP_CATEGORIES,
-    COLORS,
-    MAX_COUNT,
-    MOTIONS,
-    RELATIONS,
-    SHAPES,
-    SIZES,
-    Description,
-    Mention,
-    choose,
-    draw_clip_description,
-    draw_description,
-)
+from shapes_world import scenes
 
 DROPOUT = 0.1  # of embeddings, so that words are read, not guessed from those before them
 # Values that each fact can have; None where a caption leaves it open.
-_MENTION_FACTS = ((None, *SHAPES), (None, *COLORS), (None, *SIZES))
+_MENTION_FACTS = ((None, *scenes.SHAPES), (None, *scenes.COLORS), (None, *scenes.SIZES))
 FACTS = (
     *_MENTION_FACTS,
     *_MENTION_FACTS,
-    tuple(range(1, MAX_COUNT + 1)),
-    (None, *RELATIONS),
-    (None, *BACKGROUNDS),
-    (None, *MOTIONS),
+    tuple(range(1, scenes.MAX_COUNT + 1)),
+    (None, *scenes.RELATIONS),
+    (None, *scenes.BACKGROUNDS),
+    (None, *scenes.MOTIONS),
 )
 SIZES_OF_FACTS = [len(values) for values in FACTS]
 
@@ -135,18 +120,18 @@ def train(args: argparse.Namespace, reader: Reader) -> None:
     encoder.eval()
 
 
-def draw_caption(rng: np.random.Generator) -> tuple[str, Description]:
+def draw_caption(rng: np.random.Generator) -> tuple[str, scenes.Description]:
     """A caption, or a prompt in plain wording, of a picture or a clip, and what it says."""
     if rng.random() < 0.5:
-        description = draw_description(rng, choose(rng, CATEGORIES))
+        description = scenes.draw_description(rng, scenes.choose(rng, scenes.CATEGORIES))
     else:
-        description = draw_clip_description(rng, choose(rng, CLIP_CATEGORIES))
+        description = scenes.draw_clip_description(rng, scenes.choose(rng, scenes.CLIP_CATEGORIES))
     if rng.random() < 0.5:
         return write_caption(rng, description), description
     return write_prompt(description), replace(description, background=None)
 
 
-def list_facts(descriptions: Sequence[Description]) -> Tensor:
+def list_facts(descriptions: Sequence[scenes.Description]) -> Tensor:
     """Indices of the facts' values, (B, facts)."""
     return torch.tensor(
         [
@@ -156,8 +141,8 @@ def list_facts(descriptions: Sequence[Description]) -> Tensor:
     )
 
 
-def _facts(description: Description) -> list[str | int | None]:
-    first, second = (*description.mentions, Mention(None))[:2]
+def _facts(description: scenes.Description) -> list[str | int | None]:
+    first, second = (*description.mentions, scenes.Mention(None))[:2]
     return [
         *(first.shape, first.color, first.size),
         *(second.shape, second.color, second.size),
@@ -178,7 +163,7 @@ def measure(reader: Reader, held_out: bool, seed: int, number: int = 200) -> flo
     """Share of prompts whose last token tells every fact."""
     descriptions = [
         description
-        for is_clip, categories in ((False, CATEGORIES), (True, CLIP_CATEGORIES))
+        for is_clip, categories in ((False, scenes.CATEGORIES), (True, scenes.CLIP_CATEGORIES))
         for category in categories
         for description in select_descriptions(category, held_out, number, seed, is_clip)
     ]

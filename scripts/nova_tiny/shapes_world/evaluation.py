@@ -14,17 +14,7 @@ import numpy as np
 from numpy import ndarray
 
 from shapes_world.detection import ANGLES, detect
-from shapes_world.scenes import (
-    COLORS,
-    MAX_COUNT,
-    MOTIONS,
-    RELATIONS,
-    ROUND,
-    SHAPES,
-    Description,
-    Item,
-    Mention,
-)
+from shapes_world import scenes
 
 IDENTITY_SHARE = 0.9  # of the frames that must show the shapes of the prompt
 MIN_SHIFT = 0.12  # of the picture, to count as moving
@@ -54,27 +44,27 @@ class Verdict:
         return all(part is not False for part in (self.content, self.identity, self.motion))
 
 
-def enumerate_descriptions(category: str) -> list[Description]:
+def enumerate_descriptions(category: str) -> list[scenes.Description]:
     """Everything that an evaluation may ask for in a category."""
-    mentions = [Mention(shape) for shape in SHAPES]
-    colored = [Mention(shape, color) for shape, color in product(SHAPES, COLORS)]
+    mentions = [scenes.Mention(shape) for shape in scenes.SHAPES]
+    colored = [scenes.Mention(shape, color) for shape, color in product(scenes.SHAPES, scenes.COLORS)]
     match category:
         case "single":
-            return [Description((mention,)) for mention in mentions]
+            return [scenes.Description((mention,)) for mention in mentions]
         case "colors":
-            return [Description((mention,)) for mention in colored]
+            return [scenes.Description((mention,)) for mention in colored]
         case "two":
-            return [Description(pair) for pair in permutations(mentions, 2)]
+            return [scenes.Description(pair) for pair in permutations(mentions, 2)]
         case "position":
             pairs = permutations(mentions, 2)
-            return [Description(p, relation=name) for p, name in product(pairs, RELATIONS)]
+            return [scenes.Description(p, relation=name) for p, name in product(pairs, scenes.RELATIONS)]
         case "counting":
-            counts = range(2, MAX_COUNT + 1)
-            return [Description((m,), count=n) for m, n in product(mentions + colored, counts)]
+            counts = range(2, scenes.MAX_COUNT + 1)
+            return [scenes.Description((m,), count=n) for m, n in product(mentions + colored, counts)]
         case "attribution":
             pairs = permutations(colored, 2)
             return [
-                Description((first, second))
+                scenes.Description((first, second))
                 for first, second in pairs
                 if first.shape != second.shape and first.color != second.color
             ]
@@ -83,7 +73,7 @@ def enumerate_descriptions(category: str) -> list[Description]:
 
 def select_descriptions(
     category: str, held_out: bool, number: int, seed: int, is_clip: bool = False
-) -> list[Description]:
+) -> list[scenes.Description]:
     """Draw descriptions of a category without replacement, and again when all were drawn.
 
     Args:
@@ -98,7 +88,7 @@ def select_descriptions(
     """
     known = [d for d in enumerate_descriptions(category) if d.is_held_out == held_out]
     if is_clip:
-        known = [replace(d, motion=m) for d, m in product(known, MOTIONS) if can_show(d, m)]
+        known = [replace(d, motion=m) for d, m in product(known, scenes.MOTIONS) if can_show(d, m)]
     if not known:
         return []
     rng = np.random.default_rng(seed)
@@ -106,12 +96,12 @@ def select_descriptions(
     return [known[index] for index in np.concatenate(rounds)[:number]]
 
 
-def can_show(description: Description, motion: str) -> bool:
+def can_show(description: scenes.Description, motion: str) -> bool:
     """Whether the first shape's motion can be seen."""
-    return motion != "turning" or description.mentions[0].shape not in ROUND
+    return motion != "turning" or description.mentions[0].shape not in scenes.ROUND
 
 
-def judge(description: Description, frames: Sequence[ndarray]) -> Verdict:
+def judge(description: scenes.Description, frames: Sequence[ndarray]) -> Verdict:
     """Compare what was drawn with what was asked for.
 
     Args:
@@ -132,13 +122,13 @@ def judge(description: Description, frames: Sequence[ndarray]) -> Verdict:
     )
 
 
-def follow(mention: Mention, found: Sequence[Sequence[Item]]) -> list[Item]:
+def follow(mention: scenes.Mention, found: Sequence[Sequence[scenes.Item]]) -> list[scenes.Item]:
     """The shape that a mention means, in every frame where it was found."""
     matches = [[item for item in items if mention.admits(item)] for items in found]
     return [items[0] for items in matches if items]
 
 
-def name_motion(path: Sequence[Item]) -> str | None:
+def name_motion(path: Sequence[scenes.Item]) -> str | None:
     """The motion that describes best what a shape did; None if it stood still or got lost."""
     if len(path) < 2:
         return None
@@ -146,14 +136,14 @@ def name_motion(path: Sequence[Item]) -> str | None:
     growth = path[-1].radius / path[0].radius
     turn = measure_turn(path)
     if math.hypot(*way) > MIN_SHIFT:
-        moving = {name: m.shift for name, m in MOTIONS.items() if any(m.shift)}
+        moving = {name: m.shift for name, m in scenes.MOTIONS.items() if any(m.shift)}
         return max(moving, key=lambda name: float(np.dot(way, moving[name])))
     if max(growth, 1 / growth) > MIN_GROWTH:
         return "growing" if growth > 1 else "shrinking"
     return "turning" if turn > MIN_TURN else None
 
 
-def measure_turn(path: Sequence[Item]) -> float:
+def measure_turn(path: Sequence[scenes.Item]) -> float:
     """Angle by which a shape turned in all, clockwise; steps are the smallest that fit."""
     period = math.radians(ANGLES[path[0].shape])
     steps = (end.angle - start.angle for start, end in zip(path, path[1:], strict=False))

@@ -11,19 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy import ndarray
 
-from shapes_world.scenes import (
-    BACKGROUNDS,
-    COLORS,
-    Clip,
-    Description,
-    Item,
-    Scene,
-    choose,
-    draw_clip,
-    draw_clip_description,
-    draw_description,
-    draw_scene,
-)
+from shapes_world import scenes
 
 LIGHT = (-0.6, -0.8)  # where it comes from
 SHADOW = 0.12  # how much darker it is in the shadow of a shape
@@ -36,36 +24,36 @@ GLOSS = 0.28  # how much lighter, or darker, the rounded edge is
 
 def draw_example(
     rng: np.random.Generator, categories: Sequence[str], size: int, num_frames: int | None = None
-) -> tuple[Description, ndarray, float]:
+) -> tuple[scenes.Description, ndarray, float]:
     """Draw a training picture or, of some frames, a clip.
 
     Returns:
         What it shows, its frames, (F, S, S, 3) of uint8, and the strength of the motion.
     """
-    category = choose(rng, categories)
+    category = scenes.choose(rng, categories)
     if num_frames is None:
-        description = draw_description(rng, category)
-        return description, render_scene(draw_scene(rng, description), size)[None], 0.0
-    description = draw_clip_description(rng, category)
-    clip = draw_clip(rng, description)
+        description = scenes.draw_description(rng, category)
+        return description, render_scene(scenes.draw_scene(rng, description), size)[None], 0.0
+    description = scenes.draw_clip_description(rng, category)
+    clip = scenes.draw_clip(rng, description)
     return description, render_clip(clip, num_frames, size), clip.flow
 
 
-def render_scene(scene: Scene, size: int = 64) -> ndarray:
+def render_scene(scene: scenes.Scene, size: int = 64) -> ndarray:
     """Paint a scene; returns (S, S, 3) of uint8."""
     x, y = places(size)
     light = 1 + FALLOFF * ((x - 0.5) * LIGHT[0] + (y - 0.5) * LIGHT[1]) / 0.7
-    canvas = np.asarray(BACKGROUNDS[scene.background], np.float32) * light[..., None]
+    canvas = np.asarray(scenes.BACKGROUNDS[scene.background], np.float32) * light[..., None]
     for item in scene.items:
         canvas *= 1 - SHADOW * shadow(item, size)[..., None]
     for item in scene.items:
         depth = inside(item, size)
-        color = np.asarray(COLORS[item.color], np.float32) * shading(item, depth)[..., None]
+        color = np.asarray(scenes.COLORS[item.color], np.float32) * shading(item, depth)[..., None]
         canvas += cover(depth, size)[..., None] * (color - canvas)
     return canvas.round().clip(0, 255).astype(np.uint8)
 
 
-def render_clip(clip: Clip, num_frames: int = 17, size: int = 64) -> ndarray:
+def render_clip(clip: scenes.Clip, num_frames: int = 17, size: int = 64) -> ndarray:
     """Paint a clip; returns (F, S, S, 3) of uint8."""
     times = np.linspace(0.0, 1.0, num_frames)
     return np.stack([render_scene(clip.at(float(time)), size) for time in times])
@@ -78,7 +66,7 @@ def places(size: int) -> tuple[ndarray, ndarray]:
     return x, y
 
 
-def inside(item: Item, size: int) -> ndarray:
+def inside(item: scenes.Item, size: int) -> ndarray:
     """How far every pixel is inside an item, (S, S), as a share of the picture; below 0 outside."""
     x, y = places(size)
     x, y = x - item.center[0], y - item.center[1]
@@ -92,19 +80,19 @@ def cover(depth: ndarray, size: int) -> ndarray:
     return np.clip(0.5 + depth * size, 0, 1)
 
 
-def coverage(item: Item, size: int) -> ndarray:
+def coverage(item: scenes.Item, size: int) -> ndarray:
     """The share of every pixel that an item covers, (S, S) from 0 to 1."""
     return cover(inside(item, size), size)
 
 
-def shadow(item: Item, size: int) -> ndarray:
+def shadow(item: scenes.Item, size: int) -> ndarray:
     """How much of the light an item takes from the ground, (S, S) from 0 to 1."""
     center = tuple(c - SHADOW_WAY * way for c, way in zip(item.center, LIGHT, strict=True))
-    thrown = Item(item.shape, item.color, item.radius, center, item.angle)
+    thrown = scenes.Item(item.shape, item.color, item.radius, center, item.angle)
     return np.clip(0.5 + inside(thrown, size) / SHADOW_BLUR, 0, 1)
 
 
-def shading(item: Item, depth: ndarray) -> ndarray:
+def shading(item: scenes.Item, depth: ndarray) -> ndarray:
     """Brightness of an item with a rounded edge, (S, S), 1 where it is flat."""
     down, right = np.gradient(depth)
     length = np.maximum(np.hypot(right, down), 1e-6)
