@@ -14,12 +14,11 @@ from benchmarking import NONE, PLAIN
 from diffnext.cli.parsing import command_parser
 
 DESCRIPTION = """\
-Measure sampling, training and reading, beside a baseline.
+Measure sampling and training, beside a baseline.
 
     python scripts/dev/benchmark.py generate --model assets/nova-tiny --sets 64 --steps 25
     python scripts/dev/benchmark.py generate --config configs/nova_d48w768_sdxl1024.yaml --size 256
     python scripts/dev/benchmark.py train --size 256 --batch 2  # of nova_d48w768_sdxl1024
-    python scripts/dev/benchmark.py data --records 2000
     python scripts/dev/benchmark.py generate --baseline /path/to/folder/with/another/diffnext
 
 Weights are random and the same on both sides. The two sides are processes that take turns, run by
@@ -39,8 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with tempfile.TemporaryDirectory() as scratch:
             results = [
-                measuring.measure(args, work, name, spec, Path(scratch))
-                for name, work, spec in measuring.make_specs(args, Path(scratch))
+                measuring.measure(args, name, spec, Path(scratch))
+                for name, spec in measuring.make_specs(args, Path(scratch)).items()
             ]
     except (OSError, ValueError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -57,10 +56,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     parser = build_parser()
     args = parser.parse_args(argv)
-    is_data = args.command == "data"
-    args.baseline = args.baseline or (NONE if is_data else PLAIN)
-    if args.baseline == PLAIN and is_data:
-        parser.error("data has no plain formulation: --baseline none, or a folder")
     if args.baseline not in (PLAIN, NONE) and not (Path(args.baseline) / "diffnext").is_dir():
         parser.error(f"--baseline {args.baseline} holds no folder diffnext")
     if args.runs < 1 or args.warmup < 0:
@@ -85,16 +80,9 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--levels", type=int, nargs="+", default=[0], help="of gradient checkpointing, each (0)"
     )
-    data = commands.add_parser("data", help="reading records")
-    data.add_argument("--records", type=int, default=2000, help="in the dataset (2000)")
-    data.add_argument("--shape", type=int, nargs="+", default=[8, 128, 128], help="(8 128 128)")
-    data.add_argument("--batch", type=int, default=8, help="records at once (8)")
-    data.add_argument("--batches", type=int, default=250, help="per run (250)")
-    data.add_argument("--workers", type=int, default=0, help="processes (0)")
-    data.add_argument("--in-order", action="store_true", help="do not shuffle")
-    for command in (generate, train, data):
+    for command in (generate, train):
         add = command.add_argument
-        add("--baseline", help="plain, none, or a folder (plain; for data none)")
+        add("--baseline", default=PLAIN, help="plain, none, or a folder (plain)")
         add("--runs", type=int, default=5, help="measured per side (5)")
         add("--warmup", type=int, default=1, help="runs before, not measured (1)")
         add("--threads", type=int, default=os.cpu_count(), help="of PyTorch (all cores)")

@@ -139,7 +139,7 @@ def draw(context: Context, name: str, modes: Sequence[str]) -> Iterator[Figures]
 def draw_baseline(context: Context, name: str) -> Iterator[Figures]:
     """The same with another package."""
     args = parse_drawing(context, name)
-    side = measuring.start_side(args, str(context.baseline), "generate", make_spec(context, name))
+    side = measuring.start_side(args, str(context.baseline), make_spec(context, name))
     yield from measure_sizes(side.ask, context, name, ["baseline"])
 
 

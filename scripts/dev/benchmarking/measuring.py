@@ -11,7 +11,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,21 +25,26 @@ SCRIPTS = Path(__file__).resolve().parents[1]
 UNCHANGED = {"compile": False, "prepack": False, "checkpointing": 0}  # the model of a baseline
 
 
-@dataclass
 class Side:
     """One of the two processes.
 
-    Attributes:
+    Args:
         name: In the table.
-        process: Its worker.
+        command: Words that start its worker.
+        environment: Of the worker.
+
+    Attributes:
         runs: Reports of the measured runs.
-        counts: Operations and matrix work of a run, if they were counted.
     """
 
-    name: str
-    process: subprocess.Popen
-    runs: list[dict[str, float]] = field(default_factory=list)
-    counts: dict[str, float] = field(default_factory=dict)
+    def __init__(self, name: str, command: list[str], environment: dict[str, str]) -> None:
+        self.name = name
+        self.runs: list[dict[str, float]] = []
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(
+            command, stdin=pipe, stdout=pipe, text=True, bufsize=1, env=environment
+        )
+        self.read()
 
     def ask(self, line: str) -> dict[str, Any]:
         """Send a line; returns the answer.
@@ -48,37 +52,30 @@ class Side:
         Raises:
             RuntimeError: If the process ended; its messages went to standard error.
         """
-        self.process.stdin.write(line + "\n")
-        self.process.stdin.flush()
+        print(line, file=self.process.stdin, flush=True)
         return self.read()
 
     def read(self) -> dict[str, Any]:
         """The next answer."""
-        for text in self.process.stdout:
+        for text in self.process.stdout or ():
             if text.startswith("{"):
                 return json.loads(text)
         raise RuntimeError(f"the process of {self.name} ended with {self.process.wait()}")
 
-    def median(self, name: str) -> float:
-        """Of the measured runs."""
-        return statistics.median(run[name] for run in self.runs)
+    def stop(self) -> None:
+        """End the process."""
+        self.process.communicate()
 
 
 # --- what is measured ---------------------------------------------------------------------------
 
 
-def make_specs(args: argparse.Namespace, scratch: Path) -> list[tuple[str, str, dict[str, Any]]]:
-    """Name, kind of work and settings of everything a command measures."""
-    if args.command == "data":
-        names = ("records", "shape", "batch", "batches", "workers")
-        spec = {name: getattr(args, name) for name in names}
-        spec |= {"dataset": str(scratch / "records"), "shuffle": not args.in_order}
-        return [("reading", "data", spec), ("first batch", "first-batch", spec)]
+def make_specs(args: argparse.Namespace, scratch: Path) -> dict[str, dict[str, Any]]:
+    """Settings of everything that a command measures, by name."""
     spec = make_model_spec(args, scratch / "weights.pt")
-    if args.command == "train":
-        levels = args.levels
-        return [(f"train, level {n}", "train", spec | {"checkpointing": n}) for n in levels]
-    return [(args.command, args.command, spec)]
+    if args.command == "generate":
+        return {"generate": spec}
+    return {f"train, level {level}": spec | {"checkpointing": level} for level in args.levels}
 
 
 def make_model_spec(args: argparse.Namespace, weights: Path | None) -> dict[str, Any]:
@@ -136,78 +133,66 @@ def make_model_arguments(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure(
-    args: argparse.Namespace, work: str, name: str, spec: dict[str, Any], scratch: Path
+    args: argparse.Namespace, name: str, spec: dict[str, Any], scratch: Path
 ) -> dict[str, Any]:
     """Run both sides in turns."""
-    sides = [start_side(args, "ours", work, spec)]
+    sides = [start_side(args, "ours", spec)]
     if args.baseline != NONE:
-        sides.append(start_side(args, args.baseline, work, {**spec, **UNCHANGED}))
+        sides.append(start_side(args, args.baseline, spec | UNCHANGED))
     try:
-        for _ in range(args.warmup):
+        for turn in range(args.warmup + args.runs):
             for side in sides:
-                side.ask("run")
-        for _ in range(args.runs):
-            for side in sides:
-                side.runs.append(side.ask("run"))
+                report = side.ask("run")
+                if turn >= args.warmup:
+                    side.runs.append(report)
         error = compare(sides, scratch) if len(sides) == 2 else None
-        if work in ("generate", "train"):
-            for side in sides:
-                side.counts = side.ask("count")
+        counts = [side.ask("count") for side in sides]
     finally:
         for side in sides:
-            side.process.stdin.close()
-            side.process.wait()
+            side.stop()
     return {
         "name": name,
         "spec": spec,
         "relative_error": error,
         "sides": [
-            {"name": side.name, "runs": side.runs, **side.counts, **medians(side)} for side in sides
+            {"name": side.name, "runs": side.runs, **count, **medians(side.runs)}
+            for side, count in zip(sides, counts, strict=True)
         ],
     }
 
 
-def start_side(args: argparse.Namespace, name: str, work: str, spec: dict[str, Any]) -> Side:
+def start_side(args: argparse.Namespace, name: str, spec: dict[str, Any]) -> Side:
     """Start a worker and wait until it is ready."""
     package = ROOT if name in ("ours", PLAIN) else Path(name).resolve()
-    settings = {"work": work, "spec": spec, "is_plain": name == PLAIN, "threads": args.threads}
-    process = subprocess.Popen(
-        [sys.executable, str(SCRIPTS / "benchmarking" / "worker.py"), json.dumps(settings)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env={
-            **os.environ,
-            "PYTHONPATH": f"{package}{os.pathsep}{SCRIPTS}",
-            "OMP_NUM_THREADS": str(args.threads),
-        },
-    )
-    side = Side(name, process)
-    side.read()
-    return side
+    settings = {"work": args.command, "spec": spec, "is_plain": name == PLAIN}
+    settings["threads"] = args.threads
+    command = [sys.executable, str(SCRIPTS / "benchmarking" / "worker.py"), json.dumps(settings)]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": f"{package}{os.pathsep}{SCRIPTS}",
+        "OMP_NUM_THREADS": str(args.threads),
+    }
+    return Side(name, command, environment)
 
 
-def compare(sides: list[Side], scratch: Path) -> float | None:
+def compare(sides: list[Side], scratch: Path) -> float:
     """Largest difference of what the sides computed, over the largest value of the baseline."""
-    results = []
-    for index, side in enumerate(sides):
-        path = scratch / f"result{index}.pt"
-        if not side.ask(f"save {path}")["saved"]:
-            return None
-        results.append(torch.load(path, weights_only=True).double())
-    ours, theirs = results
+    paths = [scratch / f"result{index}.pt" for index in range(len(sides))]
+    for side, path in zip(sides, paths, strict=True):
+        side.ask(f"save {path}")
+    ours, theirs = (torch.load(path, weights_only=True).double() for path in paths)
     return ((ours - theirs).abs().max() / theirs.abs().max()).item()
 
 
-def medians(side: Side) -> dict[str, float]:
-    """What the table shows of a side."""
-    seconds = [run["seconds"] for run in side.runs]
+def medians(runs: list[dict[str, float]]) -> dict[str, float]:
+    """What the table shows of the measured runs."""
+    seconds = [run["seconds"] for run in runs]
     return {
-        "seconds": side.median("seconds"),
+        "seconds": statistics.median(seconds),
         "fastest": min(seconds),
         "slowest": max(seconds),
-        "rate": side.median("rate"),
-        "peak_mb": max(run["peak_mb"] for run in side.runs),
+        "rate": statistics.median(run["rate"] for run in runs),
+        "peak_mb": max(run["peak_mb"] for run in runs),
     }
 
 
@@ -216,15 +201,13 @@ def medians(side: Side) -> dict[str, float]:
 
 def describe_machine(args: argparse.Namespace) -> dict[str, Any]:
     """What the numbers depend on."""
-    device = getattr(args, "device", "cpu")
-    dtype = getattr(torch, getattr(args, "dtype", "float32"))
-    name = torch.cuda.get_device_name() if device.startswith("cuda") else processor_name()
+    is_gpu = args.device.startswith("cuda")
     torch.set_num_threads(args.threads)
     return {
-        "device": name,
+        "device": torch.cuda.get_device_name() if is_gpu else processor_name(),
         "threads": args.threads,
         "torch": torch.__version__,
-        "matrix_gflops": measure_matrix_rate(device, dtype) / 1e9,
+        "matrix_gflops": measure_matrix_rate(args.device, getattr(torch, args.dtype)) / 1e9,
     }
 
 

@@ -111,9 +111,8 @@ class Worker:
             self.work.record(argument)
             return {"recorder": argument}
         if word == "save":
-            result = self._result
-            torch.save(None if result is None else result.float().cpu(), argument)
-            return {"saved": result is not None}
+            torch.save(self._result.float().cpu(), argument)
+            return {"saved": argument}
         raise ValueError(f"there is no order {word!r}")
 
 
@@ -134,7 +133,7 @@ def timed(work: Work) -> tuple[Any, dict[str, float]]:
     result = work.run()
     synchronize(work)
     seconds = time.perf_counter() - begin
-    return result, {"seconds": seconds, "rate": work.count() / seconds, "peak_mb": peak(work)}
+    return result, {"seconds": seconds, "rate": work.spec["batch"] / seconds, "peak_mb": peak(work)}
 
 
 def counted(work: Work, counter: WorkCounter) -> dict[str, float]:

@@ -25,44 +25,26 @@ ROOT = Path(__file__).resolve().parents[3]
 REFERENCE = ROOT / "tests" / "reference_nova.py"
 TEXT_LENGTHS = (12, 40, 25, 60)  # tokens of prompts; the empty one has none
 
-FEATURES = {"moments": "bytes", "caption": "string", "text": "string", "shape": ["int64"]}
-
 Spec = dict[str, Any]
 
 
 class Work(ABC):
-    """Something that can be timed.
-
-    Args:
-        spec: Settings; see the subclasses.
-        is_plain: Whether to do it as the specification words it.
-    """
-
-    def __init__(self, spec: Spec, is_plain: bool = False) -> None:
-        self.spec = spec
-        self.is_plain = is_plain
-
-    @abstractmethod
-    def run(self) -> Tensor | None:
-        """Do it once; returns what both packages should agree on."""
-
-    def count(self) -> int:
-        """Samples, records or loaders of one run."""
-        return self.spec.get("batch", 1)
-
-
-class ModelWork(Work):
     """Work with a NOVA of random weights.
 
     Spec: ``transformer`` (arguments of the model), ``scheduler`` ("flow" or "ddpm"), ``batch``,
     ``frames`` (latent frames), ``device``, ``dtype``, ``weights`` (a file that the first process
     writes and others read, if any), ``compile``, ``prepack``.
+
+    Args:
+        spec: Settings.
+        is_plain: Whether to do it as the specification words it.
     """
 
     def __init__(self, spec: Spec, is_plain: bool = False) -> None:
-        super().__init__(spec, is_plain)
         from diffnext.models.transformers.transformer_nova import NOVATransformer3DModel
 
+        self.spec = spec
+        self.is_plain = is_plain
         self.device = torch.device(spec["device"])
         self.dtype = getattr(torch, spec["dtype"])
         torch.manual_seed(0)
@@ -76,6 +58,10 @@ class ModelWork(Work):
             from diffnext.models.packed_linear import prepack_linears
 
             prepack_linears(self.model)
+
+    @abstractmethod
+    def run(self) -> Tensor:
+        """Do it once; returns what both packages should agree on."""
 
     def compile(self) -> None:
         """Compile the model for this work."""
@@ -102,10 +88,10 @@ class ModelWork(Work):
         return [state.to(self.device, self.dtype) for state in states]
 
 
-class GenerateWork(ModelWork):
+class GenerateWork(Work):
     """Sampling of latents.
 
-    Spec, besides that of :class:`ModelWork`: ``num_preds``, ``steps``, ``guidance``, and
+    Spec, besides that of :class:`Work`: ``num_preds``, ``steps``, ``guidance``, and
     ``compile_options`` of a compiled model, if any.
     """
 
@@ -155,10 +141,10 @@ class GenerateWork(ModelWork):
             return self.model(self.inputs())["x"]
 
 
-class TrainWork(ModelWork):
+class TrainWork(Work):
     """One training step: losses, gradients, clipping, AdamW.
 
-    Spec, besides that of :class:`ModelWork`: ``checkpointing``, a level.
+    Spec, besides that of :class:`Work`: ``checkpointing``, a level.
     """
 
     def __init__(self, spec: Spec, is_plain: bool = False) -> None:
@@ -194,54 +180,7 @@ class TrainWork(ModelWork):
         return torch.stack([loss.detach().float(), norm.detach().float()]).cpu()
 
 
-class DataWork(Work):
-    """Reading of cached moments.
-
-    Spec: ``dataset`` (folder, written when missing), ``records``, ``shape``, ``batch``,
-    ``workers``, ``batches`` (of one run), ``shuffle``.
-    """
-
-    def __init__(self, spec: Spec, is_plain: bool = False) -> None:
-        super().__init__(spec, is_plain)
-        from diffnext.data.flex_loaders import FeatureDataLoader
-
-        write_records(spec)
-        self.loader = FeatureDataLoader(
-            spec["dataset"],
-            batch_size=spec["batch"],
-            shuffle=spec["shuffle"],
-            num_workers=spec["workers"],
-        )
-
-    def count(self) -> int:
-        """Records of one run."""
-        return self.spec["batch"] * self.spec["batches"]
-
-    def run(self) -> None:
-        """Read some batches; their order goes on from run to run."""
-        for _ in range(self.spec["batches"]):
-            self.loader.next()
-
-
-class FirstBatchWork(DataWork):
-    """From the construction of a loader to its first batch; spec as for :class:`DataWork`."""
-
-    def count(self) -> int:
-        """One."""
-        return 1
-
-    def run(self) -> None:
-        """Build a loader, read a batch."""
-        FirstBatchWork.__init__(self, self.spec)
-        self.loader.next()
-
-
-WORKS = {
-    "generate": GenerateWork,
-    "train": TrainWork,
-    "data": DataWork,
-    "first-batch": FirstBatchWork,
-}
+WORKS = {"generate": GenerateWork, "train": TrainWork}
 
 
 def load_reference() -> ModuleType:
@@ -261,25 +200,3 @@ def load_or_save(model: nn.Module, path: Path) -> None:
     with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
         torch.save(model.state_dict(), file)
     Path(file.name).rename(path)
-
-
-def write_records(spec: Spec) -> None:
-    """Write a dataset of random moments, once."""
-    from diffnext.data.records import RecordWriter
-
-    folder = Path(spec["dataset"])
-    if (folder / "METADATA").exists():
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    rng = np.random.default_rng(0)
-    with RecordWriter(folder, FEATURES) as writer:
-        for index in range(spec["records"]):
-            moments = rng.standard_normal(spec["shape"], dtype=np.float32).astype(np.float16)
-            writer.write(
-                {
-                    "moments": moments.tobytes(),
-                    "caption": f"Picture number {index}, described at some length. And more.",
-                    "text": f"picture {index}",
-                    "shape": list(moments.shape),
-                }
-            )

@@ -43,16 +43,9 @@ def test_another_package_is_measured_by_its_path(tmp_path):
     assert result["relative_error"] == 0
 
 
-@pytest.mark.slow
-def test_reading_is_measured(tmp_path):
-    reading, first = run(tmp_path, "data", "--records", "20", "--batches", "2")
-    assert reading["sides"][0]["rate"] > 0 and first["sides"][0]["seconds"] > 0
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["data", "--baseline", "plain"], "data has no plain formulation"),
         (["generate", "--baseline", "/nowhere"], "/nowhere holds no folder diffnext"),
         (["generate", "--runs", "0"], "--runs must be at least 1"),
         (["dance"], "invalid choice"),
