@@ -62,13 +62,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 def build_parser() -> argparse.ArgumentParser:
     """The parser of the command line."""
     parser = command_parser("check_gpu.py", __doc__)
-    parser.add_argument("--output", type=Path, default=Path("gpu_check"), help="folder to write")
-    parser.add_argument("--rehearse", action="store_true", help="on the CPU, with small models")
-    parser.add_argument("--only", default="*", metavar="PATTERN", help="rows whose name has this")
-    parser.add_argument("--list", action="store_true", help="name rows and limits; runs nothing")
-    parser.add_argument("--baseline", type=Path, help="folder of another diffnext to draw with")
-    parser.add_argument("--limit-scale", type=float, help="of the limits (1; rehearsing 10)")
-    parser.add_argument("--row", help=argparse.SUPPRESS)
+    add = parser.add_argument
+    add("--output", type=Path, default=Path("gpu_check"), help="folder to write")
+    add("--rehearse", action="store_true", help="on the CPU, with small models")
+    add("--only", default="*", metavar="PATTERN", help="rows whose name has this")
+    add("--list", action="store_true", help="name rows and limits; runs nothing")
+    add("--baseline", type=Path, help="folder of another diffnext to draw with")
+    add("--limit-scale", type=float, help="of the limits (1; rehearsing 10)")
+    add("--row", help=argparse.SUPPRESS)
     return parser
 
 

@@ -92,24 +92,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     parser = command_parser("evaluate_shapes.py", __doc__)
+    add = parser.add_argument
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--model", type=Path, help="pipeline folder or checkpoint to score")
     what.add_argument("--truth", action="store_true", help="score rendered pictures")
     what.add_argument("--vae", type=Path, help="score reconstructions of this autoencoder")
-    parser.add_argument("--output", type=Path, help="folder for scores and sheet (none)")
-    parser.add_argument("--num", type=int, default=48, help="prompts a category and split (48)")
-    parser.add_argument("--seed", type=int, default=0, help="of prompts and pictures (0)")
-    parser.add_argument("--categories", nargs="+", choices=scenes.CATEGORIES, help="some only (all)")
-    parser.add_argument("--clips", action="store_true", help="score clips, not pictures")
-    parser.add_argument("--num-frames", type=int, default=17, help="frames of clips (17)")
-    parser.add_argument(
-        "--given-frames", type=int, default=0, help="clips begin with these: 1 is a picture (0)"
-    )
-    parser.add_argument("--guidance-scale", type=float, default=2.5, help="(2.5)")
-    parser.add_argument("--num-inference-steps", type=int, default=16, help="sets a frame (16)")
-    parser.add_argument("--num-diffusion-steps", type=int, default=25, help="a set (25)")
-    parser.add_argument("--batch-size", type=int, default=24, help="prompts at once (24)")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda (cpu)")
+    add("--output", type=Path, help="folder for scores and sheet (none)")
+    add("--num", type=int, default=48, help="prompts a category and split (48)")
+    add("--seed", type=int, default=0, help="of prompts and pictures (0)")
+    add("--categories", nargs="+", choices=scenes.CATEGORIES, help="some only (all)")
+    add("--clips", action="store_true", help="score clips, not pictures")
+    add("--num-frames", type=int, default=17, help="frames of clips (17)")
+    add("--given-frames", type=int, default=0, help="clips begin with these: 1 is a picture (0)")
+    add("--guidance-scale", type=float, default=2.5, help="(2.5)")
+    add("--num-inference-steps", type=int, default=16, help="sets a frame (16)")
+    add("--num-diffusion-steps", type=int, default=25, help="a set (25)")
+    add("--batch-size", type=int, default=24, help="prompts at once (24)")
+    add("--device", default="cpu", help="cpu, cuda (cpu)")
     args = parser.parse_args(argv)
     known = scenes.CLIP_CATEGORIES if args.clips else scenes.CATEGORIES
     args.categories = args.categories or list(known)

@@ -126,13 +126,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line; paths become absolute."""
     parser = command_parser("make_nova_tiny.py", __doc__)
-    parser.add_argument("--work", type=Path, default=Path("nova_tiny"), help="(nova_tiny)")
-    parser.add_argument("--only", nargs="+", choices=PRODUCTS, help="make these only (both)")
-    parser.add_argument(
-        "--scale", type=float, default=1.0, help="of all steps and records; 0.1 for a try (1)"
-    )
-    parser.add_argument("--num-prompts", type=int, default=48, help="scored per category (48)")
-    parser.add_argument("--seed", type=int, default=0, help="of weights, data and order (0)")
+    add = parser.add_argument
+    add("--work", type=Path, default=Path("nova_tiny"), help="(nova_tiny)")
+    add("--only", nargs="+", choices=PRODUCTS, help="make these only (both)")
+    add("--scale", type=float, default=1.0, help="of all steps and records; 0.1 for a try (1)")
+    add("--num-prompts", type=int, default=48, help="scored per category (48)")
+    add("--seed", type=int, default=0, help="of weights, data and order (0)")
     args = parser.parse_args(argv)
     args.work = args.work.resolve()
     return args

@@ -88,26 +88,25 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     parser = command_parser("make_shapes_dataset.py", __doc__)
-    parser.add_argument("--output", type=Path, required=True, help="folder to write; must be new")
+    add = parser.add_argument
+    add("--output", type=Path, required=True, help="folder to write; must be new")
     target = parser.add_mutually_exclusive_group(required=True)
     target.add_argument("--vae", type=Path, help="folder of the autoencoder: write records")
     target.add_argument("--files", action="store_true", help="write pictures or GIFs")
-    parser.add_argument("--num", type=int, default=10000, help="examples (10000)")
-    parser.add_argument("--seed", type=int, default=0, help="of all that is drawn by lot (0)")
-    parser.add_argument("--size", type=int, default=64, help="side in pixels (64)")
-    parser.add_argument("--clips", action="store_true", help="render clips")
-    parser.add_argument("--num-frames", type=int, default=17, help="frames of a clip (17)")
-    parser.add_argument(
+    add("--num", type=int, default=10000, help="examples (10000)")
+    add("--seed", type=int, default=0, help="of all that is drawn by lot (0)")
+    add("--size", type=int, default=64, help="side in pixels (64)")
+    add("--clips", action="store_true", help="render clips")
+    add("--num-frames", type=int, default=17, help="frames of a clip (17)")
+    add(
         "--categories",
         nargs="+",
         choices=CATEGORIES,
         help="kinds of pictures, drawn evenly; naming one twice doubles it (all)",
     )
-    parser.add_argument("--batch-size", type=int, default=16, help="pictures encoded at once (16)")
-    parser.add_argument("--device", default="cpu", help="where to encode: cpu, cuda (cpu)")
-    parser.add_argument(
-        "--bf16", action="store_true", help="encode in bfloat16: errors below the posterior's noise"
-    )
+    add("--batch-size", type=int, default=16, help="pictures encoded at once (16)")
+    add("--device", default="cpu", help="where to encode: cpu, cuda (cpu)")
+    add("--bf16", action="store_true", help="encode in bfloat16: errors below the posterior's noise")
     args = parser.parse_args(argv)
     if args.num < 1 or args.size < 16:
         parser.error("--num must be at least 1, --size at least 16")

@@ -56,6 +56,7 @@ from diffnext.models.autoencoders.autoencoder_kl_opensora import (
 
 MODEL_CLASSES = {cls.__name__: cls for cls in (AutoencoderKL, AutoencoderKLOpenSora)}
 FIRST_LOG_VARIANCE = -6.0
+MAX_GRADIENT_NORM = 1.0
 
 Autoencoder = AutoencoderKL | AutoencoderKLOpenSora
 
@@ -80,12 +81,10 @@ class LossSettings(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerSettings(Section):
-    """AdamW with a linear warm-up and a cosine decay to zero."""
+    """Adam with a linear warm-up and a cosine decay to zero."""
 
     learning_rate: Positive = key("Peak learning rate.", 1e-3)
-    weight_decay: NotNegative = key("Decoupled weight decay.", 0.0)
     warmup_steps: Natural = key("Steps of the warm-up.", 100)
-    max_grad_norm: Positive = key("Clip the gradient norm to this.", 1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -475,11 +474,8 @@ class AutoencoderTrainer:
         if settings.align_with and not settings.is_decoder_only:
             teacher = AutoencoderKL.from_pretrained(settings.align_with).float()
             self.teacher = teacher.to(self.device).eval().requires_grad_(False)
-        self.optimizer = torch.optim.AdamW(
-            self.vae.parameters(),
-            lr=settings.optimizer.learning_rate,
-            weight_decay=settings.optimizer.weight_decay,
-        )
+        rate = settings.optimizer.learning_rate
+        self.optimizer = torch.optim.AdamW(self.vae.parameters(), lr=rate, weight_decay=0.0)
         self.step = 0
 
     def run(self) -> None:
@@ -525,8 +521,7 @@ class AutoencoderTrainer:
             )
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        max_norm = self.settings.optimizer.max_grad_norm
-        nn.utils.clip_grad_norm_(self.vae.parameters(), max_norm)
+        nn.utils.clip_grad_norm_(self.vae.parameters(), MAX_GRADIENT_NORM)
         self.optimizer.step()
         self.step += 1
         return loss.item(), psnr(x, y)
