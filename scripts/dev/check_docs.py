@@ -10,13 +10,13 @@ sees, say what else is needed:
 
     <!-- skip: needs a GPU -->              the next block is not run; or "needs a download"
     <!-- replace: old => new -->            old, which must occur in the next block, is run as new
-    <!-- setup: python                      code of its own, run at this place (or "setup: bash")
+    <!-- setup: python                      other code, run at this place (or "setup: bash")
     ...
     -->
     <!-- slow page -->                      the page runs only if it is named
 
-Everywhere, tiny models stand for the released ones and for "/path/to/..." (STAND_INS), the CPU for
-CUDA, and float32 for half precision.
+Everywhere, tiny models replace the released ones and "/path/to/..." (STAND_INS), the CPU replaces
+CUDA, and float32 half precision.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ SKIP_REASONS = ("needs a GPU", "needs a download")
 RUNNABLE = ("python", "bash", "yaml")
 NOT_CODE = ("", "text", "bibtex", "json", "jsonl", "csv")
 
-# Folders that pages speak of -> the config of the tiny model that stands for it in a test.
+# Folders that pages name -> the config of the tiny model that a test uses instead.
 STAND_INS = {
     "BAAI/nova-d48w1024-osp480": "configs/nova_shapes_t2v.yaml",
     "/path/to/nova-d48w1024-sdxl1024": "configs/nova_tiny_t2i.yaml",
@@ -88,7 +88,7 @@ class Block:
         code: As the page shows it.
         replacements: (old, new) pairs to be applied before it is run.
         skip: Why it is not run; None if it is.
-        is_hidden: Whether it stands in a comment.
+        is_hidden: Whether it is in a comment.
     """
 
     line: int
@@ -219,7 +219,7 @@ class StandIns:
             options = ["--config", str(ROOT / config), "--output", str(place), "--tiny"]
             with contextlib.redirect_stdout(io.StringIO()):
                 if init.main(options):
-                    raise DocsError(f"{config} makes no model to stand for {name}")
+                    raise DocsError(f"{config} cannot be made into a model for {name}")
         return place
 
 
@@ -303,7 +303,7 @@ def run_jobs(page_name: str, jobs: list[dict[str, Any]]) -> int:
 
 
 def _run_code(language: str, code: str, line: int, page_name: str, names: dict[str, Any]) -> None:
-    if language == "python":  # empty lines in front, so that a traceback names the page's line
+    if language == "python":  # empty lines first: tracebacks name the page's line
         exec(compile("\n" * (line - 1) + code, page_name, "exec"), names)
     elif language == "bash":
         subprocess.run(["bash", "-euo", "pipefail", "-c", code], check=True)

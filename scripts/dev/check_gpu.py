@@ -5,8 +5,8 @@
     python scripts/dev/check_gpu.py --rehearse            # every row, small, on the CPU
     python scripts/dev/check_gpu.py --list --only training
 
-Each row runs in a process of its own, until its end or its limit, so that one that hangs or
-crashes costs no other. Rows that measure time run alone and come first, the others side by side.
+Each row runs in its own process, until its end or its limit, so a row that hangs or crashes does
+not cost another. Rows that measure time come first, one by one, then the others side by side.
 Weights are random; nothing is downloaded. The output folder gets report.json, report.md (also when
 the check is interrupted), and what each row printed. The exit code is 1 if a row failed.
 """
@@ -108,7 +108,7 @@ def make_job(row: Row, args: argparse.Namespace) -> Job:
 def run_jobs(
     jobs: Sequence[Job], folder: Path, at_once: int, environment: Mapping[str, str] = os.environ
 ) -> list[Outcome]:
-    """Run those that must be alone, then the others; tell of each, and report after each.
+    """Run the timed jobs one by one, then the others; report after each.
 
     Args:
         jobs: What to run.
@@ -146,7 +146,7 @@ def say(words: str) -> None:
 
 
 def write_report(outcomes: Sequence[Outcome], folder: Path) -> None:
-    """Write what is known so far."""
+    """Write the outcomes so far."""
     rows = [dataclasses.asdict(outcome) for outcome in outcomes]
     (folder / "report.json").write_text(json.dumps(rows, indent=2) + "\n")
     head = [
@@ -161,7 +161,7 @@ def write_report(outcomes: Sequence[Outcome], folder: Path) -> None:
 
 
 def add_shares(figures: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Say for each drawing how near it comes to its floor, which the eager one knows."""
+    """Say for each drawing how near it comes to its floor, which the eager drawing has."""
     floors = {one["drawing"]: one["floor, s"] for one in figures if "floor, s" in one}
     shares = [
         {"share of the floor": floors[one["drawing"]] / one["s"]}

@@ -10,7 +10,7 @@ tables: memory and traffic of training configs on 1, 8 and 128 GPUs, as docs/sca
 Everything is computed, and no GPU is needed.
 
 measure: the memory of real training steps and drawings beside the simulated one. Each case runs in
-a process of its own. "training" is two steps on random latents, as one process of the trainer takes
+its own process. "training" is two steps on random latents, as one process of the trainer takes
 them: float32 weights, autocast, AdamW. "drawing" is sets of 25 steps with guidance, and "recorded"
 the same by programs that keep their inputs and results, as CUDA graphs do (on a CPU they are called
 again). On a CPU the peak is the process's high-water mark (VmHWM) less its size before the model is

@@ -13,7 +13,7 @@ faults: each fault is caused from outside in a running training (a killed proces
 full disk, a signal). The table shows the message, the exit code, the seconds until every process
 was gone, and the newest checkpoint, from which a new start would continue.
 
-saving: in one process, in turns, steps alone, then a save, then steps until it is on the disk.
+saving: in one process, in turns, only steps, then a save, then steps until it is on the disk.
 "blocked" is the time in which no step could be made.
 
 A tiny model and records that differ example by example are made first.
@@ -71,7 +71,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     faults.add_argument("--launcher", choices=LAUNCHERS, help="faults of this launcher")
     faults.set_defaults(check=check_faults)
     saving = checks.add_parser("saving", help="at once and in the background")
-    saving.add_argument("--steps", type=int, default=20, help="measured alone in a turn (20)")
+    saving.add_argument("--steps", type=int, default=20, help="before each save (20)")
     saving.add_argument("--turns", type=int, default=5, help="saves of each kind (5)")
     saving.set_defaults(check=measure_saving)
     for check in (resume, faults, saving):

@@ -1,4 +1,4 @@
-"""Hooks of mkdocs: the site has the repository's own layout, so that links need no rewriting.
+"""Hooks of mkdocs: the site has the repository's layout, so links work as they are.
 
 README.md becomes its first page. The pages of packages, from their docstrings, and of notebooks
 are made here.
@@ -19,7 +19,7 @@ PARTS = ("*.md", "LICENSE", "docs/**/*.*", "assets/**/README.md")
 
 
 def on_files(files: Files, *, config: MkDocsConfig) -> Files:
-    """Exchange the files of docs/ for those of the site, and keep the theme's."""
+    """Replace the files of docs/ by the pages of the site, and keep the theme's files."""
     paths = [path for pattern in PARTS for path in sorted(ROOT.glob(pattern))]
     names = [path.relative_to(ROOT).as_posix() for path in paths]
     notebooks = [name for name in names if name.endswith(".ipynb")]
@@ -40,14 +40,14 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 
 def packages() -> list[str]:
-    """Packages whose modules are documented; the commands explain themselves (`--help`)."""
+    """Packages whose modules are documented; the commands have `--help`."""
     folders = (path.parent for path in sorted(ROOT.glob("diffnext/**/__init__.py")))
     names = (".".join(folder.relative_to(ROOT).parts) for folder in folders)
     return [name for name in names if name != "diffnext.cli" and modules(name)]
 
 
 def modules(package: str) -> list[str]:
-    """Modules of a package, without those of packages in it."""
+    """Modules of a package, without its sub-packages."""
     folder = ROOT.joinpath(*package.split("."))
     return [path.stem for path in sorted(folder.glob("*.py")) if not path.name.startswith("__")]
 

@@ -1,7 +1,7 @@
 """What autoencoders are fitted to: crops of pictures, clips of videos, drawn shapes.
 
-Every batch is a function of a seed, a stream and a step, so that an interrupted run continues with
-the data it would have seen.
+Every batch is a function of a seed, a stream and a step, so an interrupted run continues with the
+data it would have seen.
 
 Shapes: B batch, F frames, H W pixels.
 """

@@ -43,8 +43,8 @@ class Approximation:
 
     Attributes:
         name: In the table.
-        group: Of similar ones, to choose by.
-        arguments: Of the pipeline's call, in place of the usual ones.
+        group: Similar ones, to choose with --only.
+        arguments: Of the pipeline's call; they override the usual ones.
         scheduler: Key of ``SCHEDULERS``; the model's own when None.
         dtype: Of the weights.
         quantization: Argument of ``pipe.quantize``, if any.
@@ -185,7 +185,7 @@ def draw(args: argparse.Namespace, one: Approximation) -> Tensor:
 
 
 def random_states(pipe: NOVAPipeline, count: int) -> dict[str, list[Tensor]]:
-    """Text states in place of prompts, for a pipeline without a text encoder."""
+    """Random text states, for a pipeline without a text encoder."""
     generator = torch.Generator().manual_seed(1)
     config = pipe.transformer.config
     length = min(30, config.text_token_len)

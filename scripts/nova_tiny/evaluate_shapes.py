@@ -5,8 +5,8 @@
     python scripts/nova_tiny/evaluate_shapes.py --truth
     python scripts/nova_tiny/evaluate_shapes.py --vae assets/nova-tiny/vae
 
-Prompts are drawn by lot in the categories of GenEval (arXiv:2310.11513), separately those whose
-combinations were in the training data and those held out. A picture is right if a detector finds
+Prompts are drawn at random in the categories of GenEval (arXiv:2310.11513), separately for
+combinations in the training data and for those held out. A picture is right if a detector finds
 exactly the shapes, colours, number and relation of the prompt; a clip is right if its first frame
 is, 90 % of its frames show the shapes of the prompt (identity), and the first shape moves as asked.
 Agreement is the share of such frames over all clips. With `--given-frames` models continue rendered
@@ -98,28 +98,28 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     what.add_argument("--truth", action="store_true", help="score rendered pictures")
     what.add_argument("--vae", type=Path, help="score reconstructions of this autoencoder")
     add("--output", type=Path, help="folder for scores and sheet (none)")
-    add("--num", type=int, default=48, help="prompts a category and split (48)")
+    add("--num", type=int, default=48, help="prompts per category and split (48)")
     add("--seed", type=int, default=0, help="of prompts and pictures (0)")
     add("--categories", nargs="+", choices=scenes.CATEGORIES, help="some only (all)")
     add("--clips", action="store_true", help="score clips, not pictures")
     add("--num-frames", type=int, default=17, help="frames of clips (17)")
     add("--given-frames", type=int, default=0, help="clips begin with these: 1 is a picture (0)")
     add("--guidance-scale", type=float, default=2.5, help="(2.5)")
-    add("--num-inference-steps", type=int, default=16, help="sets a frame (16)")
-    add("--num-diffusion-steps", type=int, default=25, help="a set (25)")
+    add("--num-inference-steps", type=int, default=16, help="sets per frame (16)")
+    add("--num-diffusion-steps", type=int, default=25, help="steps per set (25)")
     add("--batch-size", type=int, default=24, help="prompts at once (24)")
     add("--device", default="cpu", help="cpu, cuda (cpu)")
     args = parser.parse_args(argv)
     known = scenes.CLIP_CATEGORIES if args.clips else scenes.CATEGORIES
     args.categories = args.categories or list(known)
     if not set(args.categories) <= set(known):
-        parser.error(f"--clips are of the categories {', '.join(known)}")
+        parser.error(f"the categories of --clips are {', '.join(known)}")
     if not 0 <= args.given_frames < args.num_frames or (args.given_frames and not args.clips):
         parser.error("--given-frames needs --clips, and must be below --num-frames")
     return args
 
 
-# --- what is scored -----------------------------------------------------------------------------
+# --- drawings -----------------------------------------------------------------------------
 
 
 def evaluate_model(args: argparse.Namespace) -> None:
@@ -283,7 +283,7 @@ def share(verdicts: Sequence[Verdict]) -> dict[str, float]:
 
 
 def average(rows: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Means over categories; the interval is that of independent shares."""
+    """Means over categories, with the interval for independent shares."""
     means = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
     reach = math.hypot(*(row["high"] - row["low"] for row in rows)) / 2 / len(rows)
     return means | {"low": max(means["right"] - reach, 0.0), "high": min(means["right"] + reach, 1)}
@@ -313,7 +313,7 @@ def report(args: argparse.Namespace, drawings: Sequence[Drawing], settings: dict
 
 def format_scores(scores: dict[str, dict[str, dict[str, float]]]) -> str:
     """A Markdown table of scores."""
-    hidden = ("prompts", "low", "high")  # the interval stands behind the share
+    hidden = ("prompts", "low", "high")  # the interval is shown with the share
     columns = [name for name in next(iter(scores["seen"].values())) if name not in hidden]
     header = ["category", *(f"{split}: {name}" for split in SPLITS for name in columns)]
     lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
@@ -326,7 +326,7 @@ def format_scores(scores: dict[str, dict[str, dict[str, float]]]) -> str:
 
 
 def format_cell(row: dict[str, float] | None, name: str) -> str:
-    """A share, that of right pictures with its interval."""
+    """A share; the share of right pictures has its interval."""
     if row is None:
         return "-"
     interval = f" ({row['low']:.2f} to {row['high']:.2f})" if name == "right" else ""

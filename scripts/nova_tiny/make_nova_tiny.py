@@ -152,7 +152,7 @@ def make_picture_stages(args: argparse.Namespace) -> list[Stage]:
 def make_clip_stages(args: argparse.Namespace) -> list[Stage]:
     """Everything up to the trained model of clips, which starts from the model of pictures.
 
-    Its autoencoder has the same latents. It starts from an image autoencoder of its own widths; its
+    Its autoencoder has the same latents. It starts from an image autoencoder of the same widths; its
     decoder then learns only moving shapes for a while.
     """
     before = make_picture_stages(args)
@@ -317,7 +317,7 @@ def read_times(work: Path) -> dict[str, float]:
 
 
 def export(checkpoint: Path, output: Path) -> None:
-    """Write a checkpoint as a release folder of its own in float16."""
+    """Write a checkpoint as a complete release folder in float16."""
     partial = output.with_name(output.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     NOVAPipeline.from_pretrained(checkpoint, dtype=torch.float16).save_pretrained(partial)

@@ -5,13 +5,13 @@
     python scripts/nova_tiny/make_shapes_dataset.py --output DIR --vae VAE --num 20000 --clips
     python scripts/nova_tiny/make_shapes_dataset.py --output DIR --files --num 20
 
-Example i of a seed is the same in every dataset of that seed, so that a longer one begins with the
-shorter. Records are those of TRAINING.md: the moments of the autoencoder's posterior, a long and a
-short caption and, of clips, the strength of the motion as a flow of 5 or 10. An image autoencoder
-encodes every fourth frame of clips, which is much faster: to latents that a video autoencoder knows
-which was fitted with `align_with` this one. `--files` writes PNGs
-(of clips: GIFs) and captions.jsonl instead. No example shows what scripts/nova_tiny/shapes_world/scenes.py
-holds out. The output folder appears when all of it is written.
+Example i of a seed is the same in every dataset of that seed: a longer dataset begins with the
+shorter one. Records are as in TRAINING.md: the moments of the autoencoder's posterior, a long and a
+short caption and, for clips, the strength of the motion as a flow of 5 or 10. An image autoencoder
+encodes every fourth frame of clips, which is much faster; a video autoencoder that was fitted with
+`align_with` this one has the same latents. `--files` writes PNGs (for clips, GIFs) and
+captions.jsonl instead. No example shows a combination that
+shapes_world/scenes.py holds out. The output folder appears when it is complete.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ class Example:
     Attributes:
         caption: In varied wording.
         text: In the plain wording of prompts.
-        frames: (F, S, S, 3) of uint8; one of a picture.
-        flow: Motion strength, 5 being the usual one; 0 of a picture.
+        frames: (F, S, S, 3) of uint8; one for a picture.
+        flow: Motion strength, usually 5; 0 for a picture.
     """
 
     caption: str
@@ -94,7 +94,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     target.add_argument("--vae", type=Path, help="folder of the autoencoder: write records")
     target.add_argument("--files", action="store_true", help="write pictures or GIFs")
     add("--num", type=int, default=10000, help="examples (10000)")
-    add("--seed", type=int, default=0, help="of all that is drawn by lot (0)")
+    add("--seed", type=int, default=0, help="of everything random (0)")
     add("--size", type=int, default=64, help="side in pixels (64)")
     add("--clips", action="store_true", help="render clips")
     add("--num-frames", type=int, default=17, help="frames of a clip (17)")
@@ -113,7 +113,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     known = CLIP_CATEGORIES if args.clips else CATEGORIES
     args.categories = args.categories or list(known)
     if not set(args.categories) <= set(known):
-        parser.error(f"--clips are of the categories {', '.join(known)}")
+        parser.error(f"the categories of --clips are {', '.join(known)}")
     return args
 
 
@@ -194,7 +194,7 @@ def encode(vae: AutoencoderKL | AutoencoderKLOpenSora, frames: ndarray) -> ndarr
 
 @torch.no_grad()
 def encode_framewise(vae: AutoencoderKL, frames: ndarray) -> ndarray:
-    """Scaled moments of every fourth frame of clips, those of an aligned video autoencoder.
+    """Scaled moments of every fourth frame of clips, as an aligned video autoencoder has them.
 
     Args:
         vae: An image autoencoder.

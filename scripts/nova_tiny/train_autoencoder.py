@@ -93,7 +93,7 @@ class TrainingSettings(Section):
 
     part: Literal["all", "decoder"] = key(
         "all, or decoder: the encoder stays as init_from has it, so that latents stay valid; "
-        "the loss is that of the pixels.",
+        "only pixels count in the loss.",
         "all",
     )
     decoder_noise: NotNegative = key(
@@ -373,8 +373,8 @@ def is_image_autoencoder(folder: str) -> bool:
 def inflate_weights(vae: AutoencoderKLOpenSora, image_vae: AutoencoderKL) -> None:
     """Copy an image autoencoder into a fresh video autoencoder, in place.
 
-    Kernels over time see the present frame alone, so that a clip of a still picture is encoded to
-    the latents of the picture. What pictures do not have keeps its value.
+    Kernels over time see only the present frame, so a still clip has the latents of its picture.
+    Parts that the image autoencoder does not have keep their values.
 
     Args:
         vae: The model, after :func:`prepare_weights`.
@@ -401,11 +401,11 @@ def inflate_weights(vae: AutoencoderKLOpenSora, image_vae: AutoencoderKL) -> Non
 
 @torch.no_grad()
 def prepare_weights(vae: Autoencoder) -> None:
-    """Change fresh weights, in place, so that the decoder sees a signal from the first step.
+    """Change fresh weights, in place, so the decoder sees a signal from the first step.
 
     Convolutions keep the variance of their input and have no bias: PyTorch's defaults shrink
     colors below the biases within a few layers, and gray pictures are then all that is learned.
-    Those over time see the present frame alone at first. Residual blocks and attention start as
+    Those over time see only the present frame at first. Residual blocks and attention start as
     the identity (Goyal et al., arXiv:1706.02677). Log-variances start low: at 0, noise of variance
     1 would drown the means.
     """

@@ -1,6 +1,6 @@
 """The rows of ``check_gpu.py``: each is a generator of figures, and raises if something is wrong.
 
-A row runs in a process of its own. What it has yielded counts, also if it fails or hangs later.
+A row runs in its own process. What it has yielded counts, even if it fails or hangs later.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ Ask = Callable[[str], dict[str, Any]]
 
 @dataclass(frozen=True)
 class Context:
-    """What a row is told.
+    """What a row needs.
 
     Attributes:
         is_rehearsal: Whether to run on the CPU, with small models.
@@ -76,7 +76,7 @@ class Row:
         name: In the report.
         limit: Seconds on a card of the H200's class.
         measure: Yields figures.
-        is_timed: Whether nothing else may run beside it.
+        is_timed: Whether it must run by itself.
     """
 
     name: str
@@ -172,7 +172,7 @@ def measure_sizes(ask: Ask, context: Context, name: str, modes: Sequence[str]) -
                 recorder = "record_calls" if context.is_rehearsal else "record_cuda_graph"
                 ask(f"record {recorder if mode == 'captured' else ''}")
             figures = measure_drawing(ask, runs=0 if size == {"batch": 8} else 3)
-            if rates is not None:  # that of many pictures is many times that of one
+            if rates is not None:  # many pictures take many times the floor of one
                 first = found[mode][0] if "batch" in size and found[mode] else None
                 floor = first["floor, s"] * size["batch"] if first else find_floor(ask, rates)
                 figures["floor, s"] = floor
@@ -199,7 +199,7 @@ def measure_drawing(ask: Ask, runs: int) -> Figures:
 
 
 def find_floor(ask: Ask, rates: tuple[float, float]) -> float:
-    """Seconds of the products alone, from drawings of two and three steps: all steps are alike."""
+    """Seconds of only the products, from drawings of two and three steps: all steps are alike."""
     steps = ask("change {}")["steps"]
     floors = []
     for few in (2, 3):
@@ -210,7 +210,7 @@ def find_floor(ask: Ask, rates: tuple[float, float]) -> float:
 
 
 def extrapolate(short: Figures, long: Figures) -> Figures:
-    """A clip whose further frames cost what those between two clips do."""
+    """A longer clip, each of whose frames costs as much as one between the two clips."""
     first, last = (size["frames"] for size in SIZES["clip"])
     ratio = (FRAMES - last) / (last - first)
     keys = [key for key in ("s", "launches", "floor, s") if key in long]
@@ -238,7 +238,7 @@ def watched(device: str) -> Iterator[list[str]]:
 
 
 def report_waits(name: str, places: Sequence[str]) -> Iterator[Figures]:
-    """Say where it waited, which is an error."""
+    """Report where it waited, which is an error."""
     yield {"watched": name, "waits": len(places), "at": ", ".join(dict.fromkeys(places))}
     assert not places, f"a {name} waits for the card at {places[0]}"
 
@@ -305,7 +305,7 @@ def train(context: Context, engine: str) -> Iterator[Figures]:
     }
     assert pictures, "there are no validation pictures"
     assert len(first) == STEPS and np.isfinite(first).all(), "some loss is missing or not finite"
-    # The first is a forward pass alone; kernels of gradients may add in another order.
+    # The first loss needs no gradient; kernels of gradients may add in another order.
     assert first[STEPS // 2, 3] == second[STEPS // 2, 3], "the resumed run differs at once"
     np.testing.assert_allclose(second, first, rtol=1e-3, err_msg="the resumed run differs")
 

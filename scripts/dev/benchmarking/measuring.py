@@ -67,7 +67,7 @@ class Side:
         self.process.communicate()
 
 
-# --- what is measured ---------------------------------------------------------------------------
+# --- settings of works ---------------------------------------------------------------------------
 
 
 def make_specs(args: argparse.Namespace, scratch: Path) -> dict[str, dict[str, Any]]:
@@ -79,7 +79,7 @@ def make_specs(args: argparse.Namespace, scratch: Path) -> dict[str, dict[str, A
 
 
 def make_model_spec(args: argparse.Namespace, weights: Path | None) -> dict[str, Any]:
-    """Settings of work with a model, whose weights are shared by way of a file if one is named."""
+    """Settings of work with a model; a file, if named, shares the weights."""
     spec = {
         "transformer": make_model_arguments(args),
         "scheduler": args.scheduler,
@@ -200,7 +200,7 @@ def medians(runs: list[dict[str, float]]) -> dict[str, float]:
 
 
 def describe_machine(args: argparse.Namespace) -> dict[str, Any]:
-    """What the numbers depend on."""
+    """The machine that the numbers belong to."""
     is_gpu = args.device.startswith("cuda")
     torch.set_num_threads(args.threads)
     return {
@@ -212,7 +212,7 @@ def describe_machine(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def processor_name() -> str:
-    """Model of the processor, as far as the system tells."""
+    """Model of the processor, if the system says."""
     path = Path("/proc/cpuinfo")
     lines = path.read_text().splitlines() if path.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

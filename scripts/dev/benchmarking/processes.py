@@ -1,4 +1,4 @@
-"""Processes that are started: their answers, their time limit, and their end with all of theirs."""
+"""Processes: their answers, their time limit, and their end with all their descendants."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Job:
         name: Of its files.
         command: Its words.
         limit: Seconds after which it is killed.
-        is_alone: Whether nothing else may run beside it.
+        is_alone: Whether it must run by itself.
     """
 
     name: str
@@ -83,7 +83,7 @@ def describe_end(code: int, log: Path) -> str:
 
 
 def read_answers(output: Path) -> list[dict[str, Any]]:
-    """JSON objects of a file, one per line; what else was printed is left out."""
+    """JSON objects of a file, one per line; other lines are left out."""
     answers = []
     for line in output.read_text(errors="replace").splitlines():
         with contextlib.suppress(ValueError):  # the last line of a killed process may be half there

@@ -1,4 +1,4 @@
-"""A process that does one piece of work whenever it is told to.
+"""A process that does one piece of work on demand.
 
 Reads a JSON object from its command line, then orders from standard input, one per line, of which
 each is answered by a JSON object on a line; see :class:`Worker`.
@@ -46,7 +46,7 @@ class WorkCounter(TorchDispatchMode):
     Attributes:
         operations: Number of operations.
         flops: Of products and attention.
-        floor: Seconds of these alone: each as long as its arithmetic takes, or as its tensors take
+        floor: Seconds of only these: each as long as its arithmetic takes, or as its tensors take
             to be read and written once, whichever is longer.
     """
 

@@ -1,7 +1,7 @@
 """Pieces of work that benchmarks time, through the public interface of whichever package is there.
 
-A work is built once from a plain dict, run again and again, and says what came out, so that two
-packages can be compared. Every piece can also be done the way the specification words it
+A work is built once from a plain dict, runs again and again, and returns a result, so two packages
+can be compared. Every piece can also be done the way the specification words it
 (``tests/reference_nova.py``).
 
 Shapes: B batch, C latent channels, T latent frames, h w latent size.
@@ -184,7 +184,7 @@ WORKS = {"generate": GenerateWork, "train": TrainWork}
 
 
 def load_reference() -> ModuleType:
-    """The plain formulation, which is no part of the package."""
+    """The plain formulation, which is not part of the package."""
     if "reference_nova" not in sys.modules:
         spec = importlib.util.spec_from_file_location("reference_nova", REFERENCE)
         sys.modules["reference_nova"] = importlib.util.module_from_spec(spec)

@@ -1,9 +1,9 @@
-"""Whether a model knows whose colour is whose, from its losses: nothing is drawn.
+"""Whether a model gives each shape its own colour, from its losses: nothing is drawn.
 
-The binding share is what it costs to swap the two colours of a prompt, over what it costs to name
-two other colours. A model that reads shapes and colours apart loses nothing by swapping them; one
-that gives every shape its colour comes near 1, if not quite, as colours are often seen with a
-shape.
+The binding share is the cost of swapping the two colours of a prompt, over the cost of naming two
+other colours. A model that reads shapes and colours separately loses nothing by swapping them; one
+that gives every shape its colour comes near 1, if not quite, as some colours are seen more often
+with a shape.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def measure_binding(pipe: Any, seed: int, number: int = 256) -> dict[str, dict[s
         number: Pictures.
 
     Returns:
-        By share of hidden tokens: ``right``, the loss under the right prompt; ``swapped`` and
-        ``other``, what swapping the colours and naming others costs; ``share``, of the two.
+        By share of hidden tokens: ``right``, the loss with the right prompt; ``swapped`` and
+        ``other``, the costs of swapping the colours and of naming others; ``share``, their ratio.
     """
     rng = np.random.default_rng(seed)
     descriptions = [draw_description(rng, "attribution") for _ in range(number)]
@@ -80,7 +80,7 @@ def _encode(pipe: Any, pictures: Sequence[np.ndarray]) -> Tensor:
 
 @torch.no_grad()
 def _loss(pipe: Any, latents: Tensor, texts: Sequence[str], ratios: Sequence[float]) -> float:
-    """Mean loss, with the same noise and the same hidden tokens whatever the texts."""
+    """Mean loss, with the same noise and the same hidden tokens for all texts."""
     model = pipe.transformer
     scheduler = build_diffusion_scheduler(pipe.scheduler)
     before, model.mask_embed.mask_ratios = model.mask_embed.mask_ratios, list(ratios)

@@ -24,7 +24,7 @@ ANGLES = {"square": 90, "cross": 90, "triangle": 120, "star": 72, "circle": 1, "
 def detect(picture: ndarray) -> Scene:
     """Find the background and the shapes of a picture.
 
-    Shapes that touch count as one, of whatever it looks like most.
+    Shapes that touch count as one: the shape they look most like together.
 
     Args:
         picture: (S, S, 3) of uint8.

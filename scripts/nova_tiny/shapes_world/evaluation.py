@@ -1,4 +1,4 @@
-"""What evaluations ask of a model, and whether what it drew is that.
+"""What evaluations ask of a model, and whether it drew that.
 
 Shapes: F frames, S side in pixels.
 """
@@ -24,13 +24,13 @@ MIN_TURN = math.radians(20)
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of a prompt.
+    """How a drawing fits its prompt.
 
     Attributes:
         content: Whether the picture, or the first frame, shows what was asked for.
-        agreement: Share of the frames that show the shapes of the prompt; None of pictures.
-        identity: Whether nearly all frames do; None of pictures.
-        motion: Whether the first shape moves as asked; None of pictures.
+        agreement: Share of the frames that show the shapes of the prompt; None for pictures.
+        identity: Whether nearly all frames do; None for pictures.
+        motion: Whether the first shape moves as asked; None for pictures.
     """
 
     content: bool
@@ -40,7 +40,7 @@ class Verdict:
 
     @property
     def is_right(self) -> bool:
-        """Whether all is well."""
+        """Whether everything is as asked."""
         return all(part is not False for part in (self.content, self.identity, self.motion))
 
 
@@ -78,13 +78,13 @@ def select_descriptions(
 
     Args:
         category: One of ``CATEGORIES``, or of ``CLIP_CATEGORIES``.
-        held_out: Whether they are to be of combinations that training never saw.
+        held_out: Whether to take combinations that training never saw.
         number: How many.
-        seed: Of the lots.
+        seed: Of the random choice.
         is_clip: Whether they get motions.
 
     Returns:
-        The descriptions; none if the category has no such ones.
+        The descriptions; none if the category has none.
     """
     known = [d for d in enumerate_descriptions(category) if d.is_held_out == held_out]
     if is_clip:

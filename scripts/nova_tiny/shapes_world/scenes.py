@@ -1,7 +1,7 @@
 """Scenes and clips of coloured shapes, and the descriptions they are drawn from.
 
 A description says what a caption demands. Training draws a description, then a scene that fulfils
-it; the evaluation asks a model for a description and tells whether what was found fulfils it.
+it; the evaluation asks a model for a description and checks whether its picture fulfils it.
 
 Lengths are shares of the picture's side; y grows downwards; angles are radians, clockwise.
 """
@@ -37,7 +37,7 @@ BACKGROUNDS: dict[str, Color] = {
 }
 SHAPES = ("circle", "square", "triangle", "star", "ring", "cross")
 SIZES = {"small": 0.15, "medium": 0.18, "large": 0.21}  # radii
-CLIP_SIZES = ("medium", "large")  # what is smaller is a blur when it moves
+CLIP_SIZES = ("medium", "large")  # smaller shapes blur when they move
 RELATIONS: dict[str, Point] = {
     "left of": (-1, 0),
     "right of": (1, 0),
@@ -52,7 +52,7 @@ MARGIN = 0.03  # between shapes and the border
 GAP = 0.06  # between shapes
 GRID = 4  # centers lie on multiples of 1 / GRID, corners of tokens: few parts of shapes to learn
 
-# In no training picture: a fifth of the pairs of colour and shape.
+# Never in training pictures: a fifth of the pairs of colour and shape.
 HELD_OUT_COLORINGS = frozenset(
     {
         ("red", "star"),
@@ -67,7 +67,7 @@ HELD_OUT_COLORINGS = frozenset(
         ("green", "star"),
     }
 )
-# In no training caption in this order: a fifth of the ordered pairs of different shapes.
+# Never in training captions in this order: a fifth of the ordered pairs of different shapes.
 HELD_OUT_PAIRS = frozenset(
     {
         ("circle", "star"),
@@ -109,14 +109,14 @@ class Scene:
 
 @dataclass(frozen=True)
 class Mention:
-    """A shape as a caption names it; None is left to the painter."""
+    """A shape as a caption names it; None leaves it open."""
 
     shape: str
     color: str | None = None
     size: str | None = None
 
     def admits(self, item: Item) -> bool:
-        """Whether an item is what is meant; sizes are not measured."""
+        """Whether an item is meant; sizes are not measured."""
         return item.shape == self.shape and self.color in (None, item.color)
 
 
@@ -159,7 +159,7 @@ MOTIONS = {
         Motion("shrinking", growth=1 / 1.2),
     )
 }
-ROUND = ("circle", "ring")  # nobody sees them turn
+ROUND = ("circle", "ring")  # one cannot see them turn
 STRENGTHS = {1.0: 0.75, 2.0: 0.25}  # of motions, with their shares of clips
 USUAL_FLOW = 5.0  # what pipelines take for a usual motion
 
@@ -170,8 +170,8 @@ class Clip:
 
     Attributes:
         scene: At the beginning.
-        motions: One of each item; None stands still.
-        strength: How far the motions get, 1 being their usual way.
+        motions: One per item; None keeps it still.
+        strength: How far the motions go; 1 is usual.
     """
 
     scene: Scene
@@ -188,7 +188,7 @@ class Clip:
 
     @property
     def flow(self) -> float:
-        """Motion strength as models are told it; theirs is 5 when nobody says."""
+        """Motion strength as models get it; 5 is usual."""
         return USUAL_FLOW * self.strength
 
 
@@ -231,12 +231,12 @@ class Description:
         return any(
             wanted[0].admits(first)
             and wanted[1].admits(second)
-            and (self.relation is None or stands(first, second) == self.relation)
+            and (self.relation is None or place_of(first, second) == self.relation)
             for first, second in (items, items[::-1])
         )
 
 
-def stands(first: Item, second: Item) -> str:
+def place_of(first: Item, second: Item) -> str:
     """The relation that describes best where the first item is, seen from the second."""
     way = [a - b for a, b in zip(first.center, second.center, strict=True)]
     return max(RELATIONS, key=lambda name: np.dot(way, RELATIONS[name]))
@@ -247,7 +247,7 @@ def allowed_colors(shape: str) -> list[str]:
     return [color for color in COLORS if (color, shape) not in HELD_OUT_COLORINGS]
 
 
-# --- drawing lots -------------------------------------------------------------------------------
+# --- random choice -------------------------------------------------------------------------------
 
 
 def choose(rng: np.random.Generator, options: Sequence[str]) -> str:
@@ -256,7 +256,7 @@ def choose(rng: np.random.Generator, options: Sequence[str]) -> str:
 
 
 def draw_description(rng: np.random.Generator, category: str) -> Description:
-    """Draw a training description: nothing of it is held out.
+    """Draw a training description, in which nothing is held out.
 
     Args:
         rng: Source of randomness.
@@ -297,8 +297,8 @@ def draw_scene(
 
     Args:
         rng: Source of randomness.
-        description: May hold out combinations itself.
-        sizes: Those of shapes whose size the description leaves open.
+        description: May have held-out combinations.
+        sizes: For shapes whose size the description leaves open.
     """
     shared = choose(rng, allowed_colors(description.mentions[0].shape))
     wanted = description.expand()
@@ -392,12 +392,12 @@ def draw_clip_description(rng: np.random.Generator, category: str) -> Descriptio
 def draw_clip(
     rng: np.random.Generator, description: Description, strength: float | None = None
 ) -> Clip:
-    """Draw a clip that fulfils a description; the first shape moves, the others stand still.
+    """Draw a clip that fulfils a description; the first shape moves, the others are still.
 
     Args:
         rng: Source of randomness.
         description: With a motion.
-        strength: Of the motion; one of ``STRENGTHS`` that there is room for, by lot, when None.
+        strength: Of the motion; one of ``STRENGTHS`` that there is room for, at random, when None.
 
     Raises:
         ValueError: If there seems to be no room for the motion.
