@@ -22,7 +22,6 @@ CUDA, and float32 half precision.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import io
 import multiprocessing
@@ -34,7 +33,7 @@ import tempfile
 import traceback
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -251,15 +250,11 @@ def run_page(page: Page, folder: Path, stand_ins: StandIns) -> None:
     for name in SOURCES:
         if not (folder / name).exists():
             (folder / name).symlink_to(ROOT / name)
-    jobs = [
-        {**dataclasses.asdict(block), "code": stand_ins.apply(block)}
-        for block in page.blocks
-        if block.skip is None
-    ]
-    if not jobs:
+    blocks = [replace(b, code=stand_ins.apply(b)) for b in page.blocks if b.skip is None]
+    if not blocks:
         return
     log = folder / "output.log"
-    process = _forking().Process(target=_run_in_folder, args=(page.name, jobs, folder, log))
+    process = _forking().Process(target=_run_blocks, args=(page.name, blocks, folder, log))
     process.start()
     process.join()
     if process.exitcode:
@@ -276,39 +271,30 @@ def _forking() -> Any:
     return context
 
 
-def _run_in_folder(page_name: str, jobs: list[dict[str, Any]], folder: Path, log: Path) -> None:
+def _run_blocks(page_name: str, blocks: Sequence[Block], folder: Path, log: Path) -> None:
     with log.open("w") as stream:
         for descriptor in (1, 2):
             os.dup2(stream.fileno(), descriptor)
     os.environ.update(environment())
     os.chdir(folder)
-    sys.exit(run_jobs(page_name, jobs))
-
-
-def run_jobs(page_name: str, jobs: list[dict[str, Any]]) -> int:
-    """Run blocks in the present folder and process; returns the exit code."""
-    names: dict[str, Any] = {"__name__": "__main__"}
     sys.path.insert(0, "")
-    for job in jobs:
-        where = f"{page_name}:{job['line']}"
+    names: dict[str, Any] = {"__name__": "__main__"}
+    for block in blocks:
         try:
-            _run_code(job["language"], job["code"], job["line"], page_name, names)
+            _run_code(block, page_name, names)
         except (Exception, SystemExit):
-            print(
-                f"{where}: this {job['language']} block failed\n{traceback.format_exc()}",
-                flush=True,
-            )
-            return 1
-    return 0
+            print(f"{page_name}:{block.line}: this {block.language} block failed")
+            print(traceback.format_exc(), flush=True)
+            sys.exit(1)
 
 
-def _run_code(language: str, code: str, line: int, page_name: str, names: dict[str, Any]) -> None:
-    if language == "python":  # empty lines first: tracebacks name the page's line
-        exec(compile("\n" * (line - 1) + code, page_name, "exec"), names)
-    elif language == "bash":
-        subprocess.run(["bash", "-euo", "pipefail", "-c", code], check=True)
+def _run_code(block: Block, page_name: str, names: dict[str, Any]) -> None:
+    if block.language == "python":  # empty lines first: tracebacks name the page's line
+        exec(compile("\n" * (block.line - 1) + block.code, page_name, "exec"), names)
+    elif block.language == "bash":
+        subprocess.run(["bash", "-euo", "pipefail", "-c", block.code], check=True)
     else:
-        check_yaml(code)
+        check_yaml(block.code)
 
 
 def check_yaml(text: str) -> None:

@@ -3,8 +3,7 @@
     python scripts/dev/check_memory.py tables configs/nova_d48w768_sdxl1024.yaml
     python scripts/dev/check_memory.py measure
     python scripts/dev/check_memory.py measure --work drawing recorded
-    python scripts/dev/check_memory.py measure --device cuda --image-size 1024 --batch-size 8 \
-        --arch vit_d16w768 vit_d32w768 mlp_d6w768 --dtype bfloat16 --levels 0 1 2 3
+    python scripts/dev/check_memory.py measure --device cuda
 
 tables: memory and traffic of training configs on 1, 8 and 128 GPUs, as docs/scaling.md shows them.
 Everything is computed, and no GPU is needed.
@@ -62,6 +61,7 @@ ATTENTION = {  # as the simulation runs it; the counter has only the GPU's kerne
     ],
 }
 PROCESSES = (1, 8, 128)
+GPU = 80 * 2**30  # bytes
 SMALL = ("vit_d3w192", "vit_d6w192", "mlp_d3w192")
 LARGE = ("vit_d16w768", "vit_d32w768", "mlp_d6w768")
 ALLOCATOR = {
@@ -86,14 +86,22 @@ class Case:
     sets: int = 16
 
 
-DEFAULT_CASES = (
-    Case(SMALL, 512, 16),
-    Case(SMALL, 512, 16, level=3),
-    Case(LARGE, 256, 4),
-    Case(SMALL, 256, 16, dtype="bfloat16"),
-    Case(SMALL, 512, 16, work="drawing", sets=4),
-    Case(SMALL, 512, 16, work="recorded", sets=4),
-)
+CASES = {  # by device; those of a CPU are shown in docs/scaling.md
+    "cpu": (
+        Case(SMALL, 512, 16),
+        Case(SMALL, 512, 16, level=3),
+        Case(LARGE, 256, 4),
+        Case(SMALL, 256, 16, dtype="bfloat16"),
+        Case(SMALL, 512, 16, work="drawing", sets=4),
+        Case(SMALL, 512, 16, work="recorded", sets=4),
+    ),
+    "cuda": (
+        Case(LARGE, 1024, 4, "bfloat16", device="cuda"),
+        Case(LARGE, 1024, 4, "bfloat16", level=3, device="cuda"),
+        Case(LARGE, 1024, 4, "bfloat16", device="cuda", work="drawing", sets=8),
+        Case(LARGE, 1024, 4, "bfloat16", device="cuda", work="recorded", sets=8),
+    ),
+}
 WORKS = ("training", "drawing", "recorded")
 STEPS = 25  # of each set
 
@@ -104,18 +112,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     commands = parser.add_subparsers(required=True)
     tables = commands.add_parser("tables", help="computed, of training configs")
     tables.add_argument("configs", type=Path, nargs="+", help="training configs (YAML)")
-    tables.add_argument("--level", type=int, default=0, help="gradient checkpointing (0)")
-    tables.add_argument("--gpu", type=float, default=80, help="GiB of a GPU (80)")
     tables.set_defaults(run=print_tables)
     measured = commands.add_parser("measure", help="of small models")
-    measured.add_argument("--arch", nargs=3, help="names of the two encoders and the head")
-    measured.add_argument("--image-size", type=int, default=512, help="pixels (512)")
-    measured.add_argument("--batch-size", type=int, default=16, help="samples (16)")
-    measured.add_argument("--dtype", default="float32", choices=["float32", "float16", "bfloat16"])
-    measured.add_argument("--levels", type=int, nargs="+", default=[0], help="checkpointing (0)")
     measured.add_argument("--work", nargs="+", choices=WORKS, default=WORKS, help="(all)")
-    measured.add_argument("--sets", type=int, default=16, help="of tokens, in drawings (16)")
-    measured.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    measured.add_argument("--device", default="cpu", choices=CASES, help="(cpu)")
     measured.set_defaults(run=print_measured)
     return parser.parse_args(argv)
 
@@ -133,24 +133,13 @@ def print_measured(args: argparse.Namespace) -> None:
     """Print the table."""
     names = ("work", "model", "px", "batch", "dtype", "level")
     print_head(*names, "simulated, GiB", "measured, GiB", "ratio")
-    for case in make_cases(args):
+    for case in CASES[args.device]:
+        if case.work not in args.work:
+            continue
         simulated, measured = simulate(case), run_child(case)
         sizes = (case.image_size, case.batch_size, case.dtype, case.level)
         figures = (f"{simulated / GIB:.2f}", f"{measured / GIB:.2f}", f"{simulated / measured:.3f}")
         print_row(case.work, " ".join(case.arch), *sizes, *figures)
-
-
-def make_cases(args: argparse.Namespace) -> list[Case]:
-    """The cases of the command line, or those shown in docs/scaling.md."""
-    if args.arch is None and args.device == "cpu":
-        return [case for case in DEFAULT_CASES if case.work in args.work]
-    arch = tuple(args.arch or SMALL)
-    shared = (arch, args.image_size, args.batch_size, args.dtype)
-    return [
-        Case(*shared, level, args.device, work, args.sets)
-        for work in args.work
-        for level in (args.levels if work == "training" else [0])
-    ]
 
 
 def model_config(case: Case) -> dict[str, Any]:
@@ -313,9 +302,9 @@ def read_status(name: str) -> int:
 
 def print_tables(args: argparse.Namespace) -> None:
     """Print the tables of docs/scaling.md."""
-    usable = int(args.gpu * dry_run.USABLE_SHARE * GIB)
+    usable = int(GPU * dry_run.USABLE_SHARE)
     for path in args.configs:
-        plan = set_level(make_plan(path), args.level)
+        plan = make_plan(path)
         counts = memory.ParameterCounts.of(plan.make())
         batch = plan.batch_shape()
         print(f"### {path.stem}: {counts.total / 1e6:.0f} M parameters, batch {batch.size}\n")
