@@ -52,7 +52,8 @@ def read_pictures(size: int) -> ndarray:
 
 def read_clips(size: int) -> ndarray:
     """Every third frame of the sample video, and a pan over a sample picture, (2, F, S, S, 3)."""
-    with imageio.get_reader(ASSETS / "sample_video.mp4") as reader:
+    reader: Any = imageio.get_reader(ASSETS / "sample_video.mp4")
+    with reader:
         video = [Image.fromarray(reader.get_data(3 * index)) for index in range(NUM_FRAMES)]
     left = (video[0].width - video[0].height) // 2
     balloon = [cut(frame, left, frame.height, size) for frame in video]

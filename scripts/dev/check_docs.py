@@ -309,7 +309,7 @@ def check_yaml(text: str) -> None:
         _check_section(config, "", schema)
 
 
-def _check_section(section: dict[str, Any], prefix: str, schema: dict[str, Any]) -> None:
+def _check_section(section: dict[Any, Any], prefix: str, schema: dict[str, Any]) -> None:
     for name, value in section.items():
         path = prefix + name
         if path not in schema:

@@ -217,7 +217,8 @@ def measure(case: Case) -> int:
     if case.work == "training":
         train(case)
     else:
-        model = make_drawing_model(case).to(case.device)
+        model = make_drawing_model(case)
+        nn.Module.to(model, case.device)
         if case.work == "recorded":
             model.programs = Programs(record_cuda_graph if case.device == "cuda" else record_calls)
         draw(model, case, make_run())

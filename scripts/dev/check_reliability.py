@@ -28,7 +28,6 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -166,36 +165,22 @@ def check_faults(args: argparse.Namespace) -> int:
 # --- saving -------------------------------------------------------------------------------------
 
 
-@dataclass
-class Seconds:
-    """What one way to save takes.
-
-    Attributes:
-        alone: Steps without a save.
-        beside: Steps while a checkpoint is being written.
-        blocked: Time of each save in which no step could be made.
-        written: Time of each save until it is on the disk.
-    """
-
-    alone: list[float] = field(default_factory=list)
-    beside: list[float] = field(default_factory=list)
-    blocked: list[float] = field(default_factory=list)
-    written: list[float] = field(default_factory=list)
+# Seconds of: steps without a save; steps while a checkpoint is being written; each save in which no
+# step could be made; each save until it is on the disk.
+SAVING = ("step alone, s", "step beside it, s", "blocked, s", "on disk after, s")
 
 
 def measure_saving(args: argparse.Namespace) -> int:
     """Time both ways to save."""
-    names = ("step alone, s", "step beside it, s", "blocked, s", "on disk after, s")
-    print_head("save", *names)
+    print_head("save", *SAVING)
     for way, is_async in (("at once", "false"), ("in the background", "true")):
-        seconds = save_in_turns(args, f"checkpoint.async_save={is_async}")
-        values = (seconds.alone, seconds.beside, seconds.blocked, seconds.written)
-        print_row(way, *(f"{statistics.median(one):.3f}" if one else "-" for one in values))
+        columns = save_in_turns(args, f"checkpoint.async_save={is_async}")
+        print_row(way, *(f"{statistics.median(one):.3f}" if one else "-" for one in columns))
     return 0
 
 
-def save_in_turns(args: argparse.Namespace, option: str) -> Seconds:
-    """Train and save in turns."""
+def save_in_turns(args: argparse.Namespace, option: str) -> tuple[list[float], ...]:
+    """Train and save in turns; returns the columns of the table."""
     folder = args.output / "saving"
     trainer = make_trainer(
         [
@@ -212,19 +197,20 @@ def save_in_turns(args: argparse.Namespace, option: str) -> Seconds:
     )
     for _ in range(WARM_UP):
         step(trainer)
-    seconds = Seconds()
+    columns: tuple[list[float], ...] = ([], [], [], [])
+    alone, beside, blocked, written = columns
     trainer.global_step = int(time.time())  # names that no earlier call has used
     for _ in range(args.turns):
-        seconds.alone += [step(trainer) for _ in range(args.steps)]
+        alone += [step(trainer) for _ in range(args.steps)]
         start = time.perf_counter()
         trainer.save()
-        seconds.blocked.append(time.perf_counter() - start)
+        blocked.append(time.perf_counter() - start)
         while trainer.writer.is_writing:
-            seconds.beside.append(step(trainer))
-        seconds.written.append(time.perf_counter() - start)
+            beside.append(step(trainer))
+        written.append(time.perf_counter() - start)
         trainer.writer.wait()
     trainer.close()
-    return seconds
+    return columns
 
 
 def make_trainer(options: Sequence[str]) -> Any:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
 from diffnext.cli.parsing import command_parser
 from diffnext.config.schema import KEEP, SchemaKey, TrainConfig, iterate_schema, look_up
@@ -59,7 +59,7 @@ def render() -> str:
     return "\n".join(parts)
 
 
-def _table(title: str, summary: str, keys: Sequence[SchemaKey], configs: list[DictConfig]) -> str:
+def _table(title: str, summary: str, keys: Sequence[SchemaKey], configs: Sequence[Any]) -> str:
     lines = [f"## {title}", ""]
     lines += [summary, ""] if summary else []
     lines += ["| Key | Type | Default | Meaning | T2I | T2V |", "|---|---|---|---|---|---|"]
@@ -73,7 +73,7 @@ def _table(title: str, summary: str, keys: Sequence[SchemaKey], configs: list[Di
     return "\n".join(lines) + "\n"
 
 
-def _shipped(config: DictConfig, path: str) -> str:
+def _shipped(config: Any, path: str) -> str:
     """What a file sets; the text itself where it refers to other keys."""
     is_set, value = look_up(OmegaConf.to_container(config, resolve=False), path)
     return _code(value) if is_set else ""

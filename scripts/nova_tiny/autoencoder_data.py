@@ -94,7 +94,8 @@ def read_frames(path: str, stride: int) -> list[Image.Image]:
     """
     if not os.path.exists(path):
         raise ConfigError(f"data.videos: there is no file {path!r}")
-    with imageio.get_reader(path) as reader:
+    reader: Any = imageio.get_reader(path)
+    with reader:
         return [Image.fromarray(frame) for index, frame in enumerate(reader) if index % stride == 0]
 
 
@@ -209,8 +210,10 @@ def random_window(
 ) -> Sequence[Any]:
     """Choose ``num_frames`` frames at even distances of at most ``max_stride``."""
     longest_stride = (len(frames) - 1) // max(num_frames - 1, 1)
-    stride = rng.integers(min(max_stride, longest_stride)) + 1 if num_frames > 1 else 1
-    start = rng.integers(len(frames) - stride * (num_frames - 1))
+    stride = 1
+    if num_frames > 1:
+        stride += int(rng.integers(min(max_stride, longest_stride)))
+    start = int(rng.integers(len(frames) - stride * (num_frames - 1)))
     return frames[start : start + stride * (num_frames - 1) + 1 : stride]
 
 

@@ -119,7 +119,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 @functools.lru_cache
 def load_pipeline(
-    model: Path | None, config: Path | None, size: int | None, dtype: str, quantization: str | None
+    model: Path | None, config: Path, size: int | None, dtype: str, quantization: str | None
 ) -> tuple[NOVAPipeline, Any]:
     """A pipeline with these weights, random ones for a config, and the scheduler it came with."""
     if model:
@@ -137,7 +137,7 @@ def load_pipeline(
 def read_sizes(config: Path, size: int | None) -> dict[str, Any]:
     """Arguments of the model of a config, for another size in pixels if that is given."""
     loaded = OmegaConf.load(config)
-    sizes = OmegaConf.to_container(loaded.pipeline.paths.module_config.transformer)
+    sizes: Any = OmegaConf.to_container(loaded.pipeline.paths.module_config.transformer)
     if size is None:
         return sizes
     stride = sizes["image_stride"]
@@ -180,16 +180,17 @@ def draw(args: argparse.Namespace, one: Approximation) -> Tensor:
         generator=torch.Generator().manual_seed(args.seed),
         output_type="latent",
         disable_progress_bar=True,
+        return_dict=False,
         **arguments,
-    ).frames
+    )[0]
 
 
 def random_states(pipe: NOVAPipeline, count: int) -> dict[str, list[Tensor]]:
     """Random text states, for a pipeline without a text encoder."""
     generator = torch.Generator().manual_seed(1)
     config = pipe.transformer.config
-    length = min(30, config.text_token_len)
-    states = torch.randn(count, length, config.text_token_dim, generator=generator)
+    length = min(30, config["text_token_len"])
+    states = torch.randn(count, length, config["text_token_dim"], generator=generator)
     states = states.to(pipe.transformer.dtype)
     return {"prompt_embeds": list(states), "negative_prompt_embeds": [s[:0] for s in states]}
 

@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import imageio.v2 as imageio
 import numpy as np
@@ -68,6 +69,12 @@ class View:
 def paint(canvas: ndarray, color: Color | ndarray, mask: ndarray) -> None:
     """Blend a color, or an (H, W, 3) picture, over the canvas in place."""
     canvas += (np.asarray(color, dtype=np.float32) - canvas) * mask[..., None]
+
+
+def scaled(color: Color, factor: float) -> Color:
+    """A darker or lighter color."""
+    red, green, blue = color
+    return red * factor, green * factor, blue * factor
 
 
 def gradient(position: ndarray, stops: Sequence[tuple[float, Color]]) -> ndarray:
@@ -220,7 +227,7 @@ def draw_forest(canvas: ndarray, view: View, mood: Mood, camera: float) -> None:
         x = (place * span - 0.75 * camera) % span - 0.1
         grove = value_noise(np.array([place * 14]), np.zeros(1), 8)[0]
         height = (0.02 + 0.05 * grove) * (0.6 + 0.7 * size)
-        shade = tuple(channel * (0.7 + 0.5 * tone) for channel in mood.near)
+        shade = scaled(mood.near, 0.7 + 0.5 * tone)
         draw_pine(canvas, view, (x, HORIZON + 0.004), height, shade)
 
 
@@ -245,12 +252,13 @@ def draw_lake(canvas: ndarray, view: View, mood: Mood, time: float) -> None:
 def draw_bank(canvas: ndarray, view: View, mood: Mood) -> None:
     """Paint the near bank: tall pines on the left, grass and reeds along the edge."""
     rng = np.random.default_rng(11)
-    dark = tuple(0.55 * channel for channel in mood.near)
+    dark = scaled(mood.near, 0.55)
     crest = 0.90 + 0.10 * view.x[0] ** 0.7 + 0.02 * ridge_line(view.x[0] * 6, 33)
     blades = 0.022 * value_noise(view.x[0] * 260, np.zeros_like(view.x[0]), 31)
     paint(canvas, dark, view.inside(view.y - (crest - blades)[None, :]))
     for x, height in ((0.30, 0.30), (0.02, 0.62), (0.21, 0.44), (0.11, 0.74)):
-        draw_pine(canvas, view, (x, 0.95), height, tuple(c * rng.uniform(0.8, 1.2) for c in dark))
+        red, green, blue = (channel * rng.uniform(0.8, 1.2) for channel in dark)
+        draw_pine(canvas, view, (x, 0.95), height, (red, green, blue))
 
 
 def draw_birds(canvas: ndarray, view: View, mood: Mood) -> None:
@@ -387,7 +395,7 @@ def draw_coral(canvas: ndarray, view: View, root: Point, size: float, color: Col
             radius = 0.5 * thickness / view.pixel
             x, y = line[1]
             pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=255)
-        paint(canvas, tuple(brightness * c for c in color), np.asarray(mask, np.float32) / 255)
+        paint(canvas, scaled(color, brightness), np.asarray(mask, np.float32) / 255)
 
 
 def draw_brain_coral(canvas: ndarray, view: View, center: Point, radius: float) -> None:
@@ -413,7 +421,7 @@ def draw_sea_grass(canvas: ndarray, view: View) -> None:
         left = list(zip(sway - half, y, strict=True))
         right = list(zip(sway + half, y, strict=True))
         green = np.array([18, 92, 66]) + rng.uniform(0, 1) * np.array([60, 92, 20])
-        paint(canvas, tuple(green), polygon_mask(view, left + right[::-1], oversampling=1))
+        paint(canvas, green, polygon_mask(view, left + right[::-1], oversampling=1))
 
 
 def draw_fish(
@@ -505,9 +513,10 @@ def save_picture(canvas: ndarray, path: Path) -> None:
 def save_video(frames: Iterator[ndarray], path: Path) -> None:
     """Encode frames as H.264."""
     options = ["-crf", "24", "-preset", "slow", "-threads", "1"]
-    with imageio.get_writer(
+    writer: Any = imageio.get_writer(
         path, fps=FRAMES_PER_SECOND, codec="libx264", quality=None, output_params=options
-    ) as writer:
+    )
+    with writer:
         for index, frame in enumerate(frames):
             writer.append_data(to_bytes(frame, seed=index, grain=0.5))
 

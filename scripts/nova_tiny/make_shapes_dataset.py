@@ -206,7 +206,7 @@ def encode_framewise(vae: AutoencoderKL, frames: ndarray) -> ndarray:
     chosen = frames[:, ::FRAMES_PER_LATENT]
     moments = torch.from_numpy(encode(vae, chosen.reshape(-1, 1, *chosen.shape[2:]))).float()
     mean, log_variance = moments.chunk(2, dim=1)
-    log_variance = log_variance + 2 * math.log(vae.config.scaling_factor)
+    log_variance = log_variance + 2 * math.log(vae.config["scaling_factor"])
     scaled = torch.cat([vae.scale_(mean), log_variance], dim=1)
     return scaled.unflatten(0, chosen.shape[:2]).transpose(1, 2).half().contiguous().numpy()
 

@@ -23,7 +23,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from diffusers.models.resnet import ResnetBlock2D
@@ -299,10 +299,10 @@ def whiten_latents(vae: Autoencoder, center: Tensor, std: Tensor) -> None:
     """
     scaling_factor = std.square().mean().rsqrt().item()
     spread = std * scaling_factor
-    before, after = vae.quant_conv, vae.post_quant_conv
+    before: Any = vae.quant_conv
+    after: Any = vae.post_quant_conv
     channels = len(center)
-    to_affine = {"dtype": before.weight.dtype, "device": before.weight.device}
-    center, spread = center.to(**to_affine), spread.to(**to_affine)
+    center, spread = center.to(before.weight), spread.to(before.weight)
     ones = (1,) * (after.weight.ndim - 2)  # kernels of one position, 2-D or 3-D
     after.bias += after.weight.flatten(1) @ center
     after.weight *= spread.view(1, -1, *ones)
@@ -315,7 +315,8 @@ def whiten_latents(vae: Autoencoder, center: Tensor, std: Tensor) -> None:
 @torch.no_grad()
 def scale_posterior(vae: Autoencoder, factor: float) -> None:
     """Multiply the posterior's standard deviation, in the convolution before the latents."""
-    _, log_variance = vae.quant_conv.bias.chunk(2)
+    before: Any = vae.quant_conv
+    _, log_variance = before.bias.chunk(2)
     log_variance += 2 * math.log(factor)
 
 
@@ -354,19 +355,13 @@ def build_model(settings: Settings) -> Autoencoder:
     """
     model_class = MODEL_CLASSES[settings.model_class]
     source = settings.init_from
-    starts_from_pictures = source and settings.is_video and is_image_autoencoder(source)
-    if source and not starts_from_pictures:
+    if source and AutoencoderKL.load_config(source)["_class_name"] == settings.model_class:
         return model_class.from_pretrained(source)
     vae = model_class(**settings.model)
     prepare_weights(vae)
-    if starts_from_pictures:
+    if source:
         inflate_weights(vae, AutoencoderKL.from_pretrained(source))
     return vae
-
-
-def is_image_autoencoder(folder: str) -> bool:
-    """Whether a folder holds an AutoencoderKL."""
-    return AutoencoderKL.load_config(folder).get("_class_name") == "AutoencoderKL"
 
 
 @torch.no_grad()
@@ -414,17 +409,21 @@ def prepare_weights(vae: Autoencoder) -> None:
             nn.init.zeros_(module.weight)
             present = module.weight[:, :, -1] if isinstance(module, nn.Conv3d) else module.weight
             nn.init.kaiming_normal_(present, nonlinearity="linear")
+            assert module.bias is not None
             nn.init.zeros_(module.bias)
     for module in vae.modules():
         if isinstance(module, ResnetBlock2D | ResBlock):
             nn.init.zeros_(module.conv2.weight)
         if isinstance(module, FrameAttention):
-            nn.init.zeros_(module.to_out[0].weight)
-            nn.init.zeros_(module.to_out[0].bias)
-    channels = vae.config.latent_channels
-    vae.quant_conv.weight[channels:] *= 0.1
-    vae.quant_conv.bias[channels:] = FIRST_LOG_VARIANCE
-    vae.decoder.conv_out.weight *= 0.3  # pictures stay within -1 to 1
+            projection: Any = module.to_out[0]
+            nn.init.zeros_(projection.weight)
+            nn.init.zeros_(projection.bias)
+    channels = vae.config["latent_channels"]
+    last: Any = vae.quant_conv
+    last.weight[channels:] *= 0.1
+    last.bias[channels:] = FIRST_LOG_VARIANCE
+    decoder: Any = vae.decoder
+    decoder.conv_out.weight *= 0.3  # pictures stay within -1 to 1
 
 
 def check_model(vae: Autoencoder, settings: Settings) -> None:
@@ -433,7 +432,7 @@ def check_model(vae: Autoencoder, settings: Settings) -> None:
     Raises:
         ConfigError: If crops or clips do not fit the model, or its latents cannot be whitened.
     """
-    stride = 2 ** (len(vae.config.block_out_channels) - 1)
+    stride = 2 ** (len(vae.config["block_out_channels"]) - 1)
     if any(size % stride for size in settings.data.crop_sizes):
         raise ConfigError(
             f"data.crop_sizes must be multiples of {stride}, got {list(settings.data.crop_sizes)}"
@@ -549,7 +548,7 @@ class AutoencoderTrainer:
     def evaluate(self, batches: int = 8) -> float:
         """Reconstruct held-out crops from the posterior's mean; returns the mean PSNR in dB."""
         self.vae.eval()
-        values = []
+        values: list[float] = []
         for index in range(batches):
             x = self.batch(EVALUATION, index)
             y = self.vae.decode(self.vae.encode(x).latent_dist.mean).sample

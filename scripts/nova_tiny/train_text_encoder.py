@@ -142,12 +142,10 @@ def list_facts(descriptions: Sequence[scenes.Description]) -> Tensor:
 
 
 def _facts(description: scenes.Description) -> list[str | int | None]:
-    first, second = (*description.mentions, scenes.Mention(None))[:2]
-    return [
-        *(first.shape, first.color, first.size),
-        *(second.shape, second.color, second.size),
-        *(description.count, description.relation, description.background, description.motion),
-    ]
+    mentions = [(one.shape, one.color, one.size) for one in description.mentions]
+    first, second = (*mentions, (None, None, None))[:2]
+    rest = (description.count, description.relation, description.background, description.motion)
+    return [*first, *second, *rest]
 
 
 def fact_errors(logits: Tensor, facts: Tensor) -> Tensor:

@@ -117,7 +117,7 @@ def run_tests(context: Context) -> Iterator[Figures]:
     """Run the tests that need a GPU; a rehearsal finds them."""
     files = [path for path in (ROOT / "tests").rglob("test_*.py") if "mark.gpu" in path.read_text()]
     options = ["--collect-only"] if context.is_rehearsal else []
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", *options, *files]
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", *options, *map(str, files)]
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     print(done.stdout, file=sys.stderr)
     yield {"pytest -m gpu": done.stdout.strip().splitlines()[-1]}

@@ -108,7 +108,7 @@ def make_model_arguments(args: argparse.Namespace) -> dict[str, Any]:
         ValueError: If the size does not fit the model's strides.
     """
     if args.model:
-        config = json.loads((args.model / "transformer" / "config.json").read_text())
+        config: Any = json.loads((args.model / "transformer" / "config.json").read_text())
         config = {name: value for name, value in config.items() if not name.startswith("_")}
     else:
         path = args.config or ROOT / "configs" / "nova_d48w768_sdxl1024.yaml"

@@ -84,7 +84,7 @@ def write_model(folder: Path, arch: Sequence[str] | None) -> None:
     if arch is not None:
         config.pipeline.paths.module_config.transformer.arch = list(arch)
     OmegaConf.save(config, folder / "config.yaml")
-    options = ["--config", folder / "config.yaml", "--output", folder / "model", "--tiny"]
+    options = ["--config", f"{folder}/config.yaml", "--output", f"{folder}/model", "--tiny"]
     command = [sys.executable, "-m", "diffnext", "init", *options]
     subprocess.run(command, check=True, capture_output=True)
 

@@ -83,8 +83,8 @@ class Worker:
 
     def __init__(self, settings: dict[str, Any]) -> None:
         torch.set_num_threads(settings["threads"])
-        self.work = WORKS[settings["work"]](settings["spec"], settings["is_plain"])
-        self._result: Tensor | None = None
+        self.work: Any = WORKS[settings["work"]](settings["spec"], settings["is_plain"])
+        self._result: Any = None
 
     def ask(self, line: str) -> dict[str, Any]:
         """Follow an order.

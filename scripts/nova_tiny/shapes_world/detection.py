@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
 
 import numpy as np
 from numpy import ndarray
@@ -148,8 +147,3 @@ def outline_templates() -> tuple[list[str], list[float], list[float], ndarray]:
                 areas.append(float(mask.sum()) / (radius * size) ** 2)
                 masks.append(normalize((mask > MIN_DIFFERENCE).astype(np.float32)))
     return names, angles, areas, np.stack(masks)
-
-
-def track(frames: Sequence[ndarray]) -> list[tuple[Item, ...]]:
-    """Find the shapes of every frame of a clip."""
-    return [detect(frame).items for frame in frames]

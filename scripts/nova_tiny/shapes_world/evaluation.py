@@ -101,7 +101,7 @@ def can_show(description: scenes.Description, motion: str) -> bool:
     return motion != "turning" or description.mentions[0].shape not in scenes.ROUND
 
 
-def judge(description: scenes.Description, frames: Sequence[ndarray]) -> Verdict:
+def judge(description: scenes.Description, frames: Sequence[ndarray] | ndarray) -> Verdict:
     """Compare what was drawn with what was asked for.
 
     Args:

@@ -87,7 +87,8 @@ def coverage(item: scenes.Item, size: int) -> ndarray:
 
 def shadow(item: scenes.Item, size: int) -> ndarray:
     """How much of the light an item takes from the ground, (S, S) from 0 to 1."""
-    center = tuple(c - SHADOW_WAY * way for c, way in zip(item.center, LIGHT, strict=True))
+    x, y = item.center
+    center = (x - SHADOW_WAY * LIGHT[0], y - SHADOW_WAY * LIGHT[1])
     thrown = scenes.Item(item.shape, item.color, item.radius, center, item.angle)
     return np.clip(0.5 + inside(thrown, size) / SHADOW_BLUR, 0, 1)
 

@@ -138,10 +138,10 @@ class Motion:
 
     def apply(self, item: Item, time: float) -> Item:
         """The item at a time from 0, the first frame, to 1, the last one."""
-        center = tuple(c + s * time for c, s in zip(item.center, self.shift, strict=True))
+        (x, y), (right, down) = item.center, self.shift
         return replace(
             item,
-            center=center,
+            center=(x + right * time, y + down * time),
             angle=item.angle + self.turn * time,
             radius=item.radius * self.growth**time,
         )
@@ -252,7 +252,7 @@ def allowed_colors(shape: str) -> list[str]:
 
 def choose(rng: np.random.Generator, options: Sequence[str]) -> str:
     """Draw one of some names."""
-    return options[rng.integers(len(options))]
+    return options[int(rng.integers(len(options)))]
 
 
 def draw_description(rng: np.random.Generator, category: str) -> Description:
@@ -402,6 +402,7 @@ def draw_clip(
     Raises:
         ValueError: If there seems to be no room for the motion.
     """
+    assert description.motion is not None
     motion = MOTIONS[description.motion]
     for _ in range(MAX_TRIES):
         scene = draw_scene(rng, description, sizes=CLIP_SIZES)
