@@ -124,7 +124,10 @@ def launch(run: TinyRun, launcher: str, *overrides: str, script: str = "scripts/
     command = [*options, str(ROOT / script), *arguments]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # ninja for DeepSpeed
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": path, "PYTHONPATH": str(ROOT)}
-    environment |= {"WARM_SOCKET": warm_socket("zero2" in launcher), "PYTHON_EXEC": str(WARM_PYTHON)}
+    environment |= {
+        "WARM_SOCKET": warm_socket("zero2" in launcher),
+        "PYTHON_EXEC": str(WARM_PYTHON),
+    }
     done = subprocess.run(
         [str(WARM_PYTHON), *command], env=environment, capture_output=True, text=True, timeout=300
     )

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """Runs a script as ``python`` does, in a fork of a process that has imported the libraries already.
 
-A launched run of two processes imports PyTorch and what stands on it three times, which takes longer
-than six steps of a tiny model. ``python warm_python.py --serve SOCKET [MODULE ...]`` imports them once;
-``warm_python.py [-u] [-m MODULE | SCRIPT] ARGUMENT ...`` with ``WARM_SOCKET`` set asks for a fork
-with its own arguments, environment, folder and output, and ends as that one ends.
+A launched run of two processes imports PyTorch and all that is built on it three times, which
+takes longer than six steps of a tiny model. ``warm_python.py --serve SOCKET [MODULE ...]`` imports
+them once. With ``WARM_SOCKET`` set, ``warm_python.py [-u] [-m MODULE | SCRIPT] ARGUMENT ...`` asks
+it for a fork with its own arguments, environment, folder and output, and ends as that fork ends.
 """
 
 import atexit
