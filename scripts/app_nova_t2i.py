@@ -1,4 +1,4 @@
-"""Draw pictures in the browser.
+"""Draw pictures in the browser: `diffnext app image` with NOVA-tiny, if no other model is named.
 
     python scripts/app_nova_t2i.py
     python scripts/app_nova_t2i.py --model BAAI/nova-d48w1024-sdxl1024 --device 0
@@ -11,18 +11,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from apps.options import ASSETS, parse_args, set_environment
+from diffnext.cli.app import run_script
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the app; returns the exit code."""
-    args = parse_args(argv, __doc__, ASSETS / "nova-tiny")
-    set_environment()
-    # Only now, because they import torch, which reads the environment.
-    from apps.image_app import DEFAULTS, RANGES, ImageApp
-    from apps.server import serve
-
-    return serve(ImageApp, DEFAULTS, RANGES, args)
+    return run_script("image", __file__, __doc__, "nova-tiny", argv)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Draw videos in the browser, of a prompt or of a prompt and a picture.
+"""Draw videos in the browser: `diffnext app video` with NOVA-tiny-video, if no model is named.
 
     python scripts/app_nova_t2v.py
     python scripts/app_nova_t2v.py --model BAAI/nova-d48w1024-osp480 --device 0
@@ -11,18 +11,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from apps.options import ASSETS, parse_args, set_environment
+from diffnext.cli.app import run_script
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the app; returns the exit code."""
-    args = parse_args(argv, __doc__, ASSETS / "nova-tiny-video")
-    set_environment()
-    # Only now, because they import torch, which reads the environment.
-    from apps.server import serve
-    from apps.video_app import DEFAULTS, RANGES, VideoApp
-
-    return serve(VideoApp, DEFAULTS, RANGES, args)
+    return run_script("video", __file__, __doc__, "nova-tiny-video", argv)
 
 
 if __name__ == "__main__":

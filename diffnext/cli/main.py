@@ -12,6 +12,7 @@ from diffnext.version import __version__
 
 COMMANDS = {  # name: (module, what it does)
     "generate": ("diffnext.cli.generate", "draw pictures or videos of prompts"),
+    "app": ("diffnext.cli.app", "draw in the browser"),
     "cache": ("diffnext.cli.cache", "turn pictures or clips into a dataset to train on"),
     "inspect": ("diffnext.cli.inspect_cache", "look into such a dataset, check it, reshard it"),
     "init": ("diffnext.cli.init", "write an untrained model, to be trained from scratch"),
@@ -23,6 +24,7 @@ COMMANDS = {  # name: (module, what it does)
 EXAMPLES = """
 examples:
   diffnext generate "a red star" --model assets/nova-tiny
+  diffnext app image assets/nova-tiny
   diffnext cache images photos --output dataset --vae nova/vae --size 1024
   diffnext inspect show dataset
   diffnext init --config configs/nova_tiny_t2i.yaml --output untrained --tiny

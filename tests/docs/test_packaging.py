@@ -74,7 +74,8 @@ def test_the_wheel_holds_the_package_and_nothing_else(distributions):
     names = set(zipfile.ZipFile(distributions[1]).namelist())
     own = (path.relative_to(ROOT).as_posix() for path in (ROOT / "diffnext").rglob("*.py"))
     assert modules(names) == set(own)
-    assert "diffnext/py.typed" in names
+    data = ("page.css", "page.js", "pictures.txt", "videos.txt")
+    assert {"diffnext/py.typed", *(f"diffnext/apps/{name}" for name in data)} <= names
     assert all(re.match(r"diffnext(-[^/]+\.dist-info)?/", name) for name in names)
 
 

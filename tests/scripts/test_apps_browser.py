@@ -1,6 +1,7 @@
 """The apps in a browser: Chromium without a window, against the scripts as a user runs them.
 
-CHROMIUM names the browser where it is not found by itself. To renew the pictures of the guide:
+CHROMIUM names the browser where it is not found by itself. AXE names the file axe.min.js of the
+npm package axe-core; without it, accessibility is not checked. To renew the pictures of the guide:
 
     APP_SCREENSHOTS=docs pytest -m slow tests/scripts/test_apps_browser.py
 """
@@ -43,6 +44,13 @@ pytestmark = [
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 400  # for a start or a drawing on a machine that is busy with other things
 PATIENCE = 1000 * SECONDS
+DESKTOP, PHONE = (1280, 960), (390, 844)
+COUNT_SHIFTS = """
+window.shifts = 0;
+new PerformanceObserver((list) => list.getEntries().forEach((one) => {
+  window.shifts += one.value;
+})).observe({type: "layout-shift", buffered: true});
+"""
 RANDOM_MODEL = "random-weights"
 SHIPPED_MODEL = ROOT / "assets" / "nova-tiny-video"
 
@@ -112,20 +120,31 @@ def video_url(tmp_path_factory):
         yield url
 
 
+@pytest.fixture(scope="module")
+def shipped_url():
+    with serve("app_nova_t2v.py") as url:
+        yield url
+
+
 @pytest.fixture
 def open_page(browser):
     """Opens an app as a new visitor; requests that leave this machine are kept."""
     contexts = []
 
-    def open_as_new_visitor(url):
-        context = browser.new_context(viewport={"width": 1280, "height": 960})
+    def open_as_new_visitor(url, size=DESKTOP, scheme="light"):
+        context = browser.new_context(
+            viewport={"width": size[0], "height": size[1]}, color_scheme=scheme
+        )
         contexts.append(context)
         page = context.new_page()
         page.foreign = []
         page.on(
             "request",
-            lambda request: None if request.url.startswith(url) else page.foreign.append(request),
+            lambda request: (
+                None if request.url.startswith((url, "data:")) else page.foreign.append(request.url)
+            ),
         )
+        page.add_init_script(COUNT_SHIFTS)
         page.set_default_timeout(PATIENCE)
         page.goto(url)
         page.wait_for_selector("#generate")
@@ -143,29 +162,32 @@ def set_number(page, elem_id, value):
     box.blur()
 
 
-def result_source(page, tag="img", other_than=None):
-    """Address of the first result, once it is there and another than before."""
-
-    def find():
-        found = page.locator(f"#result1 {tag}[src]")
-        source = found.get_attribute("src") if found.count() else None
-        return source if source and source != other_than else None
-
-    return wait_for(find)
-
-
-def download(url):
-    with urllib.request.urlopen(url, timeout=60) as response:
-        return response.read()
+def draw(page, prompt=None):
+    """Ask for a prompt, and wait until it is drawn."""
+    if prompt is not None:
+        page.fill("#prompt textarea", prompt)
+    before = page.locator("#drawn li").count()
+    page.click("#generate")
+    wait_for(lambda: page.locator("#drawn li").count() > before)
+    wait_for(lambda: "Done." in status(page))
 
 
-def read_picture(url):
-    return np.asarray(Image.open(io.BytesIO(download(url))).convert("RGB"))
+def drawn_file(page, folder, number=1):
+    """A result, as its link saves it."""
+    with page.expect_download() as download:
+        page.click(f"#result{number} a[download]")
+    path = folder / download.value.suggested_filename
+    download.value.save_as(path)
+    return path
+
+
+def read_picture(path):
+    return np.asarray(Image.open(path).convert("RGB"))
 
 
 def status(page):
-    """What is written over the first result: progress, or the place in the queue."""
-    return page.locator("#result1").inner_text()
+    """What is written over the results: progress, the place in the queue, or the end."""
+    return page.locator("#status").inner_text()
 
 
 def save_screenshot(page, name):
@@ -176,21 +198,23 @@ def save_screenshot(page, name):
         picture.quantize(128).save(Path(folder) / name, optimize=True)
 
 
+# --- pictures -------------------------------------------------------------------------------
+
+
 def test_a_prompt_becomes_pictures(image_url, open_page, tmp_path):
     page = open_page(image_url)
-    page.fill("#prompt textarea", "a green square")
-    page.click("#generate")
-    result_source(page)
-    sources = [page.locator(f"#result{n} img").get_attribute("src") for n in (1, 2, 3, 4)]
+    draw(page, "a green square")
     seed = int(page.locator("#seed input[type=number]").input_value())
     found = []
-    for index, source in enumerate(sources):
-        file = tmp_path / f"{index}.webp"
-        file.write_bytes(download(source))
+    for index in range(4):
+        file = drawn_file(page, tmp_path, index + 1)
         parameters = read_parameters(file)
         assert parameters["prompt"] == "a green square" and parameters["seed"] == seed + index
         assert parameters["guidance_scale"] == 2.5 and parameters["num_inference_steps"] == 16
-        found.append([(item.color, item.shape) for item in detect(read_picture(source)).items])
+        found.append([(item.color, item.shape) for item in detect(read_picture(file)).items])
+        picture = page.locator(f"#result{index + 1} img")
+        assert picture.get_attribute("alt") == f"a green square (seed {seed + index})"
+        assert picture.evaluate("(image) => image.naturalWidth") == 64
     assert [("green", "square")] in found
     shown = page.locator("#result1 img").bounding_box()
     assert min(shown["width"], shown["height"]) > 200  # pictures of 64 pixels are enlarged
@@ -198,49 +222,82 @@ def test_a_prompt_becomes_pictures(image_url, open_page, tmp_path):
     save_screenshot(page, "app_t2i.png")
 
 
-def test_enter_draws_and_the_same_seed_draws_the_same(image_url, open_page):
+def test_enter_draws_and_settings_of_a_result_are_used_again(image_url, open_page, tmp_path):
     page = open_page(image_url)
     page.uncheck("#randomize-seed input")
     set_number(page, "seed", 5)
     page.fill("#prompt textarea", "a blue cross")
     page.press("#prompt textarea", "Enter")
-    first = result_source(page)
+    wait_for(lambda: "Done." in status(page))
     assert page.locator("#prompt textarea").input_value() == "a blue cross"  # without a new line
+    first = read_picture(drawn_file(page, tmp_path))
+
+    page.check("#randomize-seed input")
+    set_number(page, "inference-steps", 4)
+    page.fill("#prompt textarea", "a red ring")
     page.press("#negative-prompt textarea", "Enter")
-    second = result_source(page, other_than=first)
-    assert np.array_equal(read_picture(first), read_picture(second))
+    wait_for(lambda: page.locator("#drawn li").count() == 8)
+    wait_for(lambda: "Done." in status(page))
+    page.get_by_role("button", name="Use the settings of a blue cross (seed 5)").click()
+    wait_for(lambda: page.locator("#prompt textarea").input_value() == "a blue cross")
     assert page.locator("#seed input[type=number]").input_value() == "5"
+    assert page.locator("#inference-steps input[type=number]").input_value() == "16"
+    assert not page.locator("#randomize-seed input").is_checked()
+    draw(page)
+    assert np.array_equal(read_picture(drawn_file(page, tmp_path)), first)
 
 
-def test_an_example_fills_the_prompt(image_url, open_page):
+def test_pictures_emerge_and_stay_when_stopped(image_url, open_page, tmp_path):
     page = open_page(image_url)
-    page.get_by_role("button", name="two cyan stars").click()
+    set_number(page, "inference-steps", 64)
+    set_number(page, "diffusion-steps", 50)
+    assert page.locator("#stop").is_disabled()
+    page.click("#generate")
+    wait_for(lambda: page.locator("#result4 img[src^='data:']").count())
+    assert re.match(r"Set \d+ of \d+", status(page))
+    page.click("#stop")
+    wait_for(lambda: "what is grey is not drawn" in status(page))
+    assert read_parameters(drawn_file(page, tmp_path))["stopped_after_sets"] > 0
+    assert page.locator("#drawn li").count() == 4
+    assert page.locator("#stop").is_disabled()
+    save_screenshot(page, "app_stopped.png")
+
+
+def test_the_length_of_a_prompt_is_told(image_url, open_page):
+    page = open_page(image_url)
+    length = page.locator(".length").first
+    page.get_by_role("button", name="two cyan stars").click()  # an example
     wait_for(lambda: page.locator("#prompt textarea").input_value() == "two cyan stars")
-
-
-def test_mistakes_are_explained(image_url, open_page):
-    page = open_page(image_url)
+    wait_for(lambda: length.inner_text() == "3 of 24 tokens")
+    page.fill("#prompt textarea", "a star " * 30)
+    wait_for(lambda: "The prompt has 61 tokens, the model reads 24" in length.inner_text())
+    assert page.locator("#prompt textarea").input_value() == "a star " * 30  # not cut
+    page.click("#generate")
+    wait_for(lambda: "The prompt has 61 tokens" in status(page))
     page.fill("#prompt textarea", "")
     page.click("#generate")
-    page.get_by_text("The prompt is empty.").wait_for()
+    wait_for(lambda: status(page) == "The prompt is empty.")
 
 
 def test_other_files_are_not_served(image_url):
     for path in ("/etc/hostname", ROOT / "README.md", ROOT / "assets/nova-tiny/model_index.json"):
         with pytest.raises(urllib.error.HTTPError) as refused:
-            download(f"{image_url}gradio_api/file={path}")
+            urllib.request.urlopen(f"{image_url}gradio_api/file={path}", timeout=60)
         assert refused.value.code in (403, 404)
 
 
-def test_nobody_passes_the_queue(image_url):
+def test_the_page_alone_can_draw(image_url):
     request = urllib.request.Request(
-        f"{image_url}gradio_api/run/generate_image4",
+        f"{image_url}gradio_api/run/generate",
         data=b'{"data": ["a", "", 0, false, 5, 4, 4]}',
         headers={"Content-Type": "application/json"},
     )
     with pytest.raises(urllib.error.HTTPError) as refused:
         urllib.request.urlopen(request, timeout=60)
     assert refused.value.code in (401, 403, 404)
+
+
+# --- videos -----------------------------------------------------------------------------------
 
 
 def make_image_prompt(path):
@@ -259,13 +316,14 @@ def test_a_prompt_and_a_picture_become_a_video(video_url, open_page, tmp_path):
     page.get_by_text("Advanced Options").click()
     set_number(page, "inference-steps", 4)
     set_number(page, "diffusion-steps", 5)
+    (tmp_path / "damaged.png").write_text("no picture")
+    page.set_input_files("#image-prompt input[type=file]", tmp_path / "damaged.png")
+    page.get_by_text("The image prompt: is not a picture in a known format").wait_for()
     make_image_prompt(tmp_path / "prompt.png")
     page.set_input_files("#image-prompt input[type=file]", tmp_path / "prompt.png")
     page.wait_for_selector("#image-prompt img")
-    page.fill("#prompt textarea", "a red square moving left")
-    page.press("#prompt textarea", "Enter")
-    file = tmp_path / "clip.mp4"
-    file.write_bytes(download(result_source(page, "video")))
+    draw(page, "a red square moving left")
+    file = drawn_file(page, tmp_path)
     frames = imageio.imread(file)
     assert frames.shape == (17, 256, 256, 3)
     # Upright, red is above; what was transparent is white.
@@ -276,52 +334,83 @@ def test_a_prompt_and_a_picture_become_a_video(video_url, open_page, tmp_path):
     assert parameters["max_latent_length"] == 5 and parameters["model"] == RANDOM_MODEL
     assert len(parameters["image_sha256"]) == 64
     assert page.foreign == []
-    save_screenshot(page, "app_t2v.png")
 
 
 def test_a_second_visitor_waits_and_stopping_lets_them_in(video_url, open_page):
     first, second = open_page(video_url), open_page(video_url)
     first.click("#generate")  # as for a released model: 128 sets of 100 steps a frame
-    wait_for(lambda: re.search(r"\d+/\d+ sets", status(first)))
+    wait_for(lambda: re.search(r"Set \d+ of", status(first)))
     second.click("#generate")
-    wait_for(lambda: "queue: 1/1" in status(second))
-    assert "sets" in status(first)
+    wait_for(lambda: "You are number 2 in the queue." in status(second))
 
     # In the queue: the visitor leaves it, and the drawing in progress goes on.
     second.click("#stop")
-    wait_for(lambda: status(second).strip() == "")
-    assert "sets" in status(first)
+    wait_for(lambda: "You left the queue" in status(second))
+    assert "Set" in status(first)
     second.click("#generate")
-    wait_for(lambda: "queue: 1/1" in status(second))
+    wait_for(lambda: "You are number 2 in the queue." in status(second))
 
     # In progress: it ends long before its time, and the next visitor's turn has come.
     first.click("#stop")
-    wait_for(lambda: re.search(r"\d+/\d+ sets", status(second)))
-    assert status(first).strip() == ""
-    assert first.locator("#result1 video[src]").count() == 0
-    second.click("#stop")
-    wait_for(lambda: status(second).strip() == "")
-
-    # Nothing is left of the interruption.
-    for elem_id, value in (("inference-steps", 4), ("diffusion-steps", 5)):
-        if not first.locator(f"#{elem_id}").is_visible():
-            first.get_by_text("Advanced Options").click()
-        set_number(first, elem_id, value)
-    first.click("#generate")
-    result_source(first, "video")
+    wait_for(lambda: "Stopped after set" in status(first))
+    assert first.locator("#result1 video[src]").count() == 1
+    wait_for(lambda: re.search(r"Set \d+ of", status(second)))
+    second.context.close()  # so does who leaves
+    first.get_by_text("Advanced Options").click()
+    set_number(first, "inference-steps", 4)
+    set_number(first, "diffusion-steps", 5)
+    draw(first)
 
     # The app, which is told to end now, has to end in the middle of a drawing: see serve().
-    second.click("#generate")
-    wait_for(lambda: re.search(r"\d+/\d+ sets", status(second)))
+    set_number(first, "inference-steps", 128)
+    first.click("#generate")
+    wait_for(lambda: re.search(r"Set \d+ of", status(first)))
 
 
-def test_the_model_that_comes_with_the_code_makes_a_video(open_page, tmp_path):
-    with serve("app_nova_t2v.py") as url:
-        page = open_page(url)
-        page.fill("#prompt textarea", "a blue circle moving right")
-        page.click("#generate")
-        file = tmp_path / "clip.mp4"
-        file.write_bytes(download(result_source(page, "video")))
-        assert read_parameters(file)["model"] == SHIPPED_MODEL.name
-        assert len(imageio.imread(file)) == 17
-        save_screenshot(page, "app_t2v.png")
+def test_the_model_that_comes_with_the_code_makes_a_video(shipped_url, open_page, tmp_path):
+    page = open_page(shipped_url)
+    draw(page, "a blue circle moving right")
+    file = drawn_file(page, tmp_path)
+    assert read_parameters(file)["model"] == SHIPPED_MODEL.name
+    assert len(imageio.imread(file)) == 17
+    save_screenshot(page, "app_t2v.png")
+
+
+# --- both, on screens of several sizes --------------------------------------------------------
+
+
+@pytest.fixture(params=["image_url", "shipped_url"])
+def url(request):
+    return request.getfixturevalue(request.param)
+
+
+@pytest.mark.parametrize(("size", "scheme"), [(DESKTOP, "light"), (PHONE, "dark")])
+def test_nothing_jumps_and_all_fits(url, open_page, size, scheme):
+    page = open_page(url, size, scheme)
+    button = page.locator("#generate").bounding_box()
+    assert button["y"] + button["height"] <= size[1]
+    assert page.evaluate("document.documentElement.scrollWidth") <= size[0]
+    page.wait_for_timeout(1000)
+    page.evaluate("window.shifts = 0")
+    draw(page, "a red ring")
+    result = page.locator("#result1").bounding_box()
+    assert result["y"] < size[1] - 100  # seen without scrolling
+    assert page.locator("#generate").bounding_box() == button
+    assert page.evaluate("window.shifts") < 0.01
+    save_screenshot(page, f"app_{url[-3:-1]}_{size[0]}_{scheme}.png")
+
+
+@pytest.mark.skipif("AXE" not in os.environ, reason="AXE does not name an axe.min.js")
+@pytest.mark.parametrize(("size", "scheme"), [(DESKTOP, "light"), (PHONE, "dark")])
+def test_pages_are_accessible(url, open_page, size, scheme):
+    page = open_page(url, size, scheme)
+    draw(page, "a red ring")
+    page.get_by_text("Advanced Options").scroll_into_view_if_needed()
+    page.add_script_tag(path=os.environ["AXE"])
+    found = page.evaluate("axe.run()")["violations"]
+    serious = [one for one in found if one["impact"] in ("serious", "critical")]
+    assert not serious, [
+        (one["id"], node["html"], node["failureSummary"])
+        for one in serious
+        for node in one["nodes"]
+    ]

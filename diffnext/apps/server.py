@@ -11,52 +11,44 @@ from pathlib import Path
 
 import gradio as gr
 
-from apps.image_app import ImageApp
-from apps.loading import load_pipeline, model_name
-from apps.studio import Studio
-from apps.video_app import VideoApp
-from diffnext.pipelines.model_card import Defaults, Ranges, read_defaults
+from diffnext.apps.page import Page
+from diffnext.apps.pictures import PicturePage
+from diffnext.apps.studio import Studio
+from diffnext.apps.videos import VideoPage
+from diffnext.cli.generate import load_pipeline
+from diffnext.pipelines.model_card import read_defaults
+from diffnext.utils.device_utils import get_device
 from diffnext.utils.folders import find_folder
 
 __all__ = ["serve"]
 
-MAX_WAITING = 20
-MAX_UPLOAD = "20mb"
-CSS = """
-.gradio-container { max-width: 1366px !important; margin: 0 auto !important; }
-#header { text-align: center; }
-.result .image-frame, .result img { width: 100%; height: 100%; object-fit: contain; }
-"""
+PAGES: dict[str, type[Page]] = {"image": PicturePage, "video": VideoPage}
+STYLE = Path(__file__).with_name("page.css")
 
 
-def serve(
-    app_class: type[ImageApp] | type[VideoApp],
-    defaults: Defaults,
-    ranges: Ranges,
-    args: argparse.Namespace,
-) -> int:
+def serve(args: argparse.Namespace) -> int:
     """Load the model and serve the page until the process is told to end.
 
     Args:
-        app_class: Which app.
-        defaults: Of the page, where the model's card says nothing.
-        ranges: Of its sliders.
-        args: The command line, see :func:`apps.options.parse_args`.
+        args: The command line, see :mod:`diffnext.cli.app`.
 
     Returns:
         The exit code: 1 if the model cannot be used or the port is taken.
     """
-    # What gradio copies and what the studio writes are in one folder, which ends with the process.
+    page_class = PAGES[args.kind]
+    # What gradio copies and what the page writes are in one folder, which ends with the process.
     with tempfile.TemporaryDirectory(prefix="nova-app-") as cache:
         os.environ["GRADIO_TEMP_DIR"] = cache
         # Told to end, gradio closes the server, as it does for Ctrl-C.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             folder = find_folder(args.model)
-            defaults = read_defaults(folder, defaults, ranges)
-            pipe = load_pipeline(folder, args.device, args.precision)
-            studio = Studio(pipe, model_name(args.model), Path(cache))
-            run(app_class(studio, defaults).build_page(), args.host, args.port)
+            defaults = read_defaults(folder, page_class.DEFAULTS, page_class.RANGES)
+            args.device = str(get_device(args.device))
+            # For the files: without the path, which is nobody's business.
+            name = folder.name if Path(args.model).expanduser().is_dir() else args.model
+            studio = Studio(load_pipeline(folder, args), name)
+            run(page_class(studio, defaults, Path(cache)).blocks, args.host, args.port)
             studio.close()  # a thread at work when Python ends would bring the process down
         except (ValueError, OSError, RuntimeError) as error:
             print(f"error: {error}", file=sys.stderr)
@@ -67,7 +59,7 @@ def serve(
 def run(page: gr.Blocks, host: str, port: int | None) -> None:
     """Serve a page until the process is told to end.
 
-    It has a queue, no public link, and no access to files but its own.
+    It has no public link, and no access to files but its own.
 
     Args:
         page: The page.
@@ -77,14 +69,14 @@ def run(page: gr.Blocks, host: str, port: int | None) -> None:
     Raises:
         OSError: If the port is taken.
     """
-    page.queue(max_size=MAX_WAITING, api_open=False, default_concurrency_limit=1)
+    page.queue(api_open=False)
     _, url, _ = page.launch(
         server_name=host,
         server_port=port,
         share=False,
         theme="origin",
-        css=CSS,
-        max_file_size=MAX_UPLOAD,
+        css_paths=STYLE,
+        max_file_size="20mb",
         allowed_paths=[],
         run_history=False,
         ssr_mode=False,

@@ -1,0 +1,1 @@
+"""Pages for the browser, and the studio that draws for one visitor after the other."""

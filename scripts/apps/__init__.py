@@ -1,1 +1,0 @@
-"""What the apps are made of: a page, and a studio that draws for one visitor after another."""
