@@ -103,7 +103,7 @@ def gallery(drawn: Sequence[Drawn]) -> str:
         cards.append(
             f'<li><div class="place">{media(one)}</div>'
             f'<p class="prompt">{escape(one.parameters["prompt"])}</p>'
-            f'<p><button type="button" data-index="{index}" aria-label="Use the settings of '
+            f'<p><button type="button" data-index="{index}" aria-label="Use settings of '
             f'{escape(one.alt)}">Use settings</button> {download(one)}</p>'
             f"<details><summary>Parameters</summary><pre>{parameters}</pre></details></li>"
         )
@@ -114,7 +114,7 @@ def media(one: Drawn, plays: bool = False) -> str:
     """A picture, or a video, which may begin by itself."""
     alt, url = escape(one.alt), escape(one.url)
     if one.path.suffix == ".mp4":
-        attributes = f"{'autoplay' if plays else ''} loop muted playsinline controls"
+        attributes = f"{'autoplay' if plays else ''} loop muted playsinline controls preload='auto'"
         return f'<video src="{url}" aria-label="{alt}" {attributes}></video>'
     return f'<a href="{url}" target="_blank"><img src="{url}" alt="{alt}" decoding="sync"></a>'
 

@@ -119,7 +119,7 @@ class Page:
                     generate = gr.Button(what, variant="primary", elem_id="generate")
                     self.stop = gr.Button("Stop", variant="stop", interactive=False, elem_id="stop")
             with gr.Column(elem_id="shown"):
-                gr.Markdown(f"### From words to {self.WHAT}s, one set of tokens after the other")
+                gr.Markdown(f"## From words to {self.WHAT}s, one set of tokens after the other")
                 self.status = add_html(message("What you draw appears here."), elem_id="status")
                 self.results = add_html(self._places([]))
                 self.add_result_options()
@@ -134,7 +134,7 @@ class Page:
                 self._add_advanced_options()
         examples = [[text] for text in self.defaults.examples]
         gr.Examples(examples, [self.inputs["prompt"]], api_visibility="private")
-        gr.Markdown("### Drawn in this visit")
+        gr.Markdown("## Drawn in this visit")
         self.gallery = add_html(fragments.gallery([]), js_on_load=REUSE, elem_id="drawn")
         self.drawn = gr.State([])
         self._connect(generate)
@@ -159,7 +159,7 @@ class Page:
             elem_id=words.replace(" ", "-"),
             elem_classes="enter-draws",
         )
-        length = add_html(tell_length(value), elem_classes="length")
+        length = add_html(tell_length(value), kind="length")
         box.change(tell_length, box, length, trigger_mode="always_last", **AT_ONCE)
         self.inputs[name] = box
 
@@ -279,9 +279,9 @@ class Page:
         return [parameters.get(name, gr.skip()) for name in self.inputs]
 
 
-def add_html(value: str, **options: Any) -> gr.HTML:
-    """Add HTML that has the page's own style."""
-    return gr.HTML(value, apply_default_css=False, **options)
+def add_html(value: str, kind: str = "", **options: Any) -> gr.HTML:
+    """Add HTML that has the page's own style, in the classes "plain" and ``kind``."""
+    return gr.HTML(value, apply_default_css=False, elem_classes=["plain", kind], **options)
 
 
 def describe_end(drawing: Drawing) -> str:

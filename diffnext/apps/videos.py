@@ -18,7 +18,6 @@ from diffnext.models.autoencoders.tiling import TilingMixin
 from diffnext.pipelines import NOVAPipeline
 from diffnext.pipelines.model_card import Defaults, Ranges
 from diffnext.utils import export_to_video
-from diffnext.utils.messages import naming
 from diffnext.utils.pictures import load_picture, to_rgb
 
 __all__ = ["VideoPage", "crop_image", "make_presets"]
@@ -70,12 +69,13 @@ class VideoPage(Page):
             image_mode=None,  # crop_image converts, and lays transparency on white
             sources=["upload", "clipboard"],
             height=220,
+            placeholder="Drop an image file here to upload",  # as screen readers say it
             alt_text="The picture that the video begins with",
             elem_id="image-prompt",
         )
         # gradio would open a file of any format before it can be checked.
         vars(image)["preprocess"] = lambda file: file and file.path
-        note = add_html(message(UPLOAD_HELP), elem_classes="length")
+        note = add_html(message(UPLOAD_HELP), kind="length")
         image.upload(check_upload, image, [image, note], **AT_ONCE)
         self.inputs["image"] = image
 
@@ -124,8 +124,11 @@ def check_upload(path: str) -> tuple[Any, str]:
 
 def read_upload(path: str) -> Image.Image:
     """A picture that a visitor sent, upright, in RGB; errors do not say where its file lies."""
-    with open(path, "rb") as file, naming("The image prompt"):
-        return to_rgb(ImageOps.exif_transpose(load_picture(file)), "it")
+    try:
+        with open(path, "rb") as file:
+            return to_rgb(ImageOps.exif_transpose(load_picture(file)), "")
+    except ValueError as error:
+        raise ValueError(f"This file cannot be used: it {str(error).strip()}.") from error
 
 
 def crop_image(image: Image.Image, target_h: int, target_w: int) -> np.ndarray:

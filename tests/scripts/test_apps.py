@@ -408,7 +408,7 @@ def test_damaged_uploads_are_taken_back_with_the_reason(tmp_path, name, content,
     (tmp_path / name).write_bytes(content)
     image, note = check_upload(str(tmp_path / name))
     assert image is None
-    assert f"The image prompt: {reason}" in note and str(tmp_path) not in note
+    assert f"This file cannot be used: it {reason}" in note and str(tmp_path) not in note
 
 
 def test_sound_uploads_stay():

@@ -238,7 +238,7 @@ def test_enter_draws_and_settings_of_a_result_are_used_again(image_url, open_pag
     page.press("#negative-prompt textarea", "Enter")
     wait_for(lambda: page.locator("#drawn li").count() == 8)
     wait_for(lambda: "Done." in status(page))
-    page.get_by_role("button", name="Use the settings of a blue cross (seed 5)").click()
+    page.get_by_role("button", name="Use settings of a blue cross (seed 5)").click()
     wait_for(lambda: page.locator("#prompt textarea").input_value() == "a blue cross")
     assert page.locator("#seed input[type=number]").input_value() == "5"
     assert page.locator("#inference-steps input[type=number]").input_value() == "16"
@@ -318,7 +318,7 @@ def test_a_prompt_and_a_picture_become_a_video(video_url, open_page, tmp_path):
     set_number(page, "diffusion-steps", 5)
     (tmp_path / "damaged.png").write_text("no picture")
     page.set_input_files("#image-prompt input[type=file]", tmp_path / "damaged.png")
-    page.get_by_text("The image prompt: is not a picture in a known format").wait_for()
+    page.get_by_text("This file cannot be used: it is not a picture in a known format").wait_for()
     make_image_prompt(tmp_path / "prompt.png")
     page.set_input_files("#image-prompt input[type=file]", tmp_path / "prompt.png")
     page.wait_for_selector("#image-prompt img")
