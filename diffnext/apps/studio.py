@@ -131,7 +131,7 @@ class Studio:
     @property
     def pixel_size(self) -> tuple[int, int]:
         """Height and width of what the model draws."""
-        size = self.pipe.transformer.config.image_size
+        size = self.pipe.transformer.config["image_size"]
         return (size, size) if isinstance(size, int) else tuple(size)
 
     def count_tokens(self, text: str, name: str = "prompt") -> int:
@@ -214,12 +214,12 @@ class Studio:
         if job.stop.is_set():
             return
         device = self.pipe._execution_device
-        num_tokens = int(np.prod(self.pipe.transformer.config.image_base_size))
+        num_tokens = int(np.prod(self.pipe.transformer.config["image_base_size"]))
         sizes = cosine_set_sizes(request.num_inference_steps, num_tokens)
         sets = int(np.count_nonzero(sizes))  # small frames have less of them than steps
         total = sets * request.max_latent_length
         times: list[float] = []
-        last = Snapshot(done=total, total=total)  # stays if all frames are given
+        last = Snapshot()
         next_preview = 0.0
 
         def follow(pipe: NOVAPipeline, step: int, frame: int, tensors: dict[str, Tensor]) -> None:
@@ -238,15 +238,16 @@ class Studio:
             last = Snapshot(done=done, total=total, clips=clips, seconds_left=left)
             job.news.put(last)
 
-        result = self.pipe(
+        pixels = self.pipe(
             **request.pipeline_arguments(),
             num_images_per_prompt=len(seeds),
             generator=[torch.Generator(device).manual_seed(seed) for seed in seeds],
             output_type="np",
             disable_progress_bar=True,
             callback_on_step_end=follow,
-        )
-        clips = result["images"][:, None] if "images" in result else result["frames"]
+            return_dict=False,
+        )[0]
+        clips = pixels[:, None] if pixels.ndim == 4 else pixels
         if last.done < sets and last.clips is not None:  # stopped in the first frame
             clips = last.clips
         job.news.put(Drawing(done=last.done, total=total, clips=clips))
@@ -255,7 +256,7 @@ class Studio:
         """The frame being drawn, by itself: latents (B, C, h, w) to uint8 (B, 1, H, W, 3)."""
         hidden = (latents == 0).all(dim=1, keepdim=True).float()
         pixels = self.pipe.image_processor.decode_latents(self.pipe.vae, latents)  # (B, 3, H, W)
-        hidden = torch.nn.functional.interpolate(hidden, pixels.shape[-2:])
+        hidden = torch.nn.functional.interpolate(hidden, list(pixels.shape[-2:]))
         pixels = pixels.masked_fill(hidden.bool(), NOT_DRAWN)
         return self.pipe.image_processor.postprocess(pixels, "np")[:, None]
 

@@ -102,7 +102,7 @@ def make_presets(pipe: NOVAPipeline, height: int, width: int) -> list[tuple[str,
     Raises:
         ValueError: If it draws pictures only.
     """
-    longest = pipe.transformer.config.video_base_size[0]
+    longest = pipe.transformer.config["video_base_size"][0]
     if longest < 2 or not isinstance(pipe.vae, TilingMixin):
         raise ValueError("this model draws pictures, not videos: use `diffnext app image`")
     lengths = [
