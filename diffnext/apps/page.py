@@ -176,8 +176,10 @@ class Page:
                 ("num_inference_steps", "Inference steps", 1, SETS),
                 ("num_diffusion_steps", "Diffusion steps", 1, STEPS),
             ):
+                least, greatest = getattr(self.RANGES, name)
                 self.inputs[name] = gr.Slider(
-                    *getattr(self.RANGES, name),
+                    least,
+                    greatest,
                     getattr(self.defaults, name),
                     step=step,
                     label=label,
