@@ -190,11 +190,11 @@ def status(page):
     return page.locator("#status").inner_text()
 
 
-def save_screenshot(page, name):
+def save_screenshot(page, name, whole=True):
     """A picture for the guide, where it is asked for; of 128 colours, to stay small."""
     folder = os.environ.get("APP_SCREENSHOTS")
     if folder is not None:
-        picture = Image.open(io.BytesIO(page.screenshot(full_page=True))).convert("RGB")
+        picture = Image.open(io.BytesIO(page.screenshot(full_page=whole))).convert("RGB")
         picture.quantize(128).save(Path(folder) / name, optimize=True)
 
 
@@ -260,7 +260,6 @@ def test_pictures_emerge_and_stay_when_stopped(image_url, open_page, tmp_path):
     assert read_parameters(drawn_file(page, tmp_path))["stopped_after_sets"] > 0
     assert page.locator("#drawn li").count() == 4
     assert page.locator("#stop").is_disabled()
-    save_screenshot(page, "app_stopped.png")
 
 
 def test_the_length_of_a_prompt_is_told(image_url, open_page):
@@ -368,12 +367,12 @@ def test_a_second_visitor_waits_and_stopping_lets_them_in(video_url, open_page):
 
 
 def test_the_model_that_comes_with_the_code_makes_a_video(shipped_url, open_page, tmp_path):
-    page = open_page(shipped_url)
+    page = open_page(shipped_url, PHONE)
     draw(page, "a blue circle moving right")
     file = drawn_file(page, tmp_path)
     assert read_parameters(file)["model"] == SHIPPED_MODEL.name
     assert len(imageio.imread(file)) == 17
-    save_screenshot(page, "app_t2v.png")
+    save_screenshot(page, "app_t2v.png", whole=False)
 
 
 # --- both, on screens of several sizes --------------------------------------------------------
@@ -397,7 +396,6 @@ def test_nothing_jumps_and_all_fits(url, open_page, size, scheme):
     assert result["y"] < size[1] - 100  # seen without scrolling
     assert page.locator("#generate").bounding_box() == button
     assert page.evaluate("window.shifts") < 0.01
-    save_screenshot(page, f"app_{url[-3:-1]}_{size[0]}_{scheme}.png")
 
 
 @pytest.mark.skipif("AXE" not in os.environ, reason="AXE does not name an axe.min.js")
