@@ -18,7 +18,7 @@ from diffnext.apps.videos import VideoPage
 from diffnext.cli.generate import load_pipeline
 from diffnext.pipelines.model_card import read_defaults
 from diffnext.utils.device_utils import get_device
-from diffnext.utils.folders import find_folder
+from diffnext.utils.folders import find_folder, newest_checkpoint
 
 __all__ = ["serve"]
 
@@ -42,11 +42,12 @@ def serve(args: argparse.Namespace) -> int:
         # Told to end, gradio closes the server, as it does for Ctrl-C.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
-            folder = find_folder(args.model)
+            folder = newest_checkpoint(find_folder(args.model))
             defaults = read_defaults(folder, page_class.DEFAULTS, page_class.RANGES)
             args.device = str(get_device(args.device))
             # For the files: without the path, which is nobody's business.
-            name = folder.name if Path(args.model).expanduser().is_dir() else args.model
+            path = Path(args.model).expanduser()
+            name = path.resolve().name if path.is_dir() else args.model
             studio = Studio(load_pipeline(folder, args), name)
             run(page_class(studio, defaults, Path(cache)).blocks, args.host, args.port)
             studio.close()  # a thread at work when Python ends would bring the process down
