@@ -1,4 +1,4 @@
-"""The command line that looks into record datasets, and makes others of them."""
+"""The command line that looks into record datasets, checks and reshapes them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from diffnext.data.caching.inspection import Summary
 
 DESCRIPTION = """\
-Look into a record dataset, check it, or make others of it.
+Look into a record dataset, check it, or make other datasets of it.
 
   diffnext inspect show img_dataset                   counts, shapes, some captions
   diffnext inspect show img_dataset --source          where each record came from, with its hash
@@ -53,49 +53,46 @@ def build_parser() -> argparse.ArgumentParser:
     parser = command_parser("diffnext inspect", DESCRIPTION)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    show = commands.add_parser("show", help="counts, shapes, some captions")
-    show.add_argument("dataset", type=Path, help="folder of a dataset, or of several sizes")
+    def command(
+        name: str, run: Callable[[argparse.Namespace], int], meaning: str
+    ) -> argparse.ArgumentParser:
+        found = commands.add_parser(name, help=meaning)
+        found.set_defaults(run=run)
+        return found
+
+    show = command("show", _show, "counts, shapes, some captions")
     show.add_argument("--captions", type=int, default=5, metavar="N", help="captions shown (5)")
     show.add_argument(
         "--source", action="store_true", help="a line for each record: number, source, hash"
     )
-    show.set_defaults(run=_show)
+    check = command("check", _check, "read every record")
+    verify = command("verify", _verify, "compare every record with its checksum")
+    for parts in (show, check, verify):
+        parts.add_argument("dataset", type=Path, help="folder of a dataset, or of several sizes")
 
-    check = commands.add_parser("check", help="read every record")
-    check.add_argument("dataset", type=Path, help="folder of a dataset, or of several sizes")
-    check.set_defaults(run=_check)
-
-    verify = commands.add_parser("verify", help="compare every record with its checksum")
-    verify.add_argument("dataset", type=Path, help="folder of a dataset, or of several sizes")
-    verify.set_defaults(run=_verify)
-
-    sheet = commands.add_parser("sheet", help="draw decoded examples")
+    sheet = command("sheet", _sheet, "draw decoded examples")
     sheet.add_argument("dataset", type=Path)
     sheet.add_argument("picture", type=Path, help="file to write, such as sheet.png")
     sheet.add_argument("--vae", type=Path, help="folder of the autoencoder that made it")
     sheet.add_argument("--num", type=int, default=16, help="examples, evenly spaced (16)")
     sheet.add_argument("--columns", type=int, default=4, help="of the sheet (4)")
     sheet.add_argument("--device", default="cpu", help="where to decode (cpu)")
-    sheet.set_defaults(run=_sheet)
 
-    reshard = commands.add_parser("reshard", help="the same records in other files")
+    reshard = command("reshard", _reshard, "the same records in other files")
     reshard.add_argument("dataset", type=Path)
     reshard.add_argument("output", type=Path, help="new folder")
-    reshard.add_argument("--shard-size", type=int, required=True, help="examples to a shard")
-    reshard.set_defaults(run=_reshard)
+    reshard.add_argument("--shard-size", type=int, required=True, help="examples per shard")
 
-    merge = commands.add_parser("merge", help="one dataset of several")
+    merge = command("merge", _merge, "one dataset of several")
     merge.add_argument("datasets", type=Path, nargs="+")
     merge.add_argument("--output", type=Path, required=True, help="new folder")
-    merge.set_defaults(run=_merge)
 
-    split = commands.add_parser("split", help="two datasets of one")
+    split = command("split", _split, "two datasets of one")
     split.add_argument("dataset", type=Path)
-    split.add_argument("first", type=Path, help="new folder of the share")
-    split.add_argument("second", type=Path, help="new folder of the rest")
-    split.add_argument("--share", type=float, required=True, help="of the first: 0.99")
+    split.add_argument("first", type=Path, help="new folder for the share")
+    split.add_argument("second", type=Path, help="new folder for the rest")
+    split.add_argument("--share", type=float, required=True, help="of the first, such as 0.99")
     split.add_argument("--seed", type=int, default=0, help="of the choice (0)")
-    split.set_defaults(run=_split)
     return parser
 
 
@@ -119,15 +116,17 @@ def _print_summary(summary: Summary) -> None:
     print(f"  features  {', '.join(summary.features)}")
     for shape, count in summary.shapes.most_common():
         print(f"  moments   {tuple(shape)}: {count}")
-    if summary.captions.count:
-        print(f"  captions  {summary.captions} characters; {summary.texts} have a short one")
-    if summary.states.count:
-        print(f"  states    {summary.states} tokens; {summary.texts} have a short caption's")
+    if summary.captions:
+        lengths = _describe_range(summary.captions)
+        print(f"  captions  {lengths} characters; {summary.texts} have a short one")
+    if summary.states:
+        lengths = _describe_range(summary.states)
+        print(f"  states    {lengths} tokens; {summary.texts} have a short caption's")
     if summary.labels:
         print(f"  labels    {len(summary.labels)}: {min(summary.labels)} to {max(summary.labels)}")
-    if summary.flows.count:
+    if summary.flows:
         known = summary.manifest and (summary.manifest.flow_unit or OLD_FLOW_UNIT)
-        print(f"  flow      {summary.flows}{f' {known}' if known else ''}")
+        print(f"  flow      {_describe_range(summary.flows)}{f' {known}' if known else ''}")
     if summary.manifest is None:
         print("  manifest  none: training cannot tell which autoencoder made it")
         return
@@ -137,6 +136,10 @@ def _print_summary(summary: Summary) -> None:
     if manifest.counts.skipped:
         counts = manifest.counts
         print(f"  left out  {counts.skipped} of {counts.items}: see skipped.jsonl")
+
+
+def _describe_range(values: Sequence[float]) -> str:
+    return f"{min(values):.4g} to {max(values):.4g}, mean {sum(values) / len(values):.4g}"
 
 
 def _print_captions(folder: Path, count: int) -> None:

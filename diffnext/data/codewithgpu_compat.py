@@ -1,11 +1,11 @@
 """Makes ``codewithgpu`` 0.2.8 write and read records with any version of protobuf, or none.
 
-The message classes in that package were generated for protobuf 3. Later versions refuse to load
-them; the import still succeeds, and then every call fails with "Package <protobuf<4.0.0> is
-required". This package encodes and decodes the same records itself, and lends that.
+The message classes in that package were generated for protobuf 3 and do not load with later
+versions. The import still succeeds, but then every call fails with "Package <protobuf<4.0.0> is
+required". Here the package gets our own encoding and decoding of the same records.
 
-Importing diffnext repairs a ``codewithgpu`` that was imported before. One that is imported later
-stays as it is until :func:`repair` is called.
+Importing diffnext repairs a ``codewithgpu`` that was imported before. If it is imported later, call
+:func:`repair`.
 """
 
 import sys
@@ -14,8 +14,6 @@ from types import SimpleNamespace
 from typing import Any
 
 from diffnext.data.record_format import decode_example, encode_example
-
-__all__ = ["repair"]
 
 MESSAGE_MODULE = "codewithgpu.data.record_pb2"
 RECORD_MODULE = "codewithgpu.data.record"

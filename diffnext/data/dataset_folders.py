@@ -4,7 +4,7 @@
     ["photos", "drawings"]                          as many batches as each has examples
     [{"folder": "photos", "weight": 2}, "..."]      two batches of these for one of those
 
-A folder that the cache builder wrote for several sizes stands for the datasets in it.
+A folder that the cache builder wrote for several sizes means all datasets in it.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class DatasetFolder:
 
     Attributes:
         path: Its folder.
-        entry: Number of the entry in the list of folders that it belongs to.
-        weight: Of that entry; None if none of them has one.
+        entry: Number of its entry in the list of folders.
+        weight: Weight of that entry; None if no entry has one.
         is_size: Whether it is one of the sizes in a folder.
     """
 
@@ -44,13 +44,13 @@ class DatasetFolder:
 
 
 def list_folders(dataset: Folders) -> list[DatasetFolder]:
-    """Find the datasets that are meant.
+    """Find the datasets that the folders mean.
 
     Args:
         dataset: A folder, or several, each with or without a weight; see the module.
 
     Raises:
-        ValueError: As for :func:`parse_folders`, or if a dataset is named twice.
+        ValueError: If a dataset is named twice; see also :func:`parse_folders`.
         RecordError: If the manifest of a folder of several sizes is damaged.
     """
     found = [
@@ -69,8 +69,8 @@ def parse_folders(dataset: Folders) -> list[tuple[str, Fraction | None]]:
     """The folders that are named, with their weights.
 
     Raises:
-        ValueError: If there is none, an entry is something else, a weight is not a number above 0,
-            or some have a weight and others have not.
+        ValueError: If there is none, an entry has another form, a weight is not a number above 0,
+            or only some entries have a weight.
     """
     entries = [dataset] if isinstance(dataset, str | os.PathLike) else list(dataset)
     parsed = [_parse_entry(entry) for entry in entries]
@@ -114,8 +114,8 @@ def batch_weights(folders: Sequence[DatasetFolder], counts: Sequence[int]) -> tu
 
     Args:
         folders: The datasets.
-        counts: Their numbers of examples: the weights, if none are given, and those of the sizes
-            in a folder, which share its weight.
+        counts: Their numbers of examples. These are the weights if none are given; the sizes in a
+            folder share its weight in this proportion.
     """
     if folders[0].weight is None:
         return tuple(counts)

@@ -20,9 +20,9 @@ class ExampleOrder:
     the ``initial_fill`` examples in the window, and the first of them moves to the place of the
     one picked. With a window of at least a shard this is a full permutation.
 
-    The sequence is that of the reader of the ``codewithgpu`` package, which keeps the examples of
-    the window in a circular buffer. Here only indices move: an example is read when it is used,
-    and a position deep in the sequence is reached by skipping whole passes.
+    The reader of the ``codewithgpu`` package gives the same sequence, but keeps the examples of the
+    window in a circular buffer. Here only indices move: an example is read when it is used, and a
+    position deep in the sequence is reached by skipping whole passes.
 
     Attributes:
         num_examples: Size of the dataset, N.
@@ -88,7 +88,7 @@ class ExampleOrder:
                 continue
             position -= len(shard)
             for _ in self._draw_offsets(len(shard), generator):
-                pass  # a pass that is skipped draws, too
+                pass  # a pass that is skipped also draws
 
     def _shard_of_pass(self, number: int) -> range:
         shard_id = self.shard_id
@@ -129,14 +129,15 @@ def filled_shards(num_examples: int, num_shards: int) -> int:
 class BatchOrder:
     """An endless, reproducible sequence of batches, each from one of several datasets.
 
-    Batch k = 0, 1, ... of a dataset of weight w is due at (k + 1/2) / w, and what is due first
-    comes first. So each dataset has its share of the batches, exactly whenever that is a whole
-    number of each and to a batch or so in between. Chance has no part in it: all processes of a
-    run read from the same dataset at a time. Inside a dataset the examples come in its own order.
+    Batch k = 0, 1, ... of a dataset of weight w is due at (k + 1/2) / w, and batches come in the
+    order in which they are due. So each dataset has its share of the batches, exactly whenever
+    these shares are whole numbers, and to about a batch in between. This is not random: at any
+    time, all processes of a run read from the same dataset. Inside a dataset the examples come in
+    its own order.
 
     Attributes:
-        orders: Of the examples of each dataset.
-        weights: Of the datasets: in which proportion batches come from them.
+        orders: Order of the examples of each dataset.
+        weights: In which proportion batches come from the datasets.
         batch_size: Examples in a batch.
     """
 
@@ -163,7 +164,7 @@ class BatchOrder:
     def _batches_before(self, number: int) -> list[int]:
         """Batches of each dataset among the first ``number``."""
         total = sum(self.weights)
-        # Surely all that is due by then is among them; the few others are counted one by one.
+        # All batches that are due by then are among them; the few others are counted one by one.
         time = max(number - len(self.weights), 0)
         batches = [(2 * weight * time + total) // (2 * total) for weight in self.weights]
         for _ in range(number - sum(batches)):
@@ -171,7 +172,7 @@ class BatchOrder:
         return batches
 
     def _next_dataset(self, batches: Sequence[int]) -> int:
-        """The dataset whose next batch is due first, after so many batches of each."""
+        """The dataset whose next batch is due first, after these numbers of batches."""
         scale = lcm(*self.weights)
         due = [
             (2 * count + 1) * (scale // weight)

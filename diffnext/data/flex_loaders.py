@@ -11,18 +11,17 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from numbers import Integral, Real
-from types import TracebackType
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 import torch.utils.data
 
-from diffnext.data.dataset_folders import DatasetFolder, Folders, batch_weights, list_folders
+from diffnext.data.dataset_folders import Folders, batch_weights, list_folders
 from diffnext.data.example_order import BatchOrder, ExampleOrder, filled_shards
 from diffnext.data.flex_pipelines import FeatureWorker, Worker
 from diffnext.data.flex_transforms import check_features
-from diffnext.data.records import RecordDataset, RecordError, RecordSubset
+from diffnext.data.records import RecordDataset, RecordError
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +30,9 @@ Batch: TypeAlias = dict[str, Any]
 Samples: TypeAlias = tuple[int, int, list[int]]
 
 EXAMPLE_BYTES = 1024  # of Python objects around the data of an example
+MINIMA = {"seed": 0, "shard_id": 0, "num_workers": 0} | dict.fromkeys(
+    ("num_shards", "batch_size", "queue_depth", "initial_fill"), 1
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,10 +43,10 @@ class LoaderOptions:
         seed: Seed of the order and of the caption choice; ``shard_id`` is added to it.
         shuffle: Whether to shuffle.
         shard_id: The shard to read, from 0.
-        num_shards: Number of shards, usually one for each training process.
+        num_shards: Number of shards, usually one per training process.
         batch_size: Examples in a batch.
-        num_workers: Processes that read and transform, at most one for each available CPU; 0
-            means to do so in ``next()``. Batches are the same for any number.
+        num_workers: Processes that read and transform, at most one per available CPU; 0 reads in
+            ``next()``. Batches are the same for any number.
         queue_depth: Batches each process prepares ahead.
         contiguous: Stack the latents into one array; otherwise leave a list of arrays.
         initial_fill: Size of the shuffling window, in examples of one dataset.
@@ -52,12 +54,11 @@ class LoaderOptions:
         dataset_getter: Opens a dataset, called as ``dataset_getter(path=path)``;
             ``RecordDataset`` by default. The result needs ``len()`` and ``[index]``, and must be
             picklable if processes are spawned.
-        max_examples: Number of examples there are known to be; checked if given.
-        prefetch_count: Accepted and ignored: nothing is gained from filling a large buffer before
-            the first batch.
-        start_method: How to start the processes. By default ``fork`` where there is such a thing:
-            it starts in milliseconds and does not run the training script again.
-        timeout: Seconds to wait for a batch of a process before giving up; 0 means for ever.
+        max_examples: The number of examples, which is checked if it is given.
+        prefetch_count: Accepted and ignored: a large buffer before the first batch gains nothing.
+        start_method: How to start the processes. By default ``fork``, which starts in milliseconds
+            and does not run the training script again.
+        timeout: Seconds to wait for a batch of a process; 0 waits for ever.
 
     Raises:
         TypeError: If a number is not a whole number.
@@ -81,10 +82,12 @@ class LoaderOptions:
     timeout: float = 120.0
 
     def __post_init__(self) -> None:
-        for name in ("seed", "shard_id", "num_workers"):
-            self._check_at_least(name, 0)
-        for name in ("num_shards", "batch_size", "queue_depth", "initial_fill"):
-            self._check_at_least(name, 1)
+        for name, minimum in MINIMA.items():
+            value = getattr(self, name)
+            if not isinstance(value, Integral):
+                raise TypeError(f"{name} must be a whole number, got {value!r}")
+            if value < minimum:
+                raise ValueError(f"{name} must be at least {minimum}, got {value}")
         if not isinstance(self.timeout, Real) or not self.timeout >= 0:
             raise ValueError(f"timeout must be a number of at least 0, got {self.timeout!r}")
         start_methods = multiprocessing.get_all_start_methods()
@@ -111,13 +114,14 @@ class LoaderOptions:
     def make_orders(self, counts: Sequence[int]) -> tuple[ExampleOrder, ...]:
         """The orders of the examples of datasets.
 
-        One of several that has too few examples has fewer shards, each for several processes.
+        Among several datasets, one with too few examples has fewer shards, each for several
+        processes.
 
         Args:
             counts: Examples of each dataset.
 
         Raises:
-            ValueError: If the shard of an only dataset would be empty.
+            ValueError: If the shard of a single dataset would be empty.
         """
         orders = []
         for count in counts:
@@ -125,50 +129,25 @@ class LoaderOptions:
             if len(counts) > 1 and filled_shards(count, num_shards) < num_shards:
                 num_shards = filled_shards(count, num_shards)
                 shard_id %= num_shards
-            orders.append(self._make_order(count, shard_id, num_shards))
+            order = ExampleOrder(
+                num_examples=count,
+                shard_id=shard_id,
+                num_shards=num_shards,
+                shuffle=self.shuffle,
+                initial_fill=self.initial_fill,
+                seed=self.seed + self.shard_id,
+                stick_to_partition=self.stick_to_partition,
+            )
+            orders.append(order)
         return tuple(orders)
-
-    def _make_order(self, num_examples: int, shard_id: int, num_shards: int) -> ExampleOrder:
-        return ExampleOrder(
-            num_examples=num_examples,
-            shard_id=shard_id,
-            num_shards=num_shards,
-            shuffle=self.shuffle,
-            initial_fill=self.initial_fill,
-            seed=self.seed + self.shard_id,
-            stick_to_partition=self.stick_to_partition,
-        )
-
-    def _check_at_least(self, name: str, minimum: int) -> None:
-        value = getattr(self, name)
-        if not isinstance(value, Integral):
-            raise TypeError(f"{name} must be a whole number, got {value!r}")
-        if value < minimum:
-            raise ValueError(f"{name} must be at least {minimum}, got {value}")
 
 
 class DataLoaderBase(ABC):
-    """An endless iterator over batches that can be closed, saved and restored."""
+    """An endless iterator over batches that can be closed."""
 
     @abstractmethod
     def next(self) -> list[Batch]:
-        """Return the next batch, in a list of its own."""
-
-    @abstractmethod
-    def state_dict(self) -> dict[str, Any]:
-        """Return the position in the stream of examples."""
-
-    @abstractmethod
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue at a saved position."""
-
-    @abstractmethod
-    def last_examples(self, count: int) -> list[int]:
-        """Return the places in the dataset of the last ``count`` examples, oldest first."""
-
-    def describe_last(self, count: int, skip: int = 0) -> str:
-        """Name the ``count`` examples before the last ``skip``, for messages."""
-        return f"examples {self.last_examples(count + skip)[:count]} of the dataset"
+        """Return the next batch, in a list with one element."""
 
     @abstractmethod
     def close(self) -> None:
@@ -178,7 +157,7 @@ class DataLoaderBase(ABC):
         return self.next()
 
     def __call__(self) -> list[Batch]:
-        """Return the next batch, in a list of its own."""
+        """Return the next batch, in a list with one element."""
         return self.next()
 
     def __iter__(self) -> "DataLoaderBase":
@@ -187,23 +166,18 @@ class DataLoaderBase(ABC):
     def __enter__(self) -> "DataLoaderBase":
         return self
 
-    def __exit__(
-        self,
-        error_type: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
 
 class DataLoader(DataLoaderBase):
     """Batches of a record dataset, or of several.
 
-    Position n of the stream of examples has the same example and the same random choices for
-    whatever number of processes, so the number of examples consumed is all there is to save. A
-    batch that fails does not count: the next call tries it again.
+    Position n of the stream of examples has the same example and the same random choices for any
+    number of processes, so only the number of consumed examples has to be saved. A batch that
+    fails does not count: the next call tries it again.
 
-    Each batch is from one dataset, and at a time all shards have theirs from the same one; see
+    Each batch is from one dataset, and at any time all shards read from the same one; see
     :class:`~diffnext.data.example_order.BatchOrder`.
 
     Args:
@@ -213,14 +187,13 @@ class DataLoader(DataLoaderBase):
         **kwargs: See ``LoaderOptions``.
 
     Attributes:
-        datasets: What is read, in the order of the folders.
+        datasets: The open datasets, in the order of the folders.
 
     Raises:
         FileNotFoundError: If there is no dataset.
         TypeError: If an argument is unknown, or has the wrong type.
-        ValueError: If an argument is out of range, a dataset is malformed or there are other
-            numbers of examples than ``max_examples``, a shard would be empty, or a batch would
-            not fit in memory.
+        ValueError: If an argument is out of range, a dataset is malformed or does not have
+            ``max_examples`` examples, a shard would be empty, or a batch would not fit in memory.
     """
 
     def __init__(self, dataset: Folders, worker: Callable[[], Worker], **kwargs: Any) -> None:
@@ -229,7 +202,12 @@ class DataLoader(DataLoaderBase):
         self._paths = [folder.path for folder in folders]
         open_dataset = self.options.dataset_getter or RecordDataset
         self.datasets = [open_dataset(path=path) for path in self._paths]
-        self._order = self._make_order(folders)
+        counts = [len(dataset) for dataset in self.datasets]
+        self._order = BatchOrder(
+            orders=self.options.make_orders(counts),
+            weights=batch_weights(folders, counts),
+            batch_size=self.options.batch_size,
+        )
         self._worker = worker()
         self._worker.seed = self._order.orders[0].seed
         self._consumed = 0
@@ -240,7 +218,7 @@ class DataLoader(DataLoaderBase):
         self._log_order()
 
     def next(self) -> list[Batch]:
-        """Return the next batch, in a list of its own.
+        """Return the next batch, in a list with one element.
 
         Returns:
             One dict with ``latents``, (B, ...) or a list of B arrays, and a list of B values for
@@ -256,21 +234,19 @@ class DataLoader(DataLoaderBase):
             self._batches = self._start()
         try:
             batch = next(self._batches)
-            self._consumed += self.options.batch_size
-        except RuntimeError as error:
-            self._batches = None
-            raise RuntimeError(
-                f"{self._name}: no batch at position {self._consumed} of the stream: {error}"
-            ) from error
         except Exception as error:
             self._batches = None
+            if isinstance(error, RuntimeError):
+                place = f"position {self._consumed} of the stream"
+                raise RuntimeError(f"{self._name}: no batch at {place}: {error}") from error
             if isinstance(error, RecordError):
                 raise RecordError(_own_message(error)) from error
             raise
+        self._consumed += self.options.batch_size
         return [batch]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the position in the stream, and what the stream depends on.
+        """Return the position in the stream, and the options that the stream depends on.
 
         Returns:
             Plain numbers: ``consumed``, the examples handed out so far, and ``order``.
@@ -299,12 +275,10 @@ class DataLoader(DataLoaderBase):
 
     def describe_last(self, count: int, skip: int = 0) -> str:
         """Name the ``count`` examples before the last ``skip``, for messages."""
+        places = self._last(count + skip)[:count]
         if len(self.datasets) == 1:
-            return super().describe_last(count, skip)
-        names = [
-            _describe(self.datasets[number], self._paths[number], index)
-            for number, index in self._last(count + skip)[:count]
-        ]
+            return f"examples {[index for _, index in places]} of the dataset"
+        names = [_describe(self.datasets[n], self._paths[n], index) for n, index in places]
         return ", ".join(names)
 
     def close(self) -> None:
@@ -317,7 +291,7 @@ class DataLoader(DataLoaderBase):
 
     @property
     def dataset(self) -> Any:
-        """What is read; of several datasets the first."""
+        """The dataset, or the first of several."""
         return self.datasets[0]
 
     @property
@@ -340,29 +314,14 @@ class DataLoader(DataLoaderBase):
         examples = ((number, index) for number, indices in batches for index in indices)
         return list(itertools.islice(examples, count))
 
-    def _make_order(self, folders: Sequence[DatasetFolder]) -> BatchOrder:
-        counts = [len(dataset) for dataset in self.datasets]
-        return BatchOrder(
-            orders=self.options.make_orders(counts),
-            weights=batch_weights(folders, counts),
-            batch_size=self.options.batch_size,
-        )
-
     def _log_order(self) -> None:
         weights = self._order.weights
         for path, order, weight in zip(self._paths, self._order.orders, weights, strict=True):
             share = f"; {weight / sum(weights):.2%} of the batches" if len(weights) > 1 else ""
             logger.info(
-                "%s: shard %d of %d has up to %d of %d examples, shuffling window %d, "
-                "%d processes%s",
-                path,
-                order.shard_id,
-                order.num_shards,
-                order.shard_size,
-                order.num_examples,
-                order.window,
-                self._num_processes,
-                share,
+                f"{path}: shard {order.shard_id} of {order.num_shards} has up to "
+                f"{order.shard_size} of {order.num_examples} examples, shuffling window "
+                f"{order.window}, {self._num_processes} processes{share}"
             )
 
     def _describe_order(self) -> dict[str, Any]:
@@ -373,9 +332,9 @@ class DataLoader(DataLoaderBase):
 
     def _start(self) -> Iterator[Batch]:
         """Return the batches from the current position on."""
-        samples = _SampleStream(self._order, self._consumed)
         options = (self._worker, self.options.contiguous)
         batches = _BatchDataset(self.datasets, self._paths, *options)
+        samples = _list_samples(self._order, self._consumed)
         if self._num_processes == 0:
             return map(batches.__getitem__, samples)
         return iter(
@@ -387,7 +346,7 @@ class DataLoader(DataLoaderBase):
                 num_workers=self._num_processes,
                 prefetch_factor=self.options.queue_depth,
                 timeout=self.options.timeout,
-                multiprocessing_context=self.options.start_method or _default_start_method(),
+                multiprocessing_context=self.options.start_method or "fork",
                 worker_init_fn=_leave_signals_to_parent,
                 generator=torch.Generator(),  # leaves the global one to the training
             )
@@ -423,12 +382,12 @@ class FeatureDataLoader(DataLoader):
     (B, 2C, ...), B captions, cached states or labels, and B floats if the dataset has flows.
 
     Args:
-        dataset: As of ``DataLoader``.
+        dataset: See ``DataLoader``.
         **kwargs: See ``LoaderOptions``.
 
     Raises:
-        ValueError: If a dataset holds VQ codes or declares other types than the loader reads,
-            and for what ``DataLoader`` lists.
+        ValueError: If a dataset holds VQ codes or declares other types than the loader reads. See
+            ``DataLoader`` for other errors.
     """
 
     def __init__(self, dataset: Folders, **kwargs: Any) -> None:
@@ -443,26 +402,19 @@ class FeatureDataLoader(DataLoader):
                 )
 
 
+def _list_samples(order: BatchOrder, position: int) -> Iterator[Samples]:
+    """The samples of one batch after the other, from a position on."""
+    for number, indices in order.start_at(position):
+        yield number, position, indices
+        position += len(indices)
+
+
 def _own_message(error: RecordError) -> str:
-    """The message without the traceback that PyTorch puts before that of a loading process."""
+    """The message without the traceback that PyTorch adds to errors of its processes."""
     text = str(error)
     if not text.startswith("Caught "):
         return text
     return text.rstrip().splitlines()[-1].partition("RecordError: ")[2]
-
-
-class _SampleStream:
-    """The samples of one batch after the other."""
-
-    def __init__(self, order: BatchOrder, start: int) -> None:
-        self._order = order
-        self._start = start
-
-    def __iter__(self) -> Iterator[Samples]:
-        position = self._start
-        for number, indices in self._order.start_at(position):
-            yield number, position, indices
-            position += len(indices)
 
 
 class _BatchDataset(torch.utils.data.Dataset):
@@ -501,7 +453,7 @@ class _BatchDataset(torch.utils.data.Dataset):
 
     def _load(self, number: int, index: int, position: int) -> dict[str, list[Any]]:
         dataset = self._datasets[number]
-        is_ours = type(dataset) in (RecordDataset, RecordSubset)
+        is_ours = type(dataset) is RecordDataset
         example = dataset.view(index) if is_ours else dataset[index]  # views are copied
         try:
             return self._worker.process(example, position)
@@ -540,7 +492,7 @@ def _describe(dataset: Any, path: str, index: int) -> str:
 
 
 def _own(value: Any) -> Any:
-    """Return a copy of an array: what the transforms return are read-only views."""
+    """Return a copy of an array: the transforms return read-only views."""
     return value.copy() if isinstance(value, np.ndarray) else value
 
 
@@ -562,10 +514,6 @@ def _end_when_told() -> None:
     while parent and signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent.pid:
         pass
     os._exit(128 + signal.SIGTERM)
-
-
-def _default_start_method() -> str:
-    return "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
 
 
 def _count_cpus() -> int:

@@ -1,9 +1,9 @@
-"""Example pipelines: from a decoded record to what a batch is made of."""
+"""Example pipelines: from a decoded record to its part of a batch."""
 
 import functools
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from diffnext.data.flex_transforms import ParseAnnotations, ParseLatents
@@ -14,7 +14,7 @@ class Worker(ABC):
     """The example pipeline of a loader.
 
     Random choices are drawn from a generator of their own for each position of the stream of
-    examples, so that neither the number of processes nor a restart changes them.
+    examples, so neither the number of processes nor a restart changes them.
 
     Attributes:
         seed: Seed of the random choices.
@@ -30,13 +30,7 @@ class Worker(ABC):
 
     def process(self, example: Mapping[str, Any], position: int) -> dict[str, list[Any]]:
         """Transform the example that is number ``position`` of the stream."""
-        return self.get_outputs(example, self._draw(position).__next__)
-
-    def _draw(self, position: int) -> Iterator[float]:
-        """Numbers in [0, 1); the generator is made when the first one is asked for."""
-        generator = random.Random((self.seed << 64) + position)
-        while True:
-            yield generator.random()
+        return self.get_outputs(example, random.Random((self.seed << 64) + position).random)
 
 
 class FeaturePipe:
@@ -80,11 +74,11 @@ class FeatureWorker(FeaturePipe, Worker):
 
 
 def all_outputs(example: Mapping[str, Any], name: str) -> list[dict[str, list[Any]]]:
-    """All that training may make of an example: with the short caption, and with the long one.
+    """Everything that training may make of an example: with the short caption, and the long one.
 
     Args:
         example: Decoded record.
-        name: Of the example, for the message.
+        name: What messages call the example.
 
     Raises:
         RecordError: If it lacks something or an array does not fill its shape.

@@ -39,11 +39,11 @@ FIRST_SENTENCE = re.compile(r".*?[.!?](?=\s)")  # the dot stops at the end of th
 
 
 def check_features(features: Mapping[str, Descriptor], name: str) -> None:
-    """Check that what a dataset declares has the types that the transforms read.
+    """Check that the features of a dataset have the types that the transforms read.
 
     Args:
         features: Normalized descriptor.
-        name: Of the dataset, for the message.
+        name: What messages call the dataset.
 
     Raises:
         RecordError: If a feature has another type.
@@ -63,7 +63,7 @@ class Transform:
 
     @staticmethod
     def filter_outputs(*outputs: Any) -> Any:
-        """Drop what is None; return the only survivor bare, several as a list."""
+        """Drop every None; return a single value as it is, several as a list."""
         kept = [output for output in outputs if output is not None]
         return kept[0] if len(kept) == 1 else kept
 

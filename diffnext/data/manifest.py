@@ -1,4 +1,4 @@
-"""``manifest.json``: what a dataset was made of and with, for training to check.
+"""``manifest.json``: how a dataset was made, for training to check.
 
 The keys are described in docs/data_format.md.
 """
@@ -40,7 +40,7 @@ class VaeFacts:
 
     Attributes:
         folder: Where it was.
-        config: What its ``config.json`` holds.
+        config: The content of its ``config.json``.
     """
 
     folder: str | None = None
@@ -52,8 +52,8 @@ class TextFacts:
     """The text encoder of cached text states.
 
     Attributes:
-        hash: Of its weights.
-        max_tokens: Of a caption.
+        hash: Hash of its weights.
+        max_tokens: Most tokens of a caption.
     """
 
     hash: str | None = None
@@ -62,11 +62,11 @@ class TextFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class Counts:
-    """How many.
+    """Numbers of examples and items.
 
     Attributes:
-        examples: In the dataset.
-        items: Of the source.
+        examples: Examples in the dataset.
+        items: Items of the source.
         skipped: Items and examples that were left out.
     """
 
@@ -77,24 +77,25 @@ class Counts:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What ``manifest.json`` holds; what is None is not known.
+    """The content of ``manifest.json``; None means unknown.
 
     Attributes:
-        format: Of this file.
+        format: Version of this file.
         kind: "images" or "videos".
-        vae_hash: Of the weights of the autoencoder.
-        vae: More about it.
-        dtype: Of the moments.
-        shape: Of the moments.
+        vae_hash: Hash of the autoencoder's weights.
+        vae: More about the autoencoder.
+        dtype: Type of the moments.
+        shape: Shape of the moments.
         size: Height and width in pixels.
-        num_frames: Of a clip.
-        flow_unit: Of the motion strengths; earlier versions measured hundredths of the short side.
+        num_frames: Frames of a clip.
+        flow_unit: Unit of the motion strengths; earlier versions measured hundredths of the short
+            side.
         text_encoder: None without cached text states.
-        counts: How many examples there are.
-        datasets: Examples by folder, of several sizes.
+        counts: Numbers of examples and items.
+        datasets: With several sizes, the number of examples in each folder.
         plan: All settings that the content depends on.
-        versions: Of the packages that took part.
-        sources: What a merged, split or resharded dataset was made of.
+        versions: Versions of the packages that took part.
+        sources: The datasets that a merged, split or resharded one was made of.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(strict=True)

@@ -1,7 +1,7 @@
 """Files of a dataset, which may come from a stranger: no links, no devices, typed JSON.
 
-A link could lead to any other file, reading a pipe would never end, and JSON holds whatever its
-author liked. What is not as it should be is a ``RecordError`` that names the file and the rule.
+A link could lead to any other file, reading a pipe would never end, and JSON may hold anything.
+Whatever breaks a rule is a ``RecordError`` that names the file and the rule.
 """
 
 import errno
@@ -14,8 +14,6 @@ from pydantic import TypeAdapter, ValidationError
 
 from diffnext.data.record_format import RecordError
 
-__all__ = ["open_plain", "read_typed"]
-
 T = TypeVar("T")
 
 MAX_JSON_BYTES = 2**24
@@ -23,10 +21,10 @@ MAX_ERRORS = 3  # named in a message
 
 
 def open_plain(path: str | os.PathLike[str], follow_links: bool = False) -> BinaryIO:
-    """Open a regular file for reading; nothing else is opened, which could block.
+    """Open a regular file for reading; opening other kinds could block.
 
     Args:
-        path: Of the file.
+        path: Path of the file.
         follow_links: Whether the last part of the path may be a link.
 
     Raises:
@@ -52,8 +50,8 @@ def read_typed(path: Path, kind: TypeAdapter[T]) -> T:
     """Read a JSON file.
 
     Args:
-        path: Of the file.
-        kind: What it must hold.
+        path: Path of the file.
+        kind: Type of its content.
 
     Raises:
         RecordError: If it holds something else, or is not a plain file; all errors are named.

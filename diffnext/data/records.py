@@ -13,6 +13,7 @@ Neither ``codewithgpu`` nor ``protobuf`` is needed to write or to read one.
 """
 
 import bisect
+import copy
 import itertools
 import json
 import operator
@@ -21,7 +22,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from io import BufferedWriter
 from pathlib import Path
-from types import TracebackType
 from typing import Annotated, Any, BinaryIO, Literal
 
 import xxhash
@@ -41,24 +41,8 @@ from diffnext.data.shards import (
     DATA_SUFFIX,
     INDEX_SUFFIX,
     SUFFIXES,
-    Shard,
     open_shard,
 )
-
-__all__ = [
-    "Metadata",
-    "RecordDataset",
-    "RecordError",
-    "RecordSubset",
-    "RecordWriter",
-    "Shard",
-    "copy_records",
-    "find_damage",
-    "find_datasets",
-    "is_dataset",
-    "read_metadata",
-    "write_metadata",
-]
 
 METADATA_NAME = "METADATA"
 MAX_OPEN_FILES = 256  # of a dataset; systems allow 1024 to a process
@@ -66,12 +50,12 @@ MAX_OPEN_FILES = 256  # of a dataset; systems allow 1024 to a process
 
 @dataclass(frozen=True)
 class Metadata:
-    """What METADATA holds.
+    """The content of METADATA.
 
     Attributes:
-        entries: Examples of all shards.
+        entries: Number of examples in all shards.
         features: Normalized descriptor.
-        version: Of the format.
+        version: Version of the format.
     """
 
     entries: Annotated[int, Field(ge=1, lt=2**63, strict=True)]
@@ -100,12 +84,12 @@ def read_metadata(path: str | os.PathLike[str]) -> Metadata:
 
 
 def is_dataset(path: str | os.PathLike[str]) -> bool:
-    """Whether a folder holds a dataset itself, sound or not."""
+    """Whether a folder is a dataset, sound or not."""
     return os.path.lexists(Path(path) / METADATA_NAME)
 
 
 def find_datasets(path: str | os.PathLike[str]) -> list[Path]:
-    """The dataset in a folder, or those of several sizes in its folders.
+    """The dataset in a folder, or the datasets of several sizes in its folders.
 
     Raises:
         FileNotFoundError: If there is none.
@@ -127,8 +111,8 @@ def _nested_datasets(folder: Path) -> list[Path]:
 class RecordWriter:
     """Writes the examples of a new dataset.
 
-    METADATA is written by ``close()``, also at the end of a ``with`` block that failed, so that
-    what was written until then stays readable. Without it a folder is not a dataset.
+    METADATA is written by ``close()``, also at the end of a ``with`` block that failed, so the
+    examples before the failure stay readable. A folder without METADATA is not a dataset.
 
     Args:
         path: Existing folder that holds no dataset yet.
@@ -180,10 +164,10 @@ class RecordWriter:
         self.write_record(encode_example(example, self.features))
 
     def write_record(self, record: bytes | memoryview) -> None:
-        """Append one example that is serialized already.
+        """Append one serialized example.
 
         Args:
-            record: What ``RecordDataset.record`` of a dataset with the same features returns.
+            record: From ``RecordDataset.record`` of a dataset with the same features.
 
         Raises:
             RecordError: If the shard file exists.
@@ -213,12 +197,7 @@ class RecordWriter:
     def __enter__(self) -> "RecordWriter":
         return self
 
-    def __exit__(
-        self,
-        error_type: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def _open_shard(self, number: int) -> None:
@@ -240,15 +219,13 @@ def copy_records(
     records: Iterable[tuple["RecordDataset", int]],
     path: str | os.PathLike[str],
     max_examples: int = 2**63 - 1,
-    checksums: bool = False,
 ) -> int:
-    """Write records of datasets with the same features to a new one, as they are.
+    """Copy records of datasets with the same features to a new one, unchanged, with checksums.
 
     Args:
-        records: Dataset and number of each.
+        records: For each record its dataset and its number there.
         path: Existing empty folder.
         max_examples: Examples per shard.
-        checksums: As of ``RecordWriter``.
 
     Returns:
         The number of records.
@@ -256,7 +233,7 @@ def copy_records(
     writer = None
     count = 0
     for dataset, index in records:
-        writer = writer or RecordWriter(path, dataset.features, max_examples, checksums=checksums)
+        writer = writer or RecordWriter(path, dataset.features, max_examples, checksums=True)
         writer.write_record(dataset.record(index))
         count += 1
     if writer is not None:
@@ -294,9 +271,9 @@ def _check_new_dataset(path: Path) -> None:
 class RecordDataset:
     """Reads the examples of a dataset, in any order.
 
-    The dataset has a cursor, which ``read()``, iteration and ``dataset[i]`` move. A copy, also one
-    that was pickled, is open, with the cursor at the first example; it takes the content of the
-    indexes along instead of reading them again.
+    The dataset has a cursor, which ``read()``, iteration and ``dataset[i]`` move. A copy, also by
+    pickling, is open, and its cursor is at the first example. It keeps the content of the indexes
+    instead of reading them again.
 
     Args:
         path: Dataset folder.
@@ -307,16 +284,17 @@ class RecordDataset:
 
     Raises:
         FileNotFoundError: If METADATA is missing.
-        RecordError: If METADATA or an index is malformed, the number of index lines is not the
-            one in METADATA, a data file is missing or shorter than its index says, there is not a
-            checksum for each record, or one of these files is a link or something else than a
-            plain file. Reading raises it if a record is corrupt, or its file was changed since.
+        RecordError: If METADATA or an index is malformed, METADATA has another number of examples
+            than the indexes, a data file is missing or shorter than its index says, the number of
+            checksums is wrong, or one of these files is not a regular file. Reading raises it if a
+            record is corrupt, or its file has changed.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         metadata = read_metadata(self.path)
-        self._entries, self.features = metadata.entries, metadata.features
+        self._start, self._entries = 0, metadata.entries
+        self.features = metadata.features
         self.shards = [open_shard(index_path) for index_path in _index_paths(self.path)]
         self._ends = list(itertools.accumulate(map(len, self.shards)))
         self._files: dict[int, BinaryIO] = {}  # open data files by number of the shard
@@ -331,8 +309,9 @@ class RecordDataset:
 
     @property
     def num_bytes(self) -> int:
-        """Size of the data files."""
-        return sum(shard.data_size for shard in self.shards)
+        """Size of the data files; of a subset its share, as if all examples had one size."""
+        total = sum(shard.data_size for shard in self.shards)
+        return total * self._entries // self._ends[-1]
 
     def __len__(self) -> int:
         return self._entries
@@ -383,7 +362,7 @@ class RecordDataset:
         self._cursor = 0
 
     def view(self, index: int) -> dict[str, Any]:
-        """Example ``index`` with read-only memory views in place of bytes; the cursor stays.
+        """Example ``index`` with read-only memory views instead of bytes; the cursor stays.
 
         Views outlive ``close()``.
 
@@ -399,10 +378,24 @@ class RecordDataset:
 
         Raises:
             IndexError: If there is no such example.
-            RecordError: If its record is not the one that was written.
+            RecordError: If its record does not match its checksum.
             RuntimeError: If the dataset is closed.
         """
         return self._read_record(self._check_index(index))
+
+    def subset(self, start: int, stop: int) -> "RecordDataset":
+        """A copy that holds only the examples ``start`` to ``stop`` (exclusive).
+
+        Raises:
+            ValueError: If there are no such examples.
+        """
+        if not 0 <= start < stop <= self._entries:
+            raise ValueError(
+                f"{self.path} has {self._entries} examples, none from {start} to {stop}"
+            )
+        part = copy.copy(self)
+        part._start, part._entries = self._start + start, stop - start
+        return part
 
     def close(self) -> None:
         """Release the files."""
@@ -413,26 +406,22 @@ class RecordDataset:
         """Return file and number of an example, for messages."""
         shard_number, local_index = self._locate(index)
         data_path = self.shards[shard_number].data_path
-        return f"example {index} (number {local_index} in {data_path})"
+        return f"example {self._start + index} (number {local_index} in {data_path})"
 
     def __enter__(self) -> "RecordDataset":
         return self
 
-    def __exit__(
-        self,
-        error_type: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_files": {}, "_cursor": 0, "_closed": False}
 
     def _locate(self, index: int) -> tuple[int, int]:
-        shard_number = bisect.bisect_right(self._ends, index)
+        place = self._start + index
+        shard_number = bisect.bisect_right(self._ends, place)
         shard_start = self._ends[shard_number] - len(self.shards[shard_number])
-        return shard_number, index - shard_start
+        return shard_number, place - shard_start
 
     def _check_index(self, index: int) -> int:
         position = operator.index(index)
@@ -480,63 +469,6 @@ class RecordDataset:
             )
 
 
-@dataclass(frozen=True)
-class RecordSubset:
-    """Consecutive examples of a dataset, in the place of a whole one.
-
-    Attributes:
-        dataset: The dataset.
-        start: Its first example that belongs to the subset.
-        stop: The first one after it.
-
-    Raises:
-        ValueError: If there are no such examples.
-    """
-
-    dataset: RecordDataset
-    start: int
-    stop: int
-
-    @property
-    def features(self) -> dict[str, Descriptor]:
-        """Types of the features."""
-        return self.dataset.features
-
-    @property
-    def num_bytes(self) -> int:
-        """Share of the subset in the data files, as if all examples had one size."""
-        return self.dataset.num_bytes * len(self) // len(self.dataset)
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.start < self.stop <= len(self.dataset):
-            raise ValueError(
-                f"{self.dataset.path} has {len(self.dataset)} examples, none from {self.start} to "
-                f"{self.stop}"
-            )
-
-    def __len__(self) -> int:
-        return self.stop - self.start
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        if not 0 <= index < len(self):
-            raise IndexError(f"example {index} of a subset of {len(self)}")
-        return self.dataset[self.start + index]
-
-    def view(self, index: int) -> dict[str, Any]:
-        """As of the dataset."""
-        if not 0 <= index < len(self):
-            raise IndexError(f"example {index} of a subset of {len(self)}")
-        return self.dataset.view(self.start + index)
-
-    def describe(self, index: int) -> str:
-        """Name an example for messages."""
-        return self.dataset.describe(self.start + index)
-
-    def close(self) -> None:
-        """Release the files."""
-        self.dataset.close()
-
-
 def find_damage(path: str | os.PathLike[str]) -> Iterator[str]:
     """Compare every record of a dataset with its checksum.
 
@@ -544,7 +476,7 @@ def find_damage(path: str | os.PathLike[str]) -> Iterator[str]:
         path: Dataset folder.
 
     Yields:
-        What is wrong, a line each, and which files have no checksums.
+        A line for each problem, and for each file without checksums.
 
     Raises:
         FileNotFoundError: If there is no dataset.
@@ -569,4 +501,4 @@ def _index_paths(path: Path) -> list[Path]:
 def _shard_order(path: Path) -> tuple[bool, int, str]:
     if path.stem.isdecimal():
         return False, int(path.stem), path.stem
-    return True, 0, path.stem  # names that are no numbers come last, by letter
+    return True, 0, path.stem  # other names than numbers come last

@@ -1,7 +1,7 @@
-"""The files of a shard: looked over when a dataset is opened, then read from any process.
+"""The files of a shard: checked when a dataset is opened, then read from any process.
 
     00000.index    a line "<byte offset> <byte length>" for each record
-    00000.data     the records, one behind the other
+    00000.data     the records, one after the other
     00000.xxh3     a checksum of each record (XXH3, 64 bits, little-endian); optional
 
 Records are read with ``pread`` and not through mapped memory: reading beyond the end of a file that
@@ -43,10 +43,10 @@ class Shard:
 
     Attributes:
         data_path: The file of the records.
-        data_size: Its bytes.
-        changed: Its time of change, in nanoseconds.
+        data_size: Its size in bytes.
+        changed: Time of its last change, in nanoseconds.
         spans: Byte offset and length of each record, (records, 2) of int64.
-        checksums: Of each record, (records,) of uint64; None if there are none.
+        checksums: Checksum of each record, (records,) of uint64; None if there are none.
     """
 
     data_path: Path
@@ -73,12 +73,12 @@ class Shard:
         """A record, as it was written.
 
         Args:
-            number: Of the record.
-            descriptor: Of the open file of the records.
+            number: Number of the record.
+            descriptor: Descriptor of the open file of the records.
 
         Raises:
-            RecordError: If the file is another one than when the dataset was opened, it cannot be
-                read, or the record is not the one that its checksum belongs to.
+            RecordError: If the file changed since the dataset was opened, cannot be read, or the
+                record does not match its checksum.
         """
         offset, length = self.spans[number].tolist()
         try:
@@ -99,15 +99,14 @@ class Shard:
 
 
 def open_shard(index_path: Path) -> Shard:
-    """Read what there is to know about a shard.
+    """Check the files of a shard, and read its index and checksums.
 
     Args:
-        index_path: Of the index; the other files lie beside it.
+        index_path: Path of the index; the other files lie beside it.
 
     Raises:
         RecordError: If a line of the index breaks a rule, the data file is missing or shorter than
-            the index says, there is not a checksum for each record, or a file is a link or
-            something else than a plain file.
+            the index says, the number of checksums is wrong, or a file is not a regular file.
     """
     data_path = index_path.with_suffix(DATA_SUFFIX)
     try:
@@ -136,7 +135,7 @@ def _parse_lines(text: bytes, index_path: Path, num_before: int) -> np.ndarray:
 
     Args:
         text: Whole lines.
-        index_path: Of the index, for messages.
+        index_path: Path of the index, for messages.
         num_before: Lines before these.
     """
     if not text.endswith(b"\n"):
@@ -144,7 +143,7 @@ def _parse_lines(text: bytes, index_path: Path, num_before: int) -> np.ndarray:
     separators = text.translate(None, delete=DIGITS)
     num_lines = len(separators) // 2
     if separators == b" \n" * num_lines:
-        numbers = np.fromstring(text, np.int64, sep=" ")  # what is too large becomes 2**63 - 1
+        numbers = np.fromstring(text, np.int64, sep=" ")  # too large numbers become 2**63 - 1
         if len(numbers) == 2 * num_lines and numbers.max() < LIMIT:
             return numbers.reshape(-1, 2)
     lines = text.split(b"\n")

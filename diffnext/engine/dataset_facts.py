@@ -24,7 +24,7 @@ from diffnext.data.dataset_folders import DatasetFolder, Folders, batch_weights,
 from diffnext.data.flex_pipelines import all_outputs
 from diffnext.data.flex_transforms import check_features
 from diffnext.data.manifest import MANIFEST_NAME, Manifest, read_manifest
-from diffnext.data.records import RecordDataset, RecordError, RecordSubset, read_metadata
+from diffnext.data.records import RecordDataset, RecordError, read_metadata
 from diffnext.engine.base_folder import COMPONENTS, OVERLAY, BaseFolder, TransformerFacts
 from diffnext.models.embeddings import LabelEmbed
 from diffnext.utils.weights_files import hash_weights, weights_files
@@ -78,12 +78,11 @@ class DatasetFacts:
         """Examples to train on."""
         return self.num_examples - self.num_held_out
 
-    def open(self, start: int = 0, stop: int | None = None) -> RecordDataset | RecordSubset:
+    def open(self, start: int = 0, stop: int | None = None) -> RecordDataset:
         """The dataset, or the examples ``start`` to ``stop`` (exclusive) of it, to be closed."""
         dataset = RecordDataset(self.folder) if self.records is None else copy.copy(self.records)
         stop = self.num_examples if stop is None else stop
-        is_whole = (start, stop) == (0, len(dataset))
-        return dataset if is_whole else RecordSubset(dataset, start, stop)
+        return dataset.subset(start, stop)
 
 
 class Sample(NamedTuple):

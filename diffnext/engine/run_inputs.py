@@ -22,7 +22,7 @@ from torch import nn
 from diffnext.config.schema import TrainConfig
 from diffnext.config.targets import ConfigError, config_to_object, import_target
 from diffnext.data.flex_loaders import FeatureDataLoader, LoaderOptions
-from diffnext.data.records import RecordDataset, RecordSubset
+from diffnext.data.records import RecordDataset
 from diffnext.engine.base_folder import (
     BaseFolder,
     TransformerFacts,
@@ -72,7 +72,7 @@ class RunInputs:
         """Examples to train on: the datasets without their held-out ends."""
         return sum(facts.num_train for facts in self.datasets)
 
-    def open_training(self, path: str | os.PathLike[str]) -> RecordDataset | RecordSubset:
+    def open_training(self, path: str | os.PathLike[str]) -> RecordDataset:
         """The examples of a dataset to train on, for the loader."""
         facts = next(facts for facts in self.datasets if facts.folder == Path(path))
         return facts.open(stop=facts.num_train)

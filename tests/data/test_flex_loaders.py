@@ -39,7 +39,7 @@ def assert_same_batches(batches, others):
 
 @pytest.fixture
 def two_cpus(monkeypatch):
-    """Allow two processes whatever the machine has."""
+    """Allow two processes on any machine."""
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1}, raising=False)
 
 
@@ -434,7 +434,7 @@ MIXED = {"batch_size": 2, "initial_fill": 5}
 
 @pytest.fixture
 def three(make_dataset):
-    """Folders of datasets of three shapes; the number of an example tells its dataset, too."""
+    """Folders of datasets of three shapes; the number of an example also shows its dataset."""
     return [
         make_dataset([make_example(100 * place + n, shape) for n in range(size)])
         for place, (shape, size) in enumerate(zip(SHAPES, SIZES, strict=True))

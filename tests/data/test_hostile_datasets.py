@@ -29,7 +29,7 @@ def write_dataset(folder, *examples, features=FEATURES):
 
 
 def content(name, text):
-    """Write one file anew."""
+    """Overwrite one file."""
     data = text if isinstance(text, bytes) else text.encode()
     return lambda folder: (folder / name).write_bytes(data)
 

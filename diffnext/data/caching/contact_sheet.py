@@ -38,11 +38,11 @@ def draw_contact_sheet(
     """Decode examples evenly spaced over a dataset.
 
     Args:
-        folder: Of the dataset.
+        folder: Folder of the dataset.
         count: Examples at most.
-        columns: Of the sheet; of a clip one cell shows four frames.
+        columns: Columns of the sheet; the cell of a clip shows four frames.
         vae: Folder of the autoencoder.
-        device: That decodes.
+        device: Device that decodes.
 
     Raises:
         CacheError: If there is no autoencoder, or it is not the one of the latents.
@@ -59,21 +59,18 @@ def draw_contact_sheet(
 def find_vae(folder: Path, given: Path | None = None) -> Path:
     """The folder of the autoencoder that made a dataset.
 
-    The folder in the manifest is not opened unasked: it may be a stranger's choice.
+    The folder in the manifest is only shown: it may be a stranger's choice.
 
     Raises:
-        CacheError: If it is not given or is another one.
+        CacheError: If it is not given, or is another one.
     """
     manifest = read_manifest(folder) or Manifest()
     if given is None:
         known = f": its manifest names {manifest.vae.folder}" if manifest.vae else ""
         raise CacheError(f"name the autoencoder of {folder} with --vae{known}")
-    try:
-        place = find_autoencoder(given)
-    except FileNotFoundError as error:
-        raise CacheError(f"vae: {error}") from error
+    place = find_autoencoder(given)
     if manifest.vae_hash not in (None, hash_weights(place)):
-        raise CacheError(f"{folder} was made with another autoencoder than that in {place}")
+        raise CacheError(f"{folder} was made with another autoencoder than the one in {place}")
     return place
 
 
@@ -118,10 +115,8 @@ def draw_cell(frames: np.ndarray, caption: str) -> Image.Image:
     cell = Image.new("RGB", (width, strip.height + LINES * line_height), "white")
     cell.paste(strip, (0, 0))
     letters = max(1, int(width / font.getlength("n")))
-    lines = textwrap.wrap(caption, letters)[:LINES]
-    for number, line in enumerate(lines):
-        position = (0, strip.height + number * line_height)
-        ImageDraw.Draw(cell).text(position, line, fill="black", font=font)
+    text = "\n".join(textwrap.wrap(caption, letters)[:LINES])
+    ImageDraw.Draw(cell).multiline_text((0, strip.height), text, "black", font, spacing=0)
     return cell
 
 

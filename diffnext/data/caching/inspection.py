@@ -1,4 +1,4 @@
-"""What a dataset holds, and whether it is whole."""
+"""The contents of a dataset, and its problems."""
 
 from __future__ import annotations
 
@@ -14,46 +14,27 @@ from diffnext.data.caching.provenance import SOURCES_NAME, read_facts
 from diffnext.data.flex_pipelines import all_outputs
 from diffnext.data.flex_transforms import check_features
 from diffnext.data.manifest import Manifest, read_manifest
-from diffnext.data.records import RecordDataset, RecordError, Shard
+from diffnext.data.records import RecordDataset, RecordError
+from diffnext.data.shards import Shard
 
 FLOW_EDGES = (0, 0.5, 1, 2, 3, 5, 7, 10, 20, float("inf"))
 BAR_LENGTH = 40  # characters
 
 
 @dataclass
-class Range:
-    """Least, mean and greatest of some numbers."""
-
-    least: float = float("inf")
-    greatest: float = float("-inf")
-    total: float = 0.0
-    count: int = 0
-
-    def add(self, value: float) -> None:
-        """Take one more."""
-        self.least = min(self.least, value)
-        self.greatest = max(self.greatest, value)
-        self.total += value
-        self.count += 1
-
-    def __str__(self) -> str:
-        return f"{self.least:.4g} to {self.greatest:.4g}, mean {self.total / self.count:.4g}"
-
-
-@dataclass
 class Summary:
-    """What a dataset holds.
+    """The contents of a dataset.
 
     Attributes:
         entries: Examples.
-        shards: Pairs of files.
+        shards: Number of pairs of files.
         size: Bytes of the records.
         features: Descriptor.
         shapes: Examples by shape of their moments.
-        captions: Lengths of the long captions in characters.
+        captions: Length of each long caption in characters.
         texts: Examples with a short caption of their own.
-        states: Lengths of cached text states in tokens.
-        flows: Motion strengths.
+        states: Length of each long caption's cached states in tokens.
+        flows: Motion strength of each example that has one.
         labels: Examples by class.
         manifest: None if there is none.
     """
@@ -63,20 +44,20 @@ class Summary:
     size: int
     features: Mapping[str, Any]
     shapes: Counter = field(default_factory=Counter)
-    captions: Range = field(default_factory=Range)
+    captions: list[int] = field(default_factory=list)
     texts: int = 0
-    states: Range = field(default_factory=Range)
-    flows: Range = field(default_factory=Range)
+    states: list[int] = field(default_factory=list)
+    flows: list[float] = field(default_factory=list)
     labels: Counter = field(default_factory=Counter)
     manifest: Manifest | None = None
 
 
 def summarize(folder: Path) -> Summary:
-    """Read all of a dataset but the latents.
+    """Read everything in a dataset except the latents.
 
     Raises:
         RecordError: If it is damaged.
-        FileNotFoundError: If it is none.
+        FileNotFoundError: If there is no dataset.
     """
     with RecordDataset(folder) as dataset:
         check_features(dataset.features, str(folder))
@@ -96,31 +77,19 @@ def _count(example: Mapping[str, Any], summary: Summary) -> None:
     summary.shapes[tuple(example.get("shape", ()))] += 1
     caption = example.get("caption")
     if isinstance(caption, str):
-        summary.captions.add(len(caption))
+        summary.captions.append(len(caption))
     elif isinstance(caption, Mapping) and caption["shape"]:
-        summary.states.add(caption["shape"][0])
+        summary.states.append(caption["shape"][0])
     text = example.get("text")
     summary.texts += bool(text["data"] if isinstance(text, Mapping) else text)
     if "flow" in example:
-        summary.flows.add(example["flow"])
+        summary.flows.append(example["flow"])
     if "label" in example:
         summary.labels[example["label"]] += 1
 
 
-def read_flows(folder: Path) -> list[float]:
-    """Motion strengths of a dataset; none if it has none.
-
-    Raises:
-        RecordError: If it is damaged.
-    """
-    with RecordDataset(folder) as dataset:
-        if "flow" not in dataset.features:
-            return []
-        return [dataset.view(index)["flow"] for index in range(len(dataset))]
-
-
 def draw_histogram(flows: Sequence[float]) -> list[str]:
-    """How many motion strengths are how large, a line for each range."""
+    """Numbers of motion strengths, a line for each range."""
     counts, _ = np.histogram(flows, FLOW_EDGES)
     unit = max(1.0, counts.max() / BAR_LENGTH)
     ranges = zip(FLOW_EDGES[:-1], FLOW_EDGES[1:], counts.tolist(), strict=True)
@@ -134,11 +103,11 @@ def list_sources(folder: Path) -> Iterator[tuple[str, str]]:
     """Where the records of a dataset came from.
 
     Args:
-        folder: Of the dataset.
+        folder: Folder of the dataset.
 
     Yields:
-        Of each record its source, empty if it names none, and the hash of the item of the source
-        that it belongs to, empty if that is not known.
+        For each record its source, empty if it names none, and the hash of the source's item that
+        it came from, empty if that is unknown.
 
     Raises:
         RecordError: If something is damaged.
@@ -157,15 +126,15 @@ def list_sources(folder: Path) -> Iterator[tuple[str, str]]:
 
 
 def find_problems(folder: Path) -> Iterator[str]:
-    """Look for all that is wrong with a dataset.
+    """Look for all problems of a dataset.
 
     Every byte must belong to a record that training can read, and the manifest must agree.
 
     Args:
-        folder: Of the dataset.
+        folder: Folder of the dataset.
 
     Yields:
-        What is wrong, one line each.
+        A line for each problem.
     """
     try:
         dataset = RecordDataset(folder)

@@ -1,6 +1,6 @@
 """Datasets made of other datasets: merged, split, or with other shards.
 
-Records are copied as they are, and get checksums.
+Records are copied unchanged, and get checksums.
 """
 
 from __future__ import annotations
@@ -18,12 +18,11 @@ from diffnext.data.caching.errors import CacheError
 from diffnext.data.manifest import Counts, Manifest, read_manifest, write_manifest
 from diffnext.data.records import RecordDataset, copy_records
 
-UNLIMITED = 2**63 - 1
 SAME = ("vae_hash", "dtype", "shape", "size", "kind", "flow_unit", "text_encoder")
 
 
 def reshard(source: Path, output: Path, shard_size: int) -> int:
-    """Write a dataset anew with so many examples to a shard.
+    """Copy a dataset into shards of another size.
 
     Returns:
         The number of shards.
@@ -35,12 +34,12 @@ def reshard(source: Path, output: Path, shard_size: int) -> int:
         raise CacheError(f"shard_size must be at least 1, got {shard_size}")
     with RecordDataset(source) as dataset, _new_folder(output) as folder:
         order = ((dataset, index) for index in range(len(dataset)))
-        copy_records(order, folder, shard_size, checksums=True)
+        copy_records(order, folder, shard_size)
         _write_manifest(folder, [source], len(dataset))
         return -(-len(dataset) // shard_size)
 
 
-def merge(sources: Sequence[Path], output: Path, shard_size: int = UNLIMITED) -> int:
+def merge(sources: Sequence[Path], output: Path) -> int:
     """Write several datasets as one, in their order.
 
     Returns:
@@ -48,14 +47,14 @@ def merge(sources: Sequence[Path], output: Path, shard_size: int = UNLIMITED) ->
 
     Raises:
         CacheError: If the output exists, or the datasets differ in their features, the shape of
-            their latents or, as far as their manifests tell, their autoencoder.
+            their latents or, if they have manifests, their autoencoder.
     """
     with ExitStack() as stack:
         datasets = [stack.enter_context(RecordDataset(source)) for source in sources]
         _check_alike(datasets)
         folder = stack.enter_context(_new_folder(output))
         order = ((dataset, index) for dataset in datasets for index in range(len(dataset)))
-        count = copy_records(order, folder, shard_size, checksums=True)
+        count = copy_records(order, folder)
         _write_manifest(folder, sources, count)
         return count
 
@@ -66,8 +65,8 @@ def split(source: Path, outputs: Sequence[Path], share: float, seed: int = 0) ->
     Args:
         source: Dataset.
         outputs: Folders of the first and the second.
-        share: Of the first, above 0 and below 1.
-        seed: Of the choice.
+        share: Share of the first, above 0 and below 1.
+        seed: Seed of the choice.
 
     Returns:
         The number of examples of each.
@@ -87,14 +86,14 @@ def split(source: Path, outputs: Sequence[Path], share: float, seed: int = 0) ->
         order = np.random.default_rng(seed).permutation(len(dataset))
         for folder, chosen in zip(folders, (order[:count], order[count:]), strict=True):
             records = ((dataset, index) for index in np.sort(chosen).tolist())
-            copy_records(records, folder, checksums=True)
+            copy_records(records, folder)
             _write_manifest(folder, [source], len(chosen))
         return count, len(dataset) - count
 
 
 @contextmanager
 def _new_folder(output: Path) -> Iterator[Path]:
-    """A folder that gets its name when it was filled without an error."""
+    """A folder that gets its name after it was filled without an error."""
     if output.exists():
         raise CacheError(f"{output} exists: name a new folder")
     partial = output.with_name(f"{output.name}.partial")
@@ -125,7 +124,7 @@ def _check_alike(datasets: Sequence[RecordDataset]) -> None:
 
 
 def _write_manifest(folder: Path, sources: Sequence[Path], count: int) -> None:
-    """What is still true of the manifests; none if a source has none."""
+    """Write the part of the manifests that still holds; nothing if a source has none."""
     manifests = _read_manifests(sources)
     if not manifests:
         return

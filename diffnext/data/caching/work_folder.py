@@ -1,37 +1,37 @@
 """The unfinished part of a dataset, which a killed build is continued from.
 
-Items are built in chunks. A chunk's folder appears under its name when it is complete, by one
-rename, so that after a kill every chunk is there as a whole or not at all. Chunks do not depend on
-each other, nor on the process that builds them. When all are there, their records are joined to the
-shards of the dataset, one after the other; what a shard has taken is then removed.
+Items are built in chunks. A chunk's folder gets its name when it is complete, by one rename, so
+after a kill every chunk is there as a whole or not at all. Chunks do not depend on each other, nor
+on the process that builds them. When all are there, their records are copied to the shards of the
+dataset, one shard after the other, and the copied chunks are removed.
 
-    <output>/.building/plan.json           what is built; continuing takes the same
+    <output>/.building/plan.json           the settings; a build continues only with the same
     <output>/.building/names.jsonl         the items of the source, in order
-    <output>/.building/chunks/00000012/    records by size, and what is known of each item
-    <output>/.building/previous/...        the same of a build that is being updated
-    <output>/.building/claims/             which process works on what
+    <output>/.building/chunks/00000012/    records by size, and facts about each item
+    <output>/.building/previous/...        such folders of a build that is being updated
+    <output>/.building/claims/             which process builds which chunk
 """
 
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import os
 import shutil
 import uuid
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from pydantic import TypeAdapter
 
 from diffnext.data.caching.claims import Claims
-from diffnext.data.caching.errors import CacheError, Skipped
+from diffnext.data.caching.errors import CacheError
 from diffnext.data.caching.provenance import SOURCES_NAME, ItemFacts, read_facts, write_facts
-from diffnext.data.caching.settings import CacheSettings, Size, format_size
+from diffnext.data.caching.settings import CacheSettings, format_size
 from diffnext.data.manifest import MANIFEST_NAME
 from diffnext.data.plain_files import read_typed
 from diffnext.data.records import METADATA_NAME, RecordDataset, RecordWriter, copy_records
@@ -46,7 +46,7 @@ class WorkFolder:
     """State of a build.
 
     Args:
-        settings: Of the build.
+        settings: Settings of the build.
         num_items: Items of the source.
     """
 
@@ -54,14 +54,13 @@ class WorkFolder:
         self.output = settings.output
         self.path = settings.output / WORK_NAME
         self.num_items = num_items
+        self.num_chunks = -(-num_items // settings.chunk_size)
         self.chunk_size = settings.chunk_size
         self.shard_size = settings.shard_size
-        self.datasets = dataset_folders(settings)
-
-    @property
-    def num_chunks(self) -> int:
-        """Chunks of the source."""
-        return -(-self.num_items // self.chunk_size)
+        names = [format_size(size) for size in settings.sizes]
+        # With one size, the output folder itself is the dataset.
+        several = {name: settings.output / name for name in names}
+        self.datasets = several if len(names) > 1 else {names[0]: settings.output}
 
     @property
     def is_begun(self) -> bool:
@@ -88,38 +87,39 @@ class WorkFolder:
             with Claims(self.path / "claims") as claims:
                 yield claims
         finally:
-            with contextlib.suppress(OSError):  # others work on, or something is left to continue
+            with contextlib.suppress(OSError):  # others still work, or a build is left
                 (self.path / "claims").rmdir()
                 self.path.rmdir()
 
     # Beginning, continuing, updating: only while ``claims.alone`` is held.
 
     def begin(self, plan: Mapping[str, Any], names: Iterable[str]) -> None:
-        """Write what is to be built; the plan comes last, and makes it begun."""
+        """Write names and plan; with the plan, which comes last, the build has begun."""
         (self.path / "chunks").mkdir(parents=True, exist_ok=True)
         write_lines(self.path / "names.jsonl", names)
         write_json(self.path / "plan.json", dict(plan))
 
     def plan(self) -> dict[str, Any]:
-        """What was begun."""
+        """The plan of the build that was begun."""
         return read_typed(self.path / "plan.json", TypeAdapter(dict[str, Any]))
 
     def names(self) -> list[str]:
-        """The names of the items of what was begun."""
+        """The names of the items when the build was begun."""
         with open(self.path / "names.jsonl", encoding="utf-8") as file:
             return [json.loads(line) for line in file]
 
     def set_aside(self) -> None:
-        """Keep what is built, finished or not, as something to copy from; may be repeated."""
+        """Move all built records to ``previous``, to copy from; may be repeated after a kill."""
         previous = self.path / "previous"
         previous.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileNotFoundError):
             os.remove(self.path / "plan.json")
         for chunk in sorted(self.built_chunks()):
-            os.rename(self.chunk_folder(chunk), _new_part(previous))
+            os.rename(self.chunk_folder(chunk), previous / f"{len(os.listdir(previous)):08d}")
         if not (self.output / MANIFEST_NAME).is_file():
             return
-        part = _unfinished_part(previous)
+        part = previous / "dataset"  # after a kill, the same
+        part.mkdir(exist_ok=True)
         for name, folder in self.datasets.items():
             if not folder.is_dir():
                 continue
@@ -135,18 +135,18 @@ class WorkFolder:
 
     @property
     def is_being_set_aside(self) -> bool:
-        """Whether that was begun for a finished dataset, and not completed."""
+        """Whether a kill ended :meth:`set_aside` of a finished dataset."""
         return (self.path / "previous" / "dataset").is_dir()
 
     def previous_parts(self) -> list[Path]:
-        """Folders like those of chunks, of the build that is being updated."""
+        """Folders of the build that is being updated, with the same content as chunks."""
         parts = sorted((self.path / "previous").glob("*"), key=lambda path: path.name)
         return [part for part in parts if (part / SOURCES_NAME).is_file()]
 
     def remove(self) -> None:
-        """Remove all of it, which a finished dataset does not need.
+        """Remove the whole folder, which a finished dataset does not need.
 
-        The plan goes first: as long as it is there, so are the chunks.
+        The plan goes first: while it exists, all chunks exist.
         """
         (self.path / "plan.json").unlink(missing_ok=True)
         shutil.rmtree(self.path, ignore_errors=True)
@@ -164,58 +164,58 @@ class WorkFolder:
         return self.path / "chunks" / f"{chunk:08d}"
 
     def built_facts(self) -> Iterator[ItemFacts]:
-        """What is known of the items of all complete chunks, in order."""
+        """Facts about the items of all complete chunks, in order."""
         for chunk in sorted(self.built_chunks()):
             yield from read_facts(self.chunk_folder(chunk) / SOURCES_NAME)
 
     # The dataset: only when all chunks are complete, and while ``claims.alone`` is held.
 
     def write_lists(self) -> int:
-        """Write what is known of each item, and what is left out; returns how much is left out."""
+        """Write ``sources.jsonl`` and ``skipped.jsonl``; returns the number of skipped lines."""
         write_facts(self.output / SOURCES_NAME, self.built_facts())
-        skipped = [line for facts in self.built_facts() for line in facts.skipped]
-        write_skipped(self.output / SKIPPED_NAME, skipped)
+        skipped = [asdict(line) for facts in self.built_facts() for line in facts.skipped]
+        write_lines(self.output / SKIPPED_NAME, skipped)
         return len(skipped)
 
     def join(self) -> dict[str, int]:
-        """Make the shards that are missing, each by renames, and remove what they have taken.
+        """Write the missing shards, each by renames, and remove the chunks they were copied from.
 
         Returns:
             The number of examples of each size.
         """
-        counts: dict[str, list[int]] = {name: [] for name in self.datasets}
-        for chunk in range(self.num_chunks):
-            found: Counter[str] = Counter()
+        found: list[Counter[str]] = [Counter() for _ in range(self.num_chunks)]
+        for chunk, counter in enumerate(found):
             for facts in read_facts(self.chunk_folder(chunk) / SOURCES_NAME):
-                found.update(facts.examples)
-            for name, numbers in counts.items():
-                numbers.append(found[name])
-        return {name: self._join_size(name, numbers) for name, numbers in counts.items()}
+                counter.update(facts.examples)
+        counts = {name: np.array([one[name] for one in found]) for name in self.datasets}
+        return {name: self._join_size(name, counts[name]) for name in self.datasets}
 
-    def _join_size(self, name: str, counts: Sequence[int]) -> int:
+    def _join_size(self, name: str, counts: np.ndarray) -> int:
         """Make the dataset of a size.
 
         Args:
-            name: Of the size.
+            name: Name of the size.
             counts: Its examples in each chunk.
         """
-        ends = list(itertools.accumulate(counts))
-        num_shards = -(-ends[-1] // self.shard_size)
-        parts = [
-            _Part(self.chunk_folder(chunk) / name, end - count, end)
-            for chunk, (count, end) in enumerate(zip(counts, ends, strict=True))
-            if count
-        ]
+        ends = np.cumsum(counts)
+        starts = ends - counts
+        num_shards = -(-int(ends[-1]) // self.shard_size)
         for shard in range(num_shards):
             start, stop = shard * self.shard_size, (shard + 1) * self.shard_size
-            taken = [part for part in parts if part.end > start and part.start < stop]
+            taken = np.flatnonzero((counts > 0) & (ends > start) & (starts < stop)).tolist()
+            spans = {
+                self.chunk_folder(chunk) / name: range(
+                    max(start - starts[chunk], 0), min(stop, ends[chunk]) - starts[chunk]
+                )
+                for chunk in taken
+            }
             stem = str(shard).zfill(max(5, len(str(num_shards - 1))))
             if not (self.datasets[name] / f"{stem}{INDEX_SUFFIX}").is_file():
-                self._write_shard(_records_between(taken, start, stop), name, stem)
-            for part in taken:
-                if part.end <= stop:
-                    shutil.rmtree(part.folder, ignore_errors=True)
-        return ends[-1]
+                self._write_shard(_records_of(spans), name, stem)
+            for chunk in taken:
+                if ends[chunk] <= stop:
+                    shutil.rmtree(self.chunk_folder(chunk) / name, ignore_errors=True)
+        return int(ends[-1])
 
     def _write_shard(
         self, records: Iterable[tuple[RecordDataset, int]], name: str, stem: str
@@ -227,7 +227,7 @@ class WorkFolder:
         folder = self.datasets[name]
         folder.mkdir(exist_ok=True)
         with naming_place(scratch):
-            copy_records(records, scratch, checksums=True)
+            copy_records(records, scratch)
         flush_files(scratch)
         written = [path for path in scratch.iterdir() if path.suffix in SUFFIXES]
         for path in sorted(written, key=lambda path: path.suffix == INDEX_SUFFIX):
@@ -236,7 +236,7 @@ class WorkFolder:
 
 
 class ChunkWriter:
-    """Collects the records of a chunk; nothing of them counts before ``commit``.
+    """Collects the records of a chunk; they count only after ``commit``.
 
     Args:
         work: State of the build.
@@ -251,9 +251,8 @@ class ChunkWriter:
         self._writers: dict[str, RecordWriter] = {}
         self._folder.mkdir(parents=True)
 
-    def write(self, size: Size, record: Mapping[str, Any]) -> None:
-        """Add an example."""
-        name = format_size(size)
+    def write(self, name: str, record: Mapping[str, Any]) -> None:
+        """Add an example to the dataset of a size."""
         if name not in self._writers:
             (self._folder / name).mkdir()
             self._writers[name] = RecordWriter(self._folder / name, self._features)
@@ -261,7 +260,7 @@ class ChunkWriter:
             self._writers[name].write(record)
 
     def commit(self, facts: Iterable[ItemFacts]) -> None:
-        """Make the chunk complete, with what is known of its items."""
+        """Complete the chunk with the facts about its items."""
         for name, writer in self._writers.items():
             with naming_place(self._folder / name):
                 writer.close()
@@ -275,19 +274,6 @@ class ChunkWriter:
             shutil.rmtree(self._folder)  # another process took this one for dead
 
 
-def dataset_folders(settings: CacheSettings) -> dict[str, Path]:
-    """Folder of the dataset of each size: the output itself where there is only one."""
-    names = [format_size(size) for size in settings.sizes]
-    if len(names) == 1:
-        return {names[0]: settings.output}
-    return {name: settings.output / name for name in names}
-
-
-def write_skipped(path: Path, lines: Iterable[Skipped]) -> None:
-    """Write a ``skipped.jsonl``."""
-    write_lines(path, ({"source": line.source, "reason": line.reason} for line in lines))
-
-
 def flush_files(folder: Path) -> None:
     """Bring the files of a folder to the disk."""
     for path in folder.rglob("*"):
@@ -296,31 +282,9 @@ def flush_files(folder: Path) -> None:
                 os.fsync(file.fileno())
 
 
-@dataclass(frozen=True)
-class _Part:
-    """The records of a size in a chunk, and their places among all of the size."""
-
-    folder: Path
-    start: int
-    end: int
-
-
-def _records_between(
-    parts: Iterable[_Part], start: int, stop: int
-) -> Iterator[tuple[RecordDataset, int]]:
-    """Records ``start`` to ``stop`` of parts that follow each other, one open at a time."""
-    for part in parts:
-        with RecordDataset(part.folder) as dataset:
-            for place in range(max(start, part.start), min(stop, part.end)):
-                yield dataset, place - part.start
-
-
-def _new_part(previous: Path) -> Path:
-    return previous / f"{len(os.listdir(previous)):08d}"
-
-
-def _unfinished_part(previous: Path) -> Path:
-    """The part that a finished dataset is moved to; a killed move goes on with the same."""
-    part = previous / "dataset"
-    part.mkdir(exist_ok=True)
-    return part
+def _records_of(spans: Mapping[Path, range]) -> Iterator[tuple[RecordDataset, int]]:
+    """Some records of each of several datasets, which are open one at a time."""
+    for folder, places in spans.items():
+        with RecordDataset(folder) as dataset:
+            for place in places:
+                yield dataset, place
