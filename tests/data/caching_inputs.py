@@ -37,7 +37,7 @@ def write_pictures(folder: Path, count: int, suffix: str = ".png") -> list[str]:
 
 
 def numbered_frames(count: int, height: int = 32, width: int = 64) -> list[np.ndarray]:
-    """Grey frames whose brightness tells their number: 8 n."""
+    """Grey frames; the brightness of frame n is 8 n."""
     return [np.full((height, width, 3), 8 * number, np.uint8) for number in range(count)]
 
 

@@ -1,4 +1,4 @@
-"""One bad item is one skipped item: what a source may hold, and what becomes of the rest of it."""
+"""One bad item of a source is one skipped item, and the rest is read."""
 
 import glob
 import io
@@ -54,8 +54,7 @@ def read_source(source, **changes):
     fine, problems = [], []
     for item in list_items(settings).items:
         reading = read_item(item, settings)
-        if reading.problem is not None:
-            problems.append(reading.problem)
+        problems += [skipped.reason for skipped in reading.facts.skipped]
         fine += [(e.pixels.tobytes(), e.annotation.caption) for e in reading.examples]
     return fine, problems
 
@@ -63,7 +62,7 @@ def read_source(source, **changes):
 @contextmanager
 def bounded(megabytes=500):
     """What is done within takes neither long nor much memory."""
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before, started = peak_memory(), time.perf_counter()
     yield
     assert time.perf_counter() - started < SECONDS
@@ -123,7 +122,7 @@ def binary_size(size):
 
 
 def extended(records, name="bad.png", content=b"x" * 600):
-    """A member behind a header of the pax format."""
+    """A member after a header of the pax format."""
     records += bytes(-len(records) % BLOCK)
     return header_of("x", b"x", b"%011o\0" % len(records)) + records + member(name, content)
 
@@ -152,7 +151,7 @@ END = bytes(2 * BLOCK)
 WRONG_SIZE = "damaged or cut off: .* of -?[0-9]+ bytes"
 NO_MEMBER = "the archive is damaged: [0-9]+ bytes hold no member"
 
-# What stands between the first and the second picture of an archive, and the reasons for it.
+# Bytes between the first and the second picture of an archive, and the reasons they give.
 ARCHIVES = {
     "huge size": (header_of("bad.png", size=binary_size(2**62)), [WRONG_SIZE]),
     "size beyond 64 bits": (header_of("bad.png", size=binary_size(2**86)), [WRONG_SIZE]),
@@ -794,8 +793,9 @@ def test_files_that_are_gone_when_they_are_read_are_skipped(tmp_path):
     items = list_items(settings).items
     (tmp_path / "in" / "0001.png").unlink()
     (tmp_path / "in" / "0003.txt").unlink()
-    problems = {item.name: read_item(item, settings).problem for item in items}
-    assert {name for name, problem in problems.items() if problem} == {"0001.png", "0003.png"}
+    skipped = [line for item in items for line in read_item(item, settings).facts.skipped]
+    problems = {line.source: line.reason for line in skipped}
+    assert problems.keys() == {"0001.png", "0003.png"}
     assert "No such file" in problems["0001.png"]
     assert "its .txt file: cannot be opened: No such file" in problems["0003.png"]
 
@@ -842,7 +842,7 @@ def test_captions_in_utf16_are_read(tmp_path):
     check_rest(tmp_path / "in", [], tmp_path)
 
 
-# --- what helps -----------------------------------------------------------------------------------
+# --- hints ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -876,6 +876,19 @@ def test_an_only_text_is_the_caption(tmp_path, columns):
     check_rest(table, [], tmp_path, columns=columns)
 
 
+@pytest.mark.parametrize("labels", [True, False])
+def test_a_table_without_a_column_of_captions_is_an_error_that_names_the_option(tmp_path, labels):
+    wanted = "label" if labels else "caption"
+    table = save_table(tmp_path / "in", "list.csv", "file_name,prompt\n0000.png,a disc\n")
+    message = f"no row of {table} has a {wanted}: --{wanted}-column names its column"
+    with pytest.raises(CacheError, match=message):
+        read_source(table, labels=labels)
+    assert len(read_source(table, empty_captions=True)[0]) == 1
+    assert read_source(table, columns=Columns(text="prompt"))[0][0][1] == "a disc"
+    write_pictures(tmp_path / "in", 1)  # the caption may also be beside the file
+    assert read_source(table)[0][0][1] == CAPTIONS[0]
+
+
 def test_files_that_are_not_read_are_counted(tmp_path):
     write_pictures(tmp_path / "in" / "below", 1)
     for name in ["1.heic", "2.HEIC", "below/3.heic", "clip.mp4", "README", "a.csv", "._1.heic"]:
@@ -897,7 +910,7 @@ def test_files_that_are_not_read_are_counted(tmp_path):
 
 
 def test_heic_is_read_where_its_plugin_is(tmp_path, monkeypatch):
-    """A plug-in that takes what it is given for PNG."""
+    """A plug-in that reads everything as PNG."""
     write_pictures(tmp_path / "in", 3)
     for name in NAMES:
         (tmp_path / "in" / name).rename((tmp_path / "in" / name).with_suffix(".HEIC"))

@@ -1,5 +1,6 @@
-"""Motion strength: pixels that what moves does move from frame to frame, at 480 pixels height."""
+"""Motion strength: pixels that moving things move from frame to frame, at a height of 480."""
 
+import functools
 import sys
 
 import numpy as np
@@ -79,7 +80,7 @@ def test_the_clip_of_the_guide():
         kind="videos", source="", output=".", vae=".", sizes=((HEIGHT, WIDTH),)
     )
     with open("assets/sample_video.mp4", "rb") as file:
-        plan = lambda height, width, aspect: plan_crop(height, width, settings, aspect)  # noqa: E731
+        plan = functools.partial(plan_crop, settings=settings)
         (clip,) = read_clips(file, FrameSampling(num_frames=33, stride=2), plan)
     assert estimate_flow(clip) == pytest.approx(3.4, abs=0.1)
 

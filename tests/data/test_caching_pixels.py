@@ -260,7 +260,7 @@ def test_orientations_that_mirror_are_applied():
 
 
 def read(path, decoder="pyav", num_frames=3, stride=1, plan=None, **sampling):
-    """The clip of a video, at its own size where there is no plan."""
+    """The clip of a video, at its own size without a plan."""
     plan = plan or (lambda height, width, aspect: Crop((height, width), (height, width), 0, 0))
     with open(path, "rb") as file:
         chosen = FrameSampling(num_frames=num_frames, stride=stride, **sampling)
@@ -350,7 +350,7 @@ def test_pixels_that_are_not_square_and_turned_frames_get_the_size_of_what_is_se
     frame = yuv_frame(COLOR, size=(32, 48))
     encode(tmp_path / "a.mp4", [frame] * 4, prepare=prepare)
     build = settings(kind="videos", sizes=((32, 48), (48, 32), (32, 96), (96, 32)))
-    clip = read(tmp_path / "a.mp4", plan=lambda h, w, a: plan_crop(h, w, build, a))
+    clip = read(tmp_path / "a.mp4", plan=lambda h, w, a: plan_crop(h, w, a, settings=build))
     assert clip.shape[1:3] == chosen
 
 
@@ -429,7 +429,7 @@ def test_interlaced_videos_become_progressive(tmp_path, path, codec):
 
 
 def numbered(count):
-    """Frames whose brightness tells their number."""
+    """Frames whose brightness shows their number."""
     return [yuv_frame([10 + 6 * number] * 3) for number in range(count)]
 
 
@@ -440,7 +440,7 @@ def numbers(clip):
 GROUPS = {"qp": "1", "g": "10", "bf": "2"}
 OPEN = {**GROUPS, "g": "11", "x264-params": "open-gop=1:scenecut=0:b-adapt=0"}
 MPEG = {"g": "10", "bf": "2", "qmin": "1", "qmax": "2"}
-CONTAINERS = {  # codec, format, options, what decord is refused for
+CONTAINERS = {  # codec, format, options, why decord is not used
     "a.mp4": ("libx264", None, GROUPS, None),
     "a.mov": ("libx264", None, GROUPS, None),
     "a.mkv": ("libx264", None, GROUPS, None),
@@ -518,7 +518,7 @@ def test_decord_is_refused_where_its_pixels_would_be_wrong(
 
 
 def write_damaged(folder, number):
-    """A video with a packet that is not what it was."""
+    """A video with a damaged packet."""
     path, _ = write_numbered(folder, "a.mp4")
     with av.open(str(path)) as container:
         packet = [packet for packet in container.demux(video=0) if packet.size][number]

@@ -23,7 +23,7 @@ from tests.data.caching_inputs import (
     write_video,
 )
 
-# A decoder that does what a file says; every other file goes to the real one.
+# A decoder that follows the word in a file; the real one reads every other file.
 FAKE_AV = """
 import os, signal, sys, time
 sys.path.remove(os.path.dirname(__file__))
@@ -241,7 +241,7 @@ def test_a_build_takes_over_from_a_machine_that_went_down(tmp_path, vae, monkeyp
 @pytest.mark.slow
 @pytest.mark.parametrize("blocks", [1, 3, 8])
 def test_a_full_disk_names_the_file_and_leaves_a_build_that_goes_on(tmp_path, vae, blocks):
-    """A limit on the size of files stands for it: the same calls fail."""
+    """A limit on the size of files lets the same calls fail."""
     write_pictures(tmp_path / "in", 30)
     build = start_build(tmp_path / "in", tmp_path / "one", vae)
     assert build.wait(60) == 0, build.stderr.read()

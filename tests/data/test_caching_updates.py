@@ -1,4 +1,4 @@
-"""A source that changes: what is noticed, what an update reads anew, and what it must equal."""
+"""A source that changes: changes are noticed, and an update equals a fresh build."""
 
 import json
 import os
@@ -99,7 +99,7 @@ def repack_without_times(folder):
 
 SOURCES = {"folder": write_folder, "table": write_table, "tar": write_tar, "parquet": write_parquet}
 
-# kind: (source, what happens to it, what is reported)
+# kind: (source, change, message)
 CHANGES = {
     "a caption": ("folder", lambda f: (f / "0003.txt").write_text("new"), "1 changed (0003.png)"),
     "a picture": (
@@ -281,10 +281,10 @@ def test_an_update_killed_at_any_change_of_its_files_goes_on(tmp_path, vae, monk
 
 
 def test_bad_items_leave_the_others_as_they_would_be(tmp_path):
-    """The same bytes, whatever batches, chunks and shards they would have shared."""
+    """The same bytes, although they share other batches, chunks and shards."""
     write_pictures(tmp_path / "good", 21)
     shutil.copytree(tmp_path / "good", tmp_path / "bad")
-    for number in range(7):  # so that a picture is alone in its chunk
+    for number in range(7):  # so one chunk has a single good picture
         (tmp_path / "bad" / f"0000_{number}.png").write_bytes(b"no picture")
     (tmp_path / "bad" / "0013_.png").write_bytes(b"no picture")
     vae = ROOT / "assets" / "vae-tiny"  # one whose latents depend on the size of a batch
@@ -296,23 +296,6 @@ def test_bad_items_leave_the_others_as_they_would_be(tmp_path):
     records = {name for name in one if not name.endswith((".json", ".jsonl"))}
     assert len(records) == 10  # three shards and METADATA
     assert {name: one[name] for name in records} == {name: two.get(name) for name in records}
-
-
-def test_an_earlier_versions_cache_is_read_and_updated(tmp_path, vae):
-    source = write_folder(tmp_path / "in")
-    settings = make_settings(source, tmp_path / "out", vae, workers=1)
-    report = build_cache(settings)
-    (tmp_path / "out" / "sources.jsonl").unlink()
-    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
-    manifest["plan"] |= {"num_items": COUNT, "items_hash": "x"}
-    (tmp_path / "out" / "manifest.json").write_text(json.dumps(manifest))
-    assert build_cache(settings) == report
-    add_picture(source, "new")
-    with pytest.raises(CacheError, match="--update"):
-        build_cache(settings)
-    build_cache(make_settings(source, tmp_path / "out", vae, workers=1, update=True))
-    build_cache(make_settings(source, tmp_path / "fresh", vae, workers=1))
-    assert read_files(tmp_path / "out") == read_files(tmp_path / "fresh")
 
 
 def test_an_update_with_other_settings_is_refused(tmp_path, vae):

@@ -72,7 +72,7 @@ def test_frames_are_scaled_and_cut_as_planned(tmp_path):
     plan = lambda height, width, aspect: Crop((16, 16), (16, 32), 0, 8)  # noqa: E731
     (clip,) = read(tmp_path / "a.mp4", plan=plan, num_frames=1)
     assert clip.shape == (1, 16, 16, 3)
-    assert clip.mean() > 190  # the middle alone
+    assert clip.mean() > 190  # only the middle
 
 
 def test_several_clips_follow_each_other(tmp_path):

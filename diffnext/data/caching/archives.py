@@ -1,6 +1,6 @@
 """Items of WebDataset archives: tar files in which a sample's files share a stem.
 
-Members are read where they lie. Nothing is unpacked, so no name can lead out of a folder.
+Members are read in place. Nothing is unpacked, so no name can lead out of a folder.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import os
 import tarfile
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import BinaryIO
 
@@ -22,14 +21,12 @@ from diffnext.data.caching.media import (
     Media,
     is_system_file,
     media_suffixes,
-    reason_of,
+    open_source,
     suffix_of,
 )
-from diffnext.data.plain_files import open_plain
-from diffnext.data.record_format import RecordError
 
 HEADER_LIMIT = 2**15  # bytes of a header with its extensions
-MARK = b"ustar"  # in every header, behind MARK_OFFSET bytes
+MARK = b"ustar"  # in every header, after MARK_OFFSET bytes
 MARK_OFFSET = 257
 BLOCK = 2**20  # bytes searched at once
 PACKED = {
@@ -41,92 +38,48 @@ PACKED = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Member:
-    """A member of an archive, or a part that holds none.
-
-    Attributes:
-        name: Of the member, or which part it is.
-        content: Where its bytes are.
-        problem: Why it cannot be used.
-    """
-
-    name: str
-    content: ArchiveMedia | None = None
-    problem: str | None = None
-
-
-@dataclass
-class _Contents:
-    """What was found in an archive.
-
-    Attributes:
-        media: Pictures or videos, and damaged parts, in their order.
-        sides: Side files by stem and suffix.
-    """
-
-    media: list[Member] = field(default_factory=list)
-    sides: dict[str, dict[str, Media]] = field(default_factory=dict)
-
-
 def archive_items(path: str, label: str, kind: str, unread: Counter[str]) -> Iterator[Item]:
-    """Items of an archive, in the order of its members.
+    """Items of an archive, in the order of its members, and its damaged parts.
+
+    After a damaged part, and after the end of an archive that others were appended to, reading
+    continues at the next header.
 
     Args:
-        path: Of the archive.
-        label: That the names of its items begin with.
+        path: Path of the archive.
+        label: Begins the names of its items.
         kind: "images" or "videos".
         unread: Counts the members that are not media, by suffix.
 
     Raises:
         CacheError: If it is not an uncompressed tar file.
     """
-    found = _Contents()
-    for member in read_members(path):
-        _sort_in(member, kind, found, unread)
-    for member in found.media:
-        sides = found.sides.get(_stem(member.name)) or found.sides.get(_key(member.name)) or {}
-        if member.problem is None:
-            yield Item(f"{label}/{member.name}", member.content, sides)
+    found: list[Item] = []
+    sides: dict[str, dict[str, Media]] = {}
+    with open_source(path) as file:
+        for member in _ArchiveReader(path, file).read():
+            suffix = suffix_of(member.name)
+            if is_system_file(os.path.basename(member.name)):
+                continue
+            if suffix in media_suffixes(kind) or member.media is None:
+                found.append(member)
+            elif suffix not in SIDE_SUFFIXES:
+                unread[suffix] += 1
+            elif member.problem is None:
+                sides.setdefault(_stem(member.name), {}).setdefault(suffix, member.media)
+    for member in found:
+        name = f"{label}/{member.name}"
+        if member.problem is not None:
+            yield Item(name, problem=member.problem)
         else:
-            yield Item(f"{label}/{member.name}", problem=member.problem)
-
-
-def _sort_in(member: Member, kind: str, found: _Contents, unread: Counter[str]) -> None:
-    suffix = suffix_of(member.name)
-    if is_system_file(os.path.basename(member.name)):
-        return
-    if suffix in media_suffixes(kind) or member.content is None:
-        found.media.append(member)
-    elif suffix not in SIDE_SUFFIXES:
-        unread[suffix] += 1
-    elif member.problem is None:
-        found.sides.setdefault(_stem(member.name), {}).setdefault(suffix, member.content)
-
-
-def read_members(path: str) -> Iterator[Member]:
-    """Members of an archive, and the parts of it that hold none, though there is something.
-
-    Behind a damaged part, and behind the end of an archive that others were appended to, it goes
-    on at the next header.
-
-    Raises:
-        CacheError: If it is not an uncompressed tar file.
-    """
-    try:
-        with open_plain(path, follow_links=True) as file:
-            yield from _ArchiveReader(path, file).read()
-    except RecordError as error:
-        raise CacheError(str(error)) from error
-    except OSError as error:
-        raise CacheError(f"{path} cannot be read: {reason_of(error)}") from error
+            own = sides.get(_stem(member.name)) or sides.get(_key(member.name)) or {}
+            yield Item(name, member.media, own)
 
 
 class _ArchiveReader:
     """Reads an archive member by member.
 
     Args:
-        path: Of the archive.
+        path: Path of the archive.
         file: The open archive.
     """
 
@@ -135,16 +88,16 @@ class _ArchiveReader:
         self._descriptor = file.fileno()
         self._end = os.fstat(self._descriptor).st_size
         self._headers = _HeaderFile(self._descriptor, closefd=False)
-        # An empty archive for a beginning: TarFile would read a first header of its own accord.
+        # It begins with an empty archive, because TarFile reads the first header itself.
         self._archive = tarfile.TarFile(fileobj=io.BytesIO(bytes(2 * tarfile.BLOCKSIZE)))
         self._archive.fileobj = self._headers
         self._archive.pax_headers = _Ignored()
 
-    def read(self) -> Iterator[Member]:
+    def read(self) -> Iterator[Item]:
         """Members and damaged parts.
 
         Raises:
-            CacheError: If there is no member at all, but something else.
+            CacheError: If there is no member at all, but other bytes.
             OSError: If it cannot be read any further.
         """
         position = 0
@@ -158,13 +111,13 @@ class _ArchiveReader:
                     yield member
                 continue
             if position == 0:
-                self._refuse_packed()
+                self._check_not_packed()
             start, position = position, self._find_header(position + 1, self._end)
             if not self._is_blank(start, position):
                 if position == self._end and not is_tar:
                     raise CacheError(f"{self._path} is not a readable uncompressed tar file")
                 problem = f"the archive is damaged: {position - start} bytes hold no member"
-                yield Member(f"(byte {start})", problem=problem)
+                yield Item(f"(byte {start})", problem=problem)
 
     def _header_at(self, position: int) -> tarfile.TarInfo | None:
         """The member whose header begins at a position, or None."""
@@ -176,7 +129,7 @@ class _ArchiveReader:
         except Exception:  # tarfile raises errors of any type on damaged headers
             return None
 
-    def _take(self, header: tarfile.TarInfo) -> tuple[Member | None, int]:
+    def _take(self, header: tarfile.TarInfo) -> tuple[Item | None, int]:
         """A member, unless it is a folder, and where the next header is."""
         start, stop = header.offset_data, self._archive.offset
         size = min(header.size, stop - start)  # of a folder or device none, of a sparse file less
@@ -186,14 +139,14 @@ class _ArchiveReader:
             if not is_whole or found < stop:
                 held = found - start
                 problem = f"the archive is damaged or cut off: {held} of {header.size} bytes"
-                return Member(header.name, problem=problem), found
+                return Item(header.name, problem=problem), found
         if header.isdir():
             return None, stop
         content = ArchiveMedia(self._path, start, header.size)
-        return Member(header.name, content, find_problem(header)), stop
+        return Item(header.name, content, problem=find_problem(header)), stop
 
     def _is_header_or_end(self, position: int) -> bool:
-        """Whether there may be a header, or zeros, or nothing more."""
+        """Whether a header, zeros or the end of the file follow."""
         block = self._read(position, tarfile.BLOCKSIZE)
         return block[MARK_OFFSET:].startswith(MARK) or not block.strip(b"\0")
 
@@ -211,14 +164,14 @@ class _ArchiveReader:
         return stop
 
     def _is_blank(self, start: int, stop: int) -> bool:
-        """Whether there is nothing but zeros, as at the end of an archive."""
+        """Whether there are only zeros, as at the end of an archive."""
         places = range(start, stop, BLOCK)
         return not any(self._read(at, min(BLOCK, stop - at)).strip(b"\0") for at in places)
 
     def _read(self, start: int, size: int) -> bytes:
         return os.pread(self._descriptor, max(size, 0), start)
 
-    def _refuse_packed(self) -> None:
+    def _check_not_packed(self) -> None:
         head = self._read(0, max(map(len, PACKED)))
         for magic, tool in PACKED.items():
             if head.startswith(magic):
@@ -228,17 +181,17 @@ class _ArchiveReader:
 
 
 class _Ignored(dict[str, str]):
-    """What a header says of all members: it could rename every one, or give it a size."""
+    """A header's values for all members, which could rename each or change its size."""
 
     def __setitem__(self, key: str, value: str) -> None:
         pass
 
 
 class _HeaderFile(io.FileIO):
-    """An archive as tarfile sees it, a header at a time.
+    """An archive for tarfile to read, one header at a time.
 
-    A header may claim any length, and tarfile would read as much, or for ever at the end of the
-    file; here it gets no more than a header has.
+    A header may claim any length, and tarfile would read that much, or for ever at the end of the
+    file; here it gets at most ``HEADER_LIMIT`` bytes.
     """
 
     _left = 0
@@ -277,6 +230,6 @@ def _stem(name: str) -> str:
 
 
 def _key(name: str) -> str:
-    """WebDataset's key: the name up to the first dot behind the last slash."""
+    """WebDataset's key: the name up to the first dot after the last slash."""
     folder, _, base = name.rpartition("/")
     return f"{folder}/{base.partition('.')[0]}" if folder else base.partition(".")[0]

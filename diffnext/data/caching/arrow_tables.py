@@ -1,4 +1,4 @@
-"""Rows of Parquet files and of the ``datasets`` of Hugging Face, both as Arrow has them."""
+"""Rows of Parquet files and of Hugging Face ``datasets``, read with Arrow."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 from diffnext.data.caching.errors import BadExample, CacheError
-from diffnext.data.caching.media import FileMedia, Media, file_stamp, open_cell
+from diffnext.data.caching.media import Media, file_stamp, open_cell, open_source
 from diffnext.data.caching.settings import CacheSettings
 from diffnext.data.caching.tables import MEDIA, CellError, Row, check_columns, folder_of
 
@@ -23,7 +23,7 @@ MAX_REASON = 200
 def read_parquet(path: str, settings: CacheSettings) -> Iterator[Row]:
     """Rows of a Parquet file; cells with bytes of media are read when they are needed.
 
-    A row group that is damaged is one row with a problem, from where it cannot be read on.
+    If a row group is damaged, the rows after the damage become one row with a problem.
 
     Raises:
         CacheError: If pyarrow is missing, the file cannot be read or lacks a column.
@@ -45,7 +45,7 @@ def read_parquet(path: str, settings: CacheSettings) -> Iterator[Row]:
                     cell = ParquetMedia(path, group, media, number - first, root)
                     number += 1
                     yield Row(number, values, values.pop(MEDIA) if has_paths else cell)
-            except Exception as error:  # Arrow's, or whatever it makes of damages
+            except Exception as error:  # Arrow raises errors of any type on damaged files
                 problem = f"row group {group} of {path} cannot be read: {_reason(error)}"
                 yield Row(f"{number + 1}-{first + size}", {}, problem=problem)
             number = first + size
@@ -63,17 +63,17 @@ def _read_rows(
 
 
 def _to_rows(batch: Any, columns: dict[str, str]) -> Iterator[dict[str, Any]]:
-    """Rows of a batch or table of Arrow, by what the columns are called here."""
+    """Rows of a batch or table of Arrow, by our names of the columns."""
     cells = [_to_values(batch.column(name)) for name in columns.values()]
     for row in zip(*cells, strict=True):
         yield dict(zip(columns, row, strict=True))
 
 
 def _to_values(column: Any) -> Sequence[Any]:
-    """Cells as Python has them; a CellError for one that cannot be."""
+    """Cells as Python values; a CellError for one that cannot be converted."""
     try:
         return column.to_pylist()
-    except Exception:  # one of them is beyond what Python has, or no UTF-8
+    except Exception:  # a value that Python does not have, or not UTF-8
         return [_to_value(cell) for cell in column]
 
 
@@ -100,16 +100,12 @@ def _open_parquet(path: str) -> Iterator[Any]:
         from pyarrow import parquet
     except ImportError as error:
         raise CacheError("reading Parquet files needs `pip install pyarrow`") from error
-    try:
-        file = FileMedia(path).open()
-    except BadExample as error:
-        raise CacheError(f"{path} {error}") from error
-    with file:
+    with open_source(path) as file:
         try:
             table = parquet.ParquetFile(
                 file, buffer_size=BUFFER, pre_buffer=False, page_checksum_verification=True
             )
-        except Exception as error:  # Arrow's, or whatever it makes of damages
+        except Exception as error:  # Arrow raises errors of any type on damaged files
             reason = _reason(error)
             raise CacheError(f"{path} is not a readable Parquet file: {reason}") from error
         yield table
@@ -123,7 +119,7 @@ class ParquetMedia(Media):
         table: Path of the file.
         group: Row group.
         column: Name of the column.
-        row: Of the row group, from 0.
+        row: Number in the row group, from 0.
         root: Folder that the path is relative to.
     """
 
@@ -138,7 +134,7 @@ class ParquetMedia(Media):
         try:
             cells = _column_of(self.table, tuple(self.stamp()), self.group, self.column)
             cell = cells.read(self.row)
-        except Exception as error:  # Arrow's, or whatever it makes of damages
+        except Exception as error:  # Arrow raises errors of any type on damaged files
             _column_of.cache_clear()
             where = f"row group {self.group} of {self.table}"
             raise BadExample(f"{where} cannot be read: {_reason(error)}") from error
@@ -155,7 +151,7 @@ class _Column:
     Args:
         table: Path of the Parquet file.
         group: Row group.
-        name: Of the column.
+        name: Name of the column.
     """
 
     def __init__(self, table: str, group: int, name: str) -> None:
@@ -202,7 +198,7 @@ def read_saved_dataset(settings: CacheSettings) -> Iterator[Row]:
         stop = min(first + ROWS, len(dataset))
         try:
             rows = list(_to_rows(texts[first:stop], columns)) if columns else [{}] * (stop - first)
-        except Exception as error:  # Arrow's, or whatever it makes of damages
+        except Exception as error:  # Arrow raises errors of any type on damaged files
             problem = f"{folder} cannot be read: {_reason(error)}"
             yield Row(f"{first + 1}-{stop}", {}, problem=problem)
             continue
@@ -215,8 +211,8 @@ class SavedMedia(Media):
     """A cell of a saved Hugging Face dataset that holds the bytes themselves, or a path.
 
     Attributes:
-        folder: Of the dataset.
-        split: Of the dataset; None if it has none.
+        folder: Folder of the dataset.
+        split: Split of the dataset; None if it has none.
         column: Name of the column.
         row: From 0.
     """
@@ -231,7 +227,7 @@ class SavedMedia(Media):
         try:
             dataset = _saved_dataset(self.folder, self.split)
             cell = dataset[self.row].column(self.column)[0].as_py()
-        except Exception as error:  # Arrow's, or whatever it makes of damages
+        except Exception as error:  # Arrow raises errors of any type on damaged files
             raise BadExample(f"{self.folder} cannot be read: {_reason(error)}") from error
         return open_cell(cell, self.folder)
 
@@ -242,7 +238,7 @@ class SavedMedia(Media):
 
 @functools.lru_cache(maxsize=2)
 def _saved_dataset(folder: str, split: str | None) -> Any:
-    """A saved dataset as Arrow has it, so that nothing is decoded."""
+    """A saved dataset in Arrow's format, so nothing is decoded."""
     dataset = _load_saved(folder)
     return (dataset if split is None else dataset[split]).with_format("arrow")
 
@@ -254,7 +250,7 @@ def _load_saved(folder: str) -> Any:
         raise CacheError("reading Hugging Face datasets needs `pip install datasets`") from error
     try:
         return datasets.load_from_disk(folder)
-    except Exception as error:  # as varied as the damages
+    except Exception as error:  # it raises errors of any type on damaged files
         raise CacheError(f"{folder} is not a saved dataset: {_reason(error)}") from error
 
 
@@ -272,5 +268,5 @@ def _choose_split(dataset: Any, settings: CacheSettings) -> str | None:
 
 
 def _reason(error: Exception) -> str:
-    """The first line of what an error says."""
+    """The first line of an error's message."""
     return (str(error) or type(error).__name__).splitlines()[0][:MAX_REASON]

@@ -6,14 +6,13 @@
     )
     report = build_cache(settings)
 
-The same call continues a build that was killed, notices what changed in the source since, and works
-together with others of its kind on the same folder, on this machine or another. What they write
-depends on the settings and the source alone, neither on kills nor on the number of processes.
+The same call continues a build that was killed, notices changes of the source, and shares the work
+with other processes that build the same folder, on this machine or another. The result depends only
+on the settings and the source, not on kills or the number of processes.
 """
 
 from __future__ import annotations
 
-import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -59,25 +58,22 @@ from diffnext.data.records import RecordDataset, normalize_features, write_metad
 from diffnext.models.autoencoders.loading import read_autoencoder_config
 from diffnext.utils.weights_files import hash_weights
 
-logger = logging.getLogger(__name__)
-
 MAX_DIFFERENCES = 3  # named in a message
-OLD_PLAN_KEYS = ("num_items", "items_hash")  # of manifests of earlier versions
 
 Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
 class CacheReport:
-    """What a build gave.
+    """The result of a build.
 
     Attributes:
         datasets: Number of examples by folder.
         items: Items of the source.
-        skipped: Number of items and examples that are not in it.
+        skipped: Number of items and examples that were left out.
         unread: Files of the source that are not known media, by suffix.
-        notes: What was assumed about items, with the number of items.
-        changes: What an update found.
+        notes: Assumptions about items, with the number of items.
+        changes: Changes of the source that an update found.
     """
 
     datasets: dict[Path, int]
@@ -102,14 +98,14 @@ def build_cache(settings: CacheSettings, on_progress: Progress | None = None) ->
     complete.
 
     Args:
-        settings: What to build.
-        on_progress: Called with the items that are done, by all processes, and all of them.
+        settings: Settings of the build.
+        on_progress: Called with the number of items that all processes have done, and of all items.
 
     Returns:
-        What the dataset holds.
+        The contents of the dataset.
 
     Raises:
-        CacheError: If the build cannot go on; see the message.
+        CacheError: If the build cannot continue; see the message.
         OSError: If writing fails; the same call continues.
     """
     listing = list_items(settings)
@@ -120,14 +116,18 @@ def build_cache(settings: CacheSettings, on_progress: Progress | None = None) ->
         with claims.alone("plan"):
             changes = _prepare(settings, items, plan, work)
         if changes is not None:
-            _build_chunks(settings, items, work, claims, on_progress or _ignore)
+            _build_chunks(settings, items, work, claims, on_progress or (lambda done, total: None))
             with claims.alone("plan"):
                 if work.is_begun:
                     _finish(settings, work, plan)
     report = _read_report(settings)
     if report is None:
+        skipped = next(
+            f.skipped[0] for f in read_facts(settings.output / SOURCES_NAME) if f.skipped
+        )
         raise CacheError(
-            f"none of the {len(items)} items can be used: see {settings.output / SKIPPED_NAME}"
+            f"none of the {len(items)} items can be used: see {settings.output / SKIPPED_NAME}; "
+            f"{skipped.source}: {skipped.reason}"
         )
     work.remove()
     return replace(report, unread=listing.unread, changes=changes or Changes())
@@ -148,18 +148,19 @@ def make_plan(settings: CacheSettings) -> dict[str, Any]:
 def _prepare(
     settings: CacheSettings, items: list[Item], plan: dict[str, Any], work: WorkFolder
 ) -> Changes | None:
-    """Begin a build, or find out how to go on; returns None if it is finished and nothing changed.
+    """Begin or continue a build; returns None if it is finished and nothing changed.
 
     Raises:
-        CacheError: If it was begun with other settings, or the source changed and no update is
-            wanted.
+        CacheError: If it was begun with other settings, or the source changed and ``update`` is
+            False.
     """
     manifest = read_manifest(settings.output)
     changes = Changes()
     if manifest is not None:
         _check_plan(manifest.plan or {}, plan, settings.output)
         if not work.is_being_set_aside:
-            changes = _find_changes_of_finished(settings, manifest, items)
+            facts = list(read_facts(settings.output / SOURCES_NAME))
+            changes = find_changes([item.source for item in facts], facts, items)
             if not changes:
                 return None
             _check_update(settings, changes)
@@ -177,38 +178,26 @@ def _prepare(
     return changes
 
 
-def _find_changes_of_finished(
-    settings: CacheSettings, manifest: Manifest, items: list[Item]
-) -> Changes:
-    path = settings.output / SOURCES_NAME
-    if not path.is_file():  # of an earlier version, which knew the number of items only
-        names = [item.name for item in items]
-        return Changes() if manifest.counts.items == len(items) else Changes(changed=names)
-    facts = list(read_facts(path))
-    return find_changes([item.source for item in facts], facts, items)
-
-
 def _check_update(settings: CacheSettings, changes: Changes) -> None:
     if not settings.update:
         raise CacheError(
             f"{settings.source} is not what it was when {settings.output} was built: {changes}; "
-            "--update reads these items anew and keeps the others"
+            "--update reads these items again and keeps the others"
         )
 
 
 def _check_plan(begun: dict[str, Any], wanted: dict[str, Any], output: Path) -> None:
-    """Check that a build goes on with the settings it was begun with.
+    """Check that a build continues with the settings it was begun with.
 
     Raises:
         CacheError: Naming what differs.
     """
-    known = {name: value for name, value in begun.items() if name not in OLD_PLAN_KEYS}
-    names = [name for name in {**known, **wanted} if known.get(name) != wanted.get(name)]
+    names = [name for name in {**begun, **wanted} if begun.get(name) != wanted.get(name)]
     if names:
-        changes = [f"{n} {known.get(n)!r:.80} -> {wanted.get(n)!r:.80}" for n in names]
+        changes = [f"{n} {begun.get(n)!r:.80} -> {wanted.get(n)!r:.80}" for n in names]
         raise CacheError(
             f"{output} was begun with other settings: {'; '.join(changes[:MAX_DIFFERENCES])}; "
-            "go on with the same, or name a new folder"
+            "continue with the same, or name a new folder"
         )
 
 
@@ -219,28 +208,28 @@ def _build_chunks(
     claims: Claims,
     on_progress: Progress,
 ) -> None:
-    """Build chunks until there are all, whichever process has built them."""
+    """Build chunks until all exist, with those of other processes."""
     if not _missing_chunks(work):
         on_progress(len(items), len(items))
         return
     previous = PreviousRecords(work.previous_parts())
     with ItemReaders(settings) as readers:
         builder = _ChunkBuilder(settings, work, previous)
-        on_progress(_count_done(work), len(items))  # from here on, it is known how long it takes
+        on_progress(_count_done(work), len(items))  # the speed is measured from here on
         while missing := _missing_chunks(work):
             done = _count_done(work)
             is_idle = True
             tasks = _choose_tasks(missing, items, work, claims, previous)
-            for assignment, reading in readers.read(tasks):
+            for (chunk, is_last), read in readers.read(tasks):
                 is_idle = False
-                builder.add(assignment, reading)
+                builder.add(chunk, read)
                 done += 1
-                if assignment.is_last:
+                if is_last:
                     builder.finish()
-                    claims.give_back(_claim(assignment.chunk))
+                    claims.give_back(_claim(chunk))
                     done = _count_done(work)
                 on_progress(done, len(items))
-            if is_idle:  # others build the rest, and may die
+            if is_idle:  # other processes build the rest, and may die
                 time.sleep(POLL)
                 on_progress(_count_done(work), len(items))
 
@@ -255,23 +244,6 @@ def _count_done(work: WorkFolder) -> int:
     return sum(len(work.items_of(chunk)) for chunk in work.built_chunks())
 
 
-@dataclass(frozen=True)
-class _Assignment:
-    """An item to build.
-
-    Attributes:
-        chunk: Number of its chunk.
-        item: Of the source.
-        is_last: Whether it is the last of its chunk.
-        known: What is known of it, if its records can be copied.
-    """
-
-    chunk: int
-    item: Item
-    is_last: bool
-    known: ItemFacts | None
-
-
 def _claim(chunk: int) -> str:
     return f"chunk-{chunk:08d}"
 
@@ -282,8 +254,13 @@ def _choose_tasks(
     work: WorkFolder,
     claims: Claims,
     previous: PreviousRecords,
-) -> Iterator[tuple[_Assignment, Item | None]]:
-    """The items of missing chunks that nobody else builds, each with what is to be read for it."""
+) -> Iterator[tuple[tuple[int, bool], Item | ItemFacts]]:
+    """The items of missing chunks that nobody else builds.
+
+    Yields:
+        The number of its chunk, whether it is the last of the chunk, and the item, or the facts
+        about it if its records can be copied.
+    """
     for chunk in missing:
         if not claims.take(_claim(chunk)):
             continue
@@ -292,31 +269,16 @@ def _choose_tasks(
             continue
         places = work.items_of(chunk)
         for place in places:
-            known = previous.find(items[place])
-            assignment = _Assignment(chunk, items[place], place == places[-1], known)
-            yield assignment, items[place] if known is None else None
-
-
-@dataclass
-class _Tally:
-    """What is found out about an item."""
-
-    facts: ItemFacts
-    examples: Counter[str] = field(default_factory=Counter)
-    skipped: list[Skipped] = field(default_factory=list)
-
-    def conclude(self) -> ItemFacts:
-        """All that is known now."""
-        return replace(self.facts, examples=dict(self.examples), skipped=self.skipped)
+            yield (chunk, place == places[-1]), previous.find(items[place]) or items[place]
 
 
 class _ChunkBuilder:
-    """Encodes the examples of chunks, in batches of one size, and copies what is known.
+    """Encodes the examples of chunks, in batches of one size, and copies known records.
 
     Args:
-        settings: Of the build.
+        settings: Settings of the build.
         work: State of the build.
-        previous: What can be copied.
+        previous: Records that can be copied.
     """
 
     def __init__(
@@ -330,74 +292,69 @@ class _ChunkBuilder:
         self._text_states = TextStates(text_encoder, settings) if text_encoder else None
         self._features = record_features(settings)
         self._writer: ChunkWriter | None = None
-        self._tallies: list[_Tally] = []
-        self._waiting: dict[Size, list[tuple[_Tally, Example | dict[str, Any]]]] = {}
+        self._facts: list[ItemFacts] = []
+        # By size: examples to encode, and records that are copied, in their order.
+        self._waiting: dict[str, list[tuple[ItemFacts, Example | dict[str, Any]]]] = {}
 
-    def add(self, task: _Assignment, reading: Reading | None) -> None:
-        """Take what became of an item.
+    def add(self, chunk: int, read: Reading | ItemFacts) -> None:
+        """Take an item that was read, or the facts about one whose records are copied.
 
         Raises:
-            CacheError: If it is a bad one, and the build is to stop then.
+            CacheError: If it is bad, and ``on_error`` is "stop".
         """
         if self._writer is None:
-            self._writer = ChunkWriter(self._work, task.chunk, self._features)
-        name = task.item.name
-        if task.known is not None:
-            tally = self._start_tally(task.known)
-            tally.skipped += task.known.skipped
-            for size, record in self._previous.read(task.known):
-                self._wait(tally, parse_size(size), record)
-        elif reading is not None:
-            notes = list(reading.notes)
-            tally = self._start_tally(ItemFacts(name, reading.stamp, reading.hash, notes=notes))
-            if reading.problem is not None:
-                self._skip(tally, Skipped(name, reading.problem))
-            for example in reading.examples:
-                self._wait(tally, example.size, example)
+            self._writer = ChunkWriter(self._work, chunk, self._features)
+        if isinstance(read, ItemFacts):
+            self._facts.append(read)
+            for size, record in self._previous.read(read):
+                self._wait(read, size, record)
+            return
+        self._facts.append(read.facts)
+        for skipped in read.facts.skipped:
+            self._check_skipped(skipped)
+        for example in read.examples:
+            self._wait(read.facts, format_size(example.size), example)
 
     def finish(self) -> None:
-        """Encode what is left, and complete the chunk."""
+        """Encode the rest, and complete the chunk."""
         for size in list(self._waiting):
             self._flush(size)
         if self._writer is not None:
-            self._writer.commit(tally.conclude() for tally in self._tallies)
+            self._writer.commit(self._facts)
         self._writer = None
-        self._tallies = []
+        self._facts = []
 
-    def _start_tally(self, facts: ItemFacts) -> _Tally:
-        self._tallies.append(_Tally(facts))
-        return self._tallies[-1]
-
-    def _wait(self, tally: _Tally, size: Size, example: Example | dict[str, Any]) -> None:
+    def _wait(self, facts: ItemFacts, size: str, example: Example | dict[str, Any]) -> None:
         """Keep an example, or a record that is copied, until its batch is full."""
         waiting = self._waiting.setdefault(size, [])
-        waiting.append((tally, example))
+        waiting.append((facts, example))
         if sum(isinstance(other, Example) for _, other in waiting) == self._settings.batch_size:
             self._flush(size)
 
-    def _flush(self, size: Size) -> None:
+    def _flush(self, size: str) -> None:
         waiting = self._waiting.pop(size)
         fresh = [example for _, example in waiting if isinstance(example, Example)]
         made = iter(
             make_records(fresh, self._settings, self._encoder, self._text_states) if fresh else ()
         )
-        for tally, example in waiting:
-            record = next(made) if isinstance(example, Example) else example
+        for facts, example in waiting:
+            is_fresh = isinstance(example, Example)
+            record = next(made) if is_fresh else example
             if isinstance(record, Skipped):
-                self._skip(tally, record)
+                self._check_skipped(record)
+                facts.skipped.append(record)
             elif self._writer is not None:
                 self._writer.write(size, record)
-                tally.examples[format_size(size)] += 1
+                if is_fresh:
+                    facts.examples[size] = facts.examples.get(size, 0) + 1
 
-    def _skip(self, tally: _Tally, skipped: Skipped) -> None:
+    def _check_skipped(self, skipped: Skipped) -> None:
         if self._settings.on_error == "stop":
             raise CacheError(f"{skipped.source}: {skipped.reason}")
-        logger.debug("skipped %s: %s", skipped.source, skipped.reason)
-        tally.skipped.append(skipped)
 
 
 def _finish(settings: CacheSettings, work: WorkFolder, plan: dict[str, Any]) -> None:
-    """Join the chunks to shards, and add what makes datasets of them; the manifest comes last."""
+    """Join the chunks to shards, and complete the datasets; the manifest comes last."""
     skipped = work.write_lists()
     totals = work.join()
     features = normalize_features(record_features(settings))
@@ -440,19 +397,13 @@ def _make_manifest(
 
 
 def _read_report(settings: CacheSettings) -> CacheReport | None:
-    """What a complete dataset holds; None if it is not complete."""
+    """The contents of a complete dataset; None if it is not complete."""
     manifest = read_manifest(settings.output)
     if manifest is None:
         return None
     counts = manifest.counts
     examples = manifest.datasets or {".": counts.examples or 0}
     datasets = {settings.output / name: count for name, count in examples.items()}
-    notes: Counter[str] = Counter()
-    path = settings.output / SOURCES_NAME
-    if path.is_file():
-        notes.update(note for facts in read_facts(path) for note in facts.notes)
+    sources = read_facts(settings.output / SOURCES_NAME)
+    notes = Counter(note for facts in sources for note in facts.notes)
     return CacheReport(datasets, counts.items or 0, counts.skipped or 0, notes=dict(notes))
-
-
-def _ignore(done: int, total: int) -> None:
-    """No progress bar."""

@@ -1,13 +1,14 @@
-"""Captions and classes: from side files and columns to what a record holds."""
+"""Captions and classes: read from side files and columns."""
 
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, TypeVar
+
+from pydantic import Field, TypeAdapter, ValidationError
 
 from diffnext.data.caching.errors import BadExample
 from diffnext.data.caching.items import Item
@@ -16,13 +17,19 @@ from diffnext.data.caching.settings import CacheSettings
 from diffnext.data.flex_transforms import first_sentence
 
 BYTES_PER_CHARACTER = 4
-MAX_JSON_BYTES = 1 << 20  # beside the captions, files of metadata hold other values
+MAX_JSON_BYTES = 1 << 20  # files of metadata hold more than captions
+LABEL = TypeAdapter(Annotated[int, Field(ge=0, lt=2**63)])
+FLOW = TypeAdapter(Annotated[float, Field(ge=0, allow_inf_nan=False)])
+VALUE_NAMES = ("caption", "text", "label", "flow")
+NO_CAPTION = "no caption: put a .txt or .json file beside it, or name a --caption-column"
 SIDES = re.compile(r"\b(left|right)(most|wards?|[- ]hand(ed)?)?\b", re.IGNORECASE)
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Annotation:
-    """What is said about an example.
+    """The captions, class and motion strength of an example.
 
     Attributes:
         caption: Long caption; empty if there is none.
@@ -38,12 +45,12 @@ class Annotation:
 
     @property
     def names_a_side(self) -> bool:
-        """Whether a mirrored picture would belie the captions."""
+        """Whether the captions would be wrong for a mirrored picture."""
         return bool(SIDES.search(self.caption) or SIDES.search(self.text))
 
     @property
     def short_caption(self) -> str:
-        """What training takes for the short caption, empty where it is the long one."""
+        """The short caption that training chooses; empty if it is the long one."""
         short = self.text or first_sentence(self.caption)
         return "" if short == self.caption else short
 
@@ -51,7 +58,8 @@ class Annotation:
 def read_annotation(item: Item, settings: CacheSettings) -> Annotation:
     """Captions, class and flow of an item.
 
-    Columns count before ``.json``, that before ``.txt`` and ``.cls``. An only text is the caption.
+    Columns come before ``.json``, and ``.json`` before ``.txt`` and ``.cls``. Without a long
+    caption, the short one is the caption.
 
     Raises:
         BadExample: If something needed is missing or of another type.
@@ -60,22 +68,23 @@ def read_annotation(item: Item, settings: CacheSettings) -> Annotation:
     values.update((name, value) for name, value in item.values.items() if not is_missing(value))
     if is_missing(values.get("caption")) and "text" in values:
         values["caption"] = values.pop("text")
+    label = values.get("label") if settings.labels else None
     annotation = Annotation(
         caption=clean_text("caption", values.get("caption"), settings.max_caption),
         text=clean_text("text", values.get("text"), settings.max_caption),
-        label=_whole_number(values.get("label")) if settings.labels else None,
-        flow=_number(values.get("flow")),
+        label=_parse_number("label", LABEL, "a whole number", label),
+        flow=_parse_number("flow", FLOW, "a number of at least 0", values.get("flow")),
     )
     if settings.labels and annotation.label is None:
         raise BadExample("no label")
     if not (annotation.caption or settings.labels or settings.empty_captions):
-        raise BadExample("the caption is empty" if "caption" in values else "no caption")
+        raise BadExample("the caption is empty" if "caption" in values else NO_CAPTION)
     return annotation
 
 
 def is_missing(value: Any) -> bool:
-    """Whether a cell says nothing."""
-    return value is None or value == "" or (isinstance(value, float) and math.isnan(value))
+    """Whether a cell is empty: None, no text, or not a number."""
+    return value is None or value == "" or value != value
 
 
 def _side_values(item: Item, settings: CacheSettings) -> Mapping[str, Any]:
@@ -107,12 +116,8 @@ def _read_json(item: Item, limit: int, settings: CacheSettings) -> dict[str, Any
         raise BadExample(f"its .json file is not JSON: {error}") from error
     if not isinstance(content, dict):
         raise BadExample("its .json file holds no JSON object")
-    columns = settings.columns
-    names = {name: getattr(columns, name) or name for name in ("caption", "text", "label", "flow")}
-    found = {name: content[key] for name, key in names.items() if not is_missing(content.get(key))}
-    if "caption" not in found and "text" in found and columns.text is None:
-        found["caption"] = found.pop("text")
-    return found
+    names = {name: getattr(settings.columns, name) or name for name in VALUE_NAMES}
+    return {name: content[key] for name, key in names.items() if not is_missing(content.get(key))}
 
 
 def clean_text(name: str, value: Any, limit: int) -> str:
@@ -139,25 +144,10 @@ def clean_text(name: str, value: Any, limit: int) -> str:
     return value
 
 
-def _whole_number(value: Any) -> int | None:
+def _parse_number(name: str, kind: TypeAdapter[T], rule: str, value: Any) -> T | None:
     if value is None:
         return None
     try:
-        number = int(value.strip()) if isinstance(value, str) else value
-        if isinstance(number, bool) or number != int(number) or not 0 <= number < 2**63:
-            raise ValueError(number)
-        return int(number)
-    except (TypeError, ValueError, OverflowError) as error:
-        raise BadExample(f"the label must be a whole number, got {value!r:.80}") from error
-
-
-def _number(value: Any) -> float | None:
-    if value is None:
-        return None
-    try:
-        number = float(value)
-    except (TypeError, ValueError, OverflowError) as error:
-        raise BadExample(f"the flow must be a number, got {value!r:.80}") from error
-    if not math.isfinite(number) or number < 0:
-        raise BadExample(f"the flow must be a number of at least 0, got {value!r:.80}")
-    return number
+        return kind.validate_python(value)
+    except ValidationError as error:
+        raise BadExample(f"the {name} must be {rule}, got {value!r:.80}") from error

@@ -1,8 +1,8 @@
-"""Claims: files in a shared folder say which process of a build works on what.
+"""Claims: files in a shared folder that say which process builds which chunk.
 
-The processes may run on other machines that share nothing but the folder. A claim outlives a
-process that was killed and a machine that went down, and is then taken over: a process of this
-machine is looked for, one of another shows that it is alive by the time of a file, which it renews.
+The processes may run on different machines that share only the folder. If a process is killed or
+its machine goes down, its claims stay, and others take them over: a process of this machine is
+looked for by its number, one of another machine renews the time of a file while it lives.
 
     <folder>/host-4711-1f2e3d.alive    a process, renewed every few seconds
     <folder>/chunk-00000012.claim      names the process that holds it
@@ -28,7 +28,7 @@ POLL = 0.5  # seconds between two looks at a claim that another process holds
 
 
 class Claims:
-    """What this process has claimed; all of it is given back at the end of the ``with`` block.
+    """The claims of this process; all are given back at the end of the ``with`` block.
 
     Args:
         folder: Where the claims of all processes are; made if it does not exist.
@@ -58,7 +58,7 @@ class Claims:
         """Claim something, unless a living process holds it.
 
         Args:
-            name: Of what is claimed; part of a file's name.
+            name: Name of the claim; part of a file's name.
 
         Returns:
             Whether this process has it now.
@@ -99,7 +99,7 @@ class Claims:
             return True
         if self._is_alive(owner, path):
             return False
-        # Another process may be doing the same: what was moved away must be what was looked at.
+        # Another process may be doing the same: the moved claim must be the one that was read.
         moved = path.with_name(f"{path.name}.{self._owner}")
         try:
             os.rename(path, moved)
@@ -160,7 +160,7 @@ def _read(path: Path) -> str | None:
 
 
 def _runs(identity: dict) -> bool:
-    """Whether a process of this machine runs; its number may have gone to another since."""
+    """Whether a process of this machine runs, and not a later one with its number."""
     try:
         process = psutil.Process(identity["pid"])
         is_same = process.create_time() == identity["started"]

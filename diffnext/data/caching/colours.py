@@ -1,4 +1,4 @@
-"""Colours of pictures: from the samples of a file, by what it says about them, to sRGB.
+"""Colours of pictures: from the samples of a file to sRGB.
 
 Shapes: H W pixels.
 """
@@ -20,7 +20,7 @@ BAD_PROFILE = "taken for sRGB: the colour profile cannot be used"
 NO_PROFILE = "taken for sRGB: other colours without a colour profile"
 HDR = "taken for SDR: brightness coded for HDR (PQ or HLG)"
 
-# Tags of TIFF, and what they say.
+# Tags of TIFF, and their values.
 BITS, PHOTOMETRIC, SAMPLE_FORMAT, SMIN_SAMPLE_VALUE, SMAX_SAMPLE_VALUE = 258, 262, 339, 340, 341
 UNSIGNED, SIGNED, FLOAT = 1, 2, 3
 WHITE_IS_ZERO = 0
@@ -29,29 +29,29 @@ EXIF_SRGB = 1
 PROFILE_MODES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}
 SRGB_GAMMA, GAMMA_TOLERANCE = 1 / 2.2, 0.05
 PNG_BITS = 24  # place of the number of bits in a PNG
-# What comes before the numbers of colours in some formats, and bytes of each number.
+# The bytes before the numbers of colours in some formats, and bytes of each number.
 CODING_MARKS = {
     "PNG": (b"\0\0\0\4cICP", 1),
     "AVIF": (b"colrnclx", 2),
     "HEIF": (b"colrnclx", 2),
 }
 # Such numbers, of ITU-T H.273.
-BT709, UNSPECIFIED = 1, 2  # primaries; the latter of transfer functions, too
+BT709, UNSPECIFIED = 1, 2  # primaries; 2 also of transfer functions
 HDR_TRANSFERS = (16, 18)  # PQ, HLG
 
 
 def to_srgb(picture: Image.Image, head: bytes) -> tuple[Image.Image, tuple[str, ...]]:
-    """Colours as a usual screen shows them, transparency laid on white.
+    """Convert colours to sRGB and lay transparency on white.
 
     Args:
-        picture: As Pillow has opened it.
+        picture: A picture that Pillow opened.
         head: First bytes of its file.
 
     Returns:
         A picture in mode RGB, and notes on what was assumed.
 
     Raises:
-        BadExample: If it is not known which values are black and white.
+        BadExample: If black and white are unknown.
     """
     profile = picture.info.get("icc_profile")
     note = None if profile else _name_other_colours(picture, head)
@@ -71,7 +71,7 @@ def read_exif(picture: Image.Image, tag: int, folder: int | None = None) -> Any:
     try:
         exif = picture.getexif()
         return (exif if folder is None else exif.get_ifd(folder)).get(tag)
-    except Exception:  # as varied as the damages
+    except Exception:  # Pillow raises errors of any type on damaged files
         return None
 
 
@@ -119,7 +119,7 @@ def _first(tags: Any, tag: int, default: Any) -> Any:
 
 
 def _scale_key(mode: str, bits: int, key: Any) -> Any:
-    """The transparent colour of a PNG at 8 bits, to which Pillow brings its pixels alone."""
+    """The transparent colour of a PNG at 8 bits; Pillow converts only the pixels."""
     if mode == "L":
         return key * 255 // (2**bits - 1)
     return tuple(level >> (bits - 8) for level in key) if mode == "RGB" else key

@@ -1,6 +1,6 @@
 """From examples to records: latents, and captions or text states.
 
-What an example gives does not depend on what is encoded with it: batches have one shape.
+The result for an example does not depend on the rest of its batch: batches have one shape.
 
 Shapes: B examples, C latent channels, T latent frames, h w latent size, F frames, H W pixels,
 n tokens, D width.
@@ -30,7 +30,7 @@ class LatentEncoder:
     """The autoencoder of a build.
 
     Args:
-        settings: Of the build.
+        settings: Settings of the build.
 
     Raises:
         CacheError: If there is no autoencoder, or sizes or frames do not suit it.
@@ -54,8 +54,8 @@ class LatentEncoder:
             pixels: B pictures (H, W, 3), or clips (F, H, W, 3), uint8; at most a batch.
 
         Returns:
-            B arrays (2C, h, w), or (2C, T, h, w), float16; not finite where float16, or the dtype
-            that was computed in, does not reach.
+            B arrays (2C, h, w), or (2C, T, h, w), float16; infinite or NaN where float16, or the
+            dtype of the computation, overflows.
         """
         missing = self._batch_size - len(pixels)
         whole = [*pixels, *[pixels[-1]] * missing]
@@ -90,7 +90,7 @@ class TextStates:
 
     Args:
         folder: Release folder.
-        settings: Of the build.
+        settings: Settings of the build.
 
     Raises:
         CacheError: If the folder has no text encoder and tokenizer.
@@ -138,7 +138,7 @@ class TextStates:
 
     @torch.inference_mode()
     def _encode(self, ids: Sequence[Sequence[int]], length: int) -> np.ndarray:
-        """States of the tokens of texts, (B, length, D); what stands behind a text reaches none."""
+        """States of the tokens of texts, (B, length, D); padding does not change them."""
         padded = torch.zeros(self._rows, length, dtype=torch.int64)
         for row, tokens in enumerate(ids):
             padded[row, : len(tokens)] = torch.tensor(list(tokens))
@@ -183,7 +183,7 @@ def make_records(
 
     Args:
         examples: Decoded examples; at most a batch.
-        settings: Of the build.
+        settings: Settings of the build.
         encoder: Autoencoder.
         text_states: Text encoder, or None to store the captions themselves.
 
@@ -213,7 +213,7 @@ def _make_captions(
         return [{"label": annotation.label} for annotation in annotations]
     if text_states is None:
         return [{"caption": a.caption, "text": a.text} for a in annotations]
-    # As training would choose between texts, it chooses between states.
+    # Training chooses between these states as it would between the texts.
     texts = [text for a in annotations for text in (a.caption, a.short_caption)]
     states = text_states.encode(texts)
     return [

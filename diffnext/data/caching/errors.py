@@ -1,10 +1,10 @@
-"""What can go wrong while a cache is built."""
+"""Errors while a cache is built."""
 
 from dataclasses import dataclass
 
 
 class CacheError(ValueError):
-    """The build cannot go on: wrong settings, an unreadable source, a foreign output folder."""
+    """The build cannot continue: wrong settings, an unreadable source, a foreign output folder."""
 
 
 class BadExample(Exception):
@@ -13,7 +13,7 @@ class BadExample(Exception):
 
 @dataclass(frozen=True)
 class Skipped:
-    """What is not in the dataset, and why; a line of ``skipped.jsonl``."""
+    """An item or example that was left out, and why; a line of ``skipped.jsonl``."""
 
     source: str
     reason: str

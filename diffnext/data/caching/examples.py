@@ -8,17 +8,16 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from diffnext.data.caching.captions import Annotation, read_annotation
-from diffnext.data.caching.errors import BadExample
+from diffnext.data.caching.errors import BadExample, Skipped
 from diffnext.data.caching.geometry import plan_crop
 from diffnext.data.caching.items import Item
 from diffnext.data.caching.motion import estimate_flow
 from diffnext.data.caching.pictures import read_picture
-from diffnext.data.caching.provenance import hash_item, stamp_item
+from diffnext.data.caching.provenance import ItemFacts, hash_item, stamp_item
 from diffnext.data.caching.settings import CacheSettings, Size
 from diffnext.data.caching.video_decoding import read_clips
 
@@ -30,7 +29,7 @@ class Example:
     Attributes:
         source: Name of its item, and which clip or copy of it.
         pixels: (H, W, 3), or (F, H, W, 3) of a clip, uint8.
-        annotation: What is said about it.
+        annotation: Its captions, class and flow.
         flow: Motion strength of a clip.
     """
 
@@ -47,43 +46,38 @@ class Example:
 
 @dataclass(frozen=True)
 class Reading:
-    """What became of an item.
+    """The result of reading an item.
 
     Attributes:
-        stamp: Of the item when it was read.
-        hash: Of its content; empty if it has no example.
+        facts: About the item; if it has no example, they say why.
         examples: Several of a video with several clips, and mirrored copies.
-        problem: Why it has none.
-        notes: What was assumed about it.
     """
 
-    stamp: list[Any]
-    hash: str = ""
+    facts: ItemFacts
     examples: Sequence[Example] = ()
-    problem: str | None = None
-    notes: Sequence[str] = ()
 
 
 def read_item(item: Item, settings: CacheSettings) -> Reading:
     """Decode the examples of an item.
 
     Args:
-        item: Of the source.
-        settings: Of the build.
+        item: Item of the source.
+        settings: Settings of the build.
     """
     stamp = stamp_item(item)
     try:
         examples, notes = _read_examples(item, settings)
         digest = hash_item(item)
-        if stamp_item(item) != stamp:
-            raise BadExample("was changed while it was read")
+        if stamp_item(item) == stamp:
+            return Reading(ItemFacts(item.name, stamp, digest, notes=notes), examples)
+        problem = "was changed while it was read"
     except BadExample as error:
-        return Reading(stamp, problem=str(error))
+        problem = str(error)
     except OSError as error:
-        return Reading(stamp, problem=f"cannot be read: {error.strerror or error}")
+        problem = f"cannot be read: {error.strerror or error}"
     except MemoryError:
-        return Reading(stamp, problem="needs too much memory to be decoded")
-    return Reading(stamp, digest, examples, notes=notes)
+        problem = "needs too much memory to be decoded"
+    return Reading(ItemFacts(item.name, stamp, skipped=[Skipped(item.name, problem)]))
 
 
 def _read_examples(item: Item, settings: CacheSettings) -> tuple[list[Example], tuple[str, ...]]:
@@ -98,36 +92,23 @@ def _read_examples(item: Item, settings: CacheSettings) -> tuple[list[Example], 
             notes = picture.notes
             examples = [Example(item.name, picture.pixels, annotation)]
         else:
-            plan = functools.partial(_plan_clip, settings)
+            plan = functools.partial(plan_crop, settings=settings)
             clips = read_clips(file, settings.frames, plan, settings.decoder)
+            endings = [""] if len(clips) == 1 else [f"#{number}" for number in range(len(clips))]
             examples = [
-                _make_clip(item, i, clip, annotation, settings) for i, clip in _number(clips)
+                _make_clip(f"{item.name}{ending}", clip, annotation, settings)
+                for ending, clip in zip(endings, clips, strict=True)
             ]
     if settings.flip and not annotation.names_a_side:
         examples = [copy for example in examples for copy in (example, _mirror(example))]
     return examples, notes
 
 
-def _number(clips: list[np.ndarray]) -> list[tuple[int | None, np.ndarray]]:
-    """Clips with their numbers; an only one has none."""
-    return [(None, clips[0])] if len(clips) == 1 else list(enumerate(clips))
-
-
-def _plan_clip(settings: CacheSettings, height: int, width: int, pixel_aspect: float) -> Any:
-    return plan_crop(height, width, settings, pixel_aspect)
-
-
 def _make_clip(
-    item: Item,
-    number: int | None,
-    frames: np.ndarray,
-    annotation: Annotation,
-    settings: CacheSettings,
+    source: str, frames: np.ndarray, annotation: Annotation, settings: CacheSettings
 ) -> Example:
-    known = annotation.flow if annotation.flow is not None else settings.flow
-    flow = estimate_flow(frames) if known is None else known
-    source = item.name if number is None else f"{item.name}#{number}"
-    return Example(source, frames, annotation, flow)
+    known = settings.flow if annotation.flow is None else annotation.flow
+    return Example(source, frames, annotation, estimate_flow(frames) if known is None else known)
 
 
 def _mirror(example: Example) -> Example:

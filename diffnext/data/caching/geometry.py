@@ -1,4 +1,4 @@
-"""Sizes: which one an example gets, and what is kept of it."""
+"""Sizes: which one an example gets, and which part of it is kept."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ class Crop:
 def bucket_sizes(side: int) -> tuple[Size, ...]:
     """Sizes of many aspects and nearly the same number of pixels, from 1:2 to 2:1.
 
-    Their sides are multiples of what a token of the video encoder covers: 32 pixels, from 512 on
-    64, from 1536 on 128 and so on. 1024 gives 704x1408, 768x1344, 832x1280, 896x1152, 960x1088,
+    Their sides are multiples of the pixels that a token of the video encoder covers: 32, from 512
+    on 64, from 1536 on 128 and so on. 1024 gives 704x1408, 768x1344, 832x1280, 896x1152, 960x1088,
     1024x1024 and the upright ones.
 
     Args:
-        side: Of the square size, pixels; rounded to such a multiple.
+        side: Side of the square size in pixels; rounded to such a multiple.
 
     Returns:
         (height, width) of each, the widest first.
@@ -61,31 +61,23 @@ def nearest_size(height: float, width: float, sizes: Sequence[Size]) -> Size:
     return min(sizes, key=lambda size: abs(math.log(size[1] / size[0]) - aspect))
 
 
-def check_pixels(height: int, width: int, settings: CacheSettings) -> None:
-    """Refuse a picture without pixels, or with more than the build decodes.
-
-    Raises:
-        BadExample: If it is one.
-    """
-    if height < 1 or width < 1:
-        raise BadExample(f"is {height}x{width} pixels")
-    if height * width > settings.max_pixels:
-        raise BadExample(f"is {height}x{width} pixels, more than {settings.max_pixels}")
-
-
-def plan_crop(height: int, width: int, settings: CacheSettings, pixel_aspect: float = 1) -> Crop:
-    """Choose the size of a picture, and what is kept.
+def plan_crop(height: int, width: int, pixel_aspect: float = 1, *, settings: CacheSettings) -> Crop:
+    """Choose the size of a picture, and the part that is kept.
 
     Args:
-        height: Of the picture.
-        width: Of the picture.
-        settings: Of the build: ``sizes``, ``resize``, ``max_upscale`` and ``max_pixels``.
+        height: Height of the picture.
+        width: Width of the picture.
         pixel_aspect: Width of a pixel by its height.
+        settings: Settings of the build: ``sizes``, ``resize``, ``max_upscale`` and ``max_pixels``.
 
     Raises:
         BadExample: If the picture is too large or too small.
     """
-    check_pixels(height, width, settings)
+    pixels = height * width
+    if pixels < 1:
+        raise BadExample(f"is {height}x{width} pixels")
+    if pixels > settings.max_pixels:
+        raise BadExample(f"is {height}x{width} pixels, more than {settings.max_pixels}")
     size = nearest_size(height, width * pixel_aspect, settings.sizes)
     factors = (size[0] / height, size[1] / (width * pixel_aspect))
     if max(factors) > settings.max_upscale:

@@ -21,11 +21,11 @@ class Item:
     """One picture or video of the source.
 
     Attributes:
-        name: Tells it from all others of the source; stored with its examples.
+        name: A name that no other item of the source has; stored with its examples.
         media: Where its bytes are; None if there is a problem.
         sides: Side files by suffix.
-        values: Caption, text, label and flow as far as a table has them.
-        problem: Why it cannot be used, as far as that is known before it is read.
+        values: Caption, text, label and flow, if a table has them.
+        problem: Why it cannot be used, if that is known before it is read.
     """
 
     name: str
@@ -37,11 +37,11 @@ class Item:
 
 @dataclass(frozen=True)
 class Listing:
-    """What a source holds.
+    """The contents of a source.
 
     Attributes:
         items: Its pictures or videos, always in the same order.
-        unread: Number of files that are not media of a kind that is read, by suffix.
+        unread: Number of files that are not read, by suffix.
     """
 
     items: list[Item]
@@ -67,9 +67,9 @@ class SideFinder:
 
 
 def side_suffixes(names: Iterable[str]) -> dict[str, tuple[str, ...]]:
-    """Suffixes of the side files of a folder, as they are written, by what is before them.
+    """Suffixes of the side files of a folder, as they are written, by the rest of the name.
 
-    Where two differ in capital letters alone, the one in small letters comes first, and counts.
+    If two differ only in capital letters, the one in small letters comes first, and counts.
     """
     found: dict[str, tuple[str, ...]] = {}
     shared: dict[tuple[str, ...], tuple[str, ...]] = {}

@@ -1,4 +1,4 @@
-"""Where the bytes of a picture, a clip or a side file are, and which files hold such."""
+"""Where the bytes of a picture, a clip or a side file are, and which files are read."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ import io
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 from PIL import Image
 
-from diffnext.data.caching.errors import BadExample
+from diffnext.data.caching.errors import BadExample, CacheError
 from diffnext.data.plain_files import open_plain
 from diffnext.data.record_format import RecordError
 from diffnext.utils.pictures import known_formats
@@ -62,23 +63,23 @@ class Media(ABC):
         """Open for reading, seekable.
 
         Raises:
-            BadExample: If the bytes cannot be had.
+            BadExample: If they cannot be opened.
         """
 
     @abstractmethod
     def stamp(self) -> list[int]:
-        """What tells, without reading them, whether the bytes may have changed.
+        """Shows, without reading them, whether the bytes may have changed.
 
         Returns:
             Size and time of the last change, in nanoseconds, of the file that they are in, and
-            where in it they are; empty if there is no such file.
+            their place in it; empty if there is no such file.
         """
 
     def read(self, limit: int) -> bytes:
         """All bytes.
 
         Raises:
-            BadExample: If they cannot be had, or are more than ``limit``.
+            BadExample: If they cannot be read, or are more than ``limit``.
         """
         with self.open() as file:
             try:
@@ -101,7 +102,7 @@ class FileMedia(Media):
     path: str
 
     def open(self) -> BinaryIO:
-        """Open the file, unless it is none: a pipe or a device would block or never end."""
+        """Open the file if it is a regular one: a pipe or a device would block or never end."""
         try:
             return open_plain(self.path, follow_links=True)
         except RecordError as error:
@@ -116,11 +117,11 @@ class FileMedia(Media):
 
 @dataclass(frozen=True, slots=True)
 class SideFiles(Mapping[str, Media]):
-    """The side files of a file: of the same name, but for the suffix. By suffix, in small letters.
+    """The side files of a file, which differ from it in the suffix. By suffix, in small letters.
 
     Attributes:
-        path: Of the file.
-        suffixes: Of its side files, as they are written.
+        path: Path of the file.
+        suffixes: Suffixes of its side files, as they are written.
     """
 
     path: str
@@ -154,7 +155,7 @@ class ArchiveMedia(Media):
     size: int
 
     def open(self) -> BinaryIO:
-        """Open the member where it lies; nothing is unpacked."""
+        """Open the member in place; nothing is unpacked."""
         file = FileMedia(self.archive).open()
         held = os.fstat(file.fileno()).st_size - self.offset
         if held < self.size:
@@ -209,7 +210,7 @@ class _Section(io.RawIOBase):
 
 
 def open_cell(cell: Any, root: str) -> BinaryIO:
-    """Open what a cell of a table holds.
+    """Open the file or the bytes in a cell of a table.
 
     Args:
         cell: Bytes, a path, or a mapping of ``bytes`` and ``path``.
@@ -225,6 +226,22 @@ def open_cell(cell: Any, root: str) -> BinaryIO:
     if isinstance(cell, bytes) and cell:
         return io.BytesIO(cell)
     raise BadExample("the table has neither bytes nor a path")
+
+
+@contextmanager
+def open_source(path: str) -> Iterator[BinaryIO]:
+    """Open a table or archive.
+
+    Raises:
+        CacheError: If it cannot be opened, or not be read inside the ``with`` block.
+    """
+    try:
+        with open_plain(path, follow_links=True) as file:
+            yield file
+    except RecordError as error:
+        raise CacheError(str(error)) from error
+    except OSError as error:
+        raise CacheError(f"{path} cannot be read: {reason_of(error)}") from error
 
 
 def file_stamp(path: str) -> list[int]:
@@ -261,11 +278,11 @@ def is_system_file(name: str) -> bool:
 
 
 def describe_unread(unread: Mapping[str, int], kind: str) -> list[str]:
-    """Say of files that were not read what to do about them.
+    """Say what to do about files that were not read.
 
     Args:
         unread: Number of files by suffix.
-        kind: What was read, "images" or "videos".
+        kind: Kind of the files that were read, "images" or "videos".
 
     Returns:
         A sentence for each suffix, the most frequent first; one for all beyond the first few.
@@ -287,11 +304,11 @@ def _describe(what: str, count: int, suffix: str, kind: str) -> str:
 
 
 def advice_on(suffix: str, kind: str) -> str:
-    """What to do about files of a suffix that are not read; empty if nothing is known.
+    """What to do about unread files with a suffix; empty without advice.
 
     Args:
         suffix: In small letters.
-        kind: What is read, "images" or "videos".
+        kind: Kind of the files that are read, "images" or "videos".
     """
     for other in ("images", "videos"):
         if other != kind and suffix in media_suffixes(other):
@@ -310,5 +327,5 @@ def encoding_of(head: bytes) -> str:
 
 
 def reason_of(error: Exception) -> str:
-    """What the system says about a file, without its name."""
+    """The reason of a system error, without the name of the file."""
     return getattr(error, "strerror", None) or str(error)

@@ -14,7 +14,7 @@ from diffnext.data.caching.errors import CacheError
 HEIGHT = 480  # pixels of the frames that are compared
 FLOW_UNIT = f"pixels at {HEIGHT} height"
 
-# Those with which the authors of NOVA measured the clips that their models learnt from.
+# The values with which the authors of NOVA measured the clips that their models learnt from.
 CORNERS: dict[str, Any] = {
     "maxCorners": 100,
     "qualityLevel": 0.1,
@@ -23,13 +23,13 @@ CORNERS: dict[str, Any] = {
 }
 TRACKING: dict[str, Any] = {"winSize": (15, 15), "maxLevel": 3}
 CHANGED = 1  # levels of 255 by which a place must differ to be looked at
-STILL = 0.5  # pixels; noise and rounding shift things that stand still by less
+STILL = 0.5  # pixels; noise and rounding shift still things by less
 FOUND_AGAIN = 2.0  # pixels between a corner and where the way back from its new place ends
 CUT = 0.25  # share of corners that are found again, below which two frames show different things
 
 
 def estimate_flow(frames: np.ndarray) -> float:
-    """How far what moves does move from one frame to the next.
+    """How far moving things move from one frame to the next.
 
     Corners of the places that change are tracked with pyramidal Lucas-Kanade, and the distances of
     those that move are averaged, first over each pair of frames, then over the pairs. Pairs where
@@ -67,7 +67,7 @@ def _reduce(cv2: Any, frame: np.ndarray) -> np.ndarray:
 
 
 def _compare(cv2: Any, first: np.ndarray, second: np.ndarray) -> float | None:
-    """Mean distance of what moves between two grey frames, (h, w); None across a cut."""
+    """Mean distance of moving corners between two grey frames, (h, w); None across a cut."""
     # A lamp that flickers, or a fade, is not motion.
     second = cv2.convertScaleAbs(second, alpha=max(first.mean(), 1) / max(second.mean(), 1))
     corners = cv2.goodFeaturesToTrack(first, mask=_changes(cv2, first, second), **CORNERS)

@@ -14,7 +14,7 @@ from PIL import ExifTags, Image
 
 from diffnext.data.caching.colours import read_exif, to_srgb
 from diffnext.data.caching.errors import BadExample
-from diffnext.data.caching.geometry import Crop, check_pixels, plan_crop
+from diffnext.data.caching.geometry import Crop, plan_crop
 from diffnext.data.caching.settings import CacheSettings
 from diffnext.utils.json_files import FileError
 from diffnext.utils.pictures import open_picture
@@ -51,12 +51,12 @@ class Picture:
 def read_picture(file: BinaryIO, settings: CacheSettings) -> Picture:
     """Decode a picture and bring it to the size of the nearest aspect.
 
-    The EXIF orientation is applied, transparency laid on white, colours made sRGB by the profile of
-    the picture and by what its file says of its samples.
+    The EXIF orientation is applied, and transparency laid on white. Colours become sRGB, by the
+    profile of the picture and the sample format that its file names.
 
     Args:
         file: Open file.
-        settings: Of the build.
+        settings: Settings of the build.
 
     Raises:
         BadExample: If it is not a picture, damaged, animated, or of an unsuitable size, or if its
@@ -81,13 +81,12 @@ def _fit(picture: Image.Image, head: bytes, settings: CacheSettings) -> Picture:
     frames = getattr(picture, "n_frames", 1)
     if picture.format in ANIMATED and frames > 1:
         raise BadExample(f"is animated, with {frames} frames")
-    check_pixels(picture.height, picture.width, settings)
     # Pillow turns TIFFs by itself.
     orientation = (
         None if picture.format == "TIFF" else read_exif(picture, ExifTags.Base.Orientation)
     )
     width, height = reversed(picture.size) if orientation in ON_THE_SIDE else picture.size
-    crop = plan_crop(height, width, settings)
+    crop = plan_crop(height, width, settings=settings)
     if picture.format == "JPEG":
         _decode_smaller(picture, max(crop.scaled[0] / height, crop.scaled[1] / width))
     upright, notes = to_srgb(picture, head)

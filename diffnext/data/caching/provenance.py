@@ -1,15 +1,16 @@
-"""Where records come from: a line for each item of the source, by which changes are noticed.
+"""Where records come from: a line for each item of the source, to notice changes.
 
 ``sources.jsonl`` lies beside the manifest::
 
     {"source": "cat.jpg", "stamp": [...], "hash": "9f...", "examples": {"512x512": 1}}
 
-An item is taken to be unchanged while its stamp (sizes and times of its files, and what a table
-says of it) is the same. With another stamp, its hash decides.
+While its stamp (sizes and times of its files, and its values in a table) is the same, an item
+counts as unchanged. If the stamp differs, the hash decides.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -32,16 +33,16 @@ BLOCK = 2**20  # bytes hashed at once
 MAX_NAMES = 3  # in a message
 
 
-@dataclass(frozen=True)
+@dataclass
 class ItemFacts:
-    """What is known of an item that was read.
+    """Facts about an item that was read.
 
     Attributes:
         source: Its name.
         stamp: See :func:`stamp_item`.
         hash: See :func:`hash_item`; empty if it has no example.
         examples: Number of examples by size.
-        skipped: What of it is left out.
+        skipped: What was left out, and why.
         notes: What was assumed about it.
     """
 
@@ -50,7 +51,7 @@ class ItemFacts:
     hash: str = ""
     examples: dict[str, int] = field(default_factory=dict)
     skipped: list[Skipped] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+    notes: Sequence[str] = ()
 
 
 _FACTS = TypeAdapter(ItemFacts)
@@ -79,18 +80,18 @@ def read_facts(path: Path) -> Iterator[ItemFacts]:
 
 
 def stamp_item(item: Item) -> list[Any]:
-    """What tells cheaply whether an item is the same: table values, sizes and times of files."""
+    """Shows quickly whether an item is the same: table values, sizes and times of files."""
     media = item.media.stamp() if item.media is not None else []
     sides = {suffix: side.stamp() for suffix, side in sorted(item.sides.items())}
     return [xxhash.xxh3_64_hexdigest(_describe_values(item)), media, sides]
 
 
 def hash_item(item: Item) -> str:
-    """XXH3 (128 bits) of all that the examples of an item are made of, in hexadecimal digits.
+    """XXH3 (128 bits) of everything the examples of an item are made of, in hexadecimal digits.
 
     Raises:
         BadExample: If its files cannot be read.
-        OSError: If they cannot be read any further.
+        OSError: If reading fails.
     """
     digest = xxhash.xxh3_128(_describe_values(item))
     for suffix, side in sorted(item.sides.items()):
@@ -116,13 +117,13 @@ def _hash_media(digest: xxhash.xxh3_128, media: Media) -> None:
 
 @dataclass(frozen=True)
 class Changes:
-    """What became of a source since it was read.
+    """Changes of a source since it was read.
 
     Attributes:
-        changed: Items whose content is another.
-        added: Items that were not there.
-        removed: Items that are not there any more.
-        is_reordered: Whether what was there before is there in another order.
+        changed: Items with other content.
+        added: New items.
+        removed: Items that are gone.
+        is_reordered: Whether the items that stayed are in another order.
     """
 
     changed: Sequence[str] = ()
@@ -148,12 +149,12 @@ class Changes:
 def find_changes(
     begun: Sequence[str], facts: Iterable[ItemFacts], items: Sequence[Item]
 ) -> Changes:
-    """Compare a source with what is known of it.
+    """Compare a source with an earlier reading of it.
 
     Args:
         begun: Names of the items, in order, when the build began.
-        facts: Of the items that were read.
-        items: Of the source as it is.
+        facts: Facts about the items that were read.
+        items: Items of the source now.
     """
     known = {item.source: item for item in facts}
     names = [item.name for item in items]
@@ -168,7 +169,7 @@ def find_changes(
 
 
 def is_same(facts: ItemFacts, item: Item) -> bool:
-    """Whether an item is what it was when it was read."""
+    """Whether an item is unchanged since it was read."""
     if stamp_item(item) == facts.stamp:
         return True
     try:
@@ -187,7 +188,7 @@ class PreviousRecords:
     def __init__(self, parts: Iterable[Path]) -> None:
         self._by_name: dict[str, _Place] = {}
         self._by_hash: dict[str, _Place] = {}
-        self._open: tuple[Path, RecordDataset] | None = None
+        self._open = functools.lru_cache(maxsize=16)(RecordDataset)  # one for each size
         for part in parts:
             first: dict[str, int] = {}
             for facts in read_facts(part / SOURCES_NAME):
@@ -198,9 +199,9 @@ class PreviousRecords:
                     first[size] = first.get(size, 0) + count
 
     def find(self, item: Item) -> ItemFacts | None:
-        """What is known of an item whose records can be copied; None if there are none.
+        """The facts about an item whose records can be copied; None if there are none.
 
-        An item of the same content under another name, as a row that moved in its table, counts.
+        The item may have another name with the same content, as a row that moved in its table.
         """
         if not self._by_name:
             return None
@@ -217,18 +218,11 @@ class PreviousRecords:
         """The records of an item that :meth:`find` found, with the size of each."""
         place = self._by_hash[facts.hash]
         for size, count in place.facts.examples.items():
-            dataset = self._dataset(place.part / size)
+            dataset = self._open(place.part / size)
             for index in range(place.first.get(size, 0), place.first.get(size, 0) + count):
                 record = dataset[index]
                 ending = record["source"][len(place.facts.source) :]
                 yield size, {**record, "source": facts.source + ending}
-
-    def _dataset(self, folder: Path) -> RecordDataset:
-        if self._open is None or self._open[0] != folder:
-            if self._open is not None:
-                self._open[1].close()
-            self._open = (folder, RecordDataset(folder))
-        return self._open[1]
 
 
 @dataclass(frozen=True)

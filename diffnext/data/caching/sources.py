@@ -1,4 +1,4 @@
-"""What there is to cache: the items of a folder, a glob pattern, tables or archives."""
+"""The items of a source: a folder, a glob pattern, tables or archives."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ READERS = {"csv": read_csv, "jsonl": read_jsonl, "parquet": read_parquet}
 
 @dataclass
 class _Found:
-    """What was seen of a source beside its items.
+    """Other files of a source than its items.
 
     Attributes:
         unread: Number of files that are not media, by suffix.
@@ -62,7 +62,7 @@ def list_items(settings: CacheSettings) -> Listing:
     ``settings.source`` is
 
     - a folder of media files, at any depth, with captions in files beside them;
-    - a glob pattern (``**`` stands for folders at any depth) or one such file;
+    - a glob pattern (``**`` means folders at any depth) or one such file;
     - a table: CSV, TSV, JSON lines or Parquet, or several by a glob pattern;
     - a folder with a table ``metadata.csv``, ``.jsonl`` or ``.parquet`` (an imagefolder);
     - a folder of ``datasets.save_to_disk``;
@@ -84,29 +84,27 @@ def list_items(settings: CacheSettings) -> Listing:
     return Listing(items, dict(found.unread))
 
 
-def _read_source(settings: CacheSettings, found: _Found) -> Iterator[Item]:
+def _read_source(settings: CacheSettings, found: _Found) -> Iterable[Item]:
     paths = None if os.path.isdir(settings.source) else find_files(settings.source)
     source_format = settings.format if settings.format != "auto" else guess_format(settings, paths)
     if source_format == "huggingface":
         rows = read_saved_dataset(settings)
         label = os.path.basename(os.path.normpath(settings.source))
-        return row_items(label, rows, settings, settings.source)
+        return _row_items(row_items(label, rows, settings, settings.source), settings)
     if source_format == "media":
         return _media_items(paths, settings, found)
     if source_format == "tar":
-        return _archive_items(
-            paths or _files_in(settings.source, (".tar",), found), settings, found
-        )
-    return _table_items(
-        paths or _tables_in(settings, source_format, found), source_format, settings
-    )
+        archives = paths or _files_in(settings.source, (".tar",), found)
+        return _archive_items(archives, settings, found)
+    tables = paths or _tables_in(settings, source_format, found)
+    return _row_items(_table_items(tables, source_format, settings), settings)
 
 
 def guess_format(settings: CacheSettings, paths: list[str] | None) -> str:
-    """The kind of a source, from its name and content.
+    """The format of a source, from its name and content.
 
     Args:
-        settings: Of the build.
+        settings: Settings of the build.
         paths: Files of the source; None if it is a folder.
     """
     source = Path(settings.source)
@@ -148,7 +146,7 @@ def find_files(source: str) -> list[str]:
 
 
 def _expand(pattern: str) -> set[str]:
-    """What a glob pattern names; loops of links, which ``glob`` follows for ever, end."""
+    """The files that a glob pattern names; unlike in ``glob``, loops of links end."""
     parts = pattern.split(os.sep)
     if ANY_DEPTH not in parts:
         return set(glob.glob(pattern))
@@ -156,53 +154,39 @@ def _expand(pattern: str) -> set[str]:
     head, tail = os.sep.join(parts[:at]) or os.sep, os.sep.join(parts[at + 1 :]) or "*"
     found = set()
     for root in glob.glob(os.path.join(head, "")) if at > 0 else [""]:
-        for place, _, _ in _walk(root):
-            if not any(part.startswith(".") for part in place[len(root) :].split(os.sep)):
-                found |= _expand(os.path.join(glob.escape(place), tail))
+        for place, _ in _walk(root or os.curdir):
+            inner = Path(place).relative_to(root or os.curdir).parts
+            if not any(part.startswith(".") for part in inner):
+                found |= _expand(os.path.join(glob.escape(os.path.join(root, *inner)), tail))
     return found
 
 
-def _walk(folder: str) -> Iterator[tuple[str, list[str], OSError | None]]:
+def _walk(
+    folder: str, on_error: Callable[[OSError], None] | None = None
+) -> Iterator[tuple[str, list[str]]]:
     """A folder and those in it, also through links; each real folder once, so that loops end.
 
     Yields:
-        The path of each, the sorted names of its files, and why it cannot be read.
+        The path of each, and the sorted names of its files.
     """
-    waiting = [folder]
     visited = set()
-    while waiting:
-        place = waiting.pop()
-        folders: list[str] = []
-        names: list[str] = []
-        try:
-            status = os.stat(place or os.curdir)
-            if (status.st_dev, status.st_ino) in visited:
-                continue
-            visited.add((status.st_dev, status.st_ino))
-            with os.scandir(place or os.curdir) as entries:
-                for entry in entries:
-                    (folders if _is_folder(entry) else names).append(entry.name)
-        except OSError as error:
-            yield place, [], error
+    for place, folders, names in os.walk(folder, onerror=on_error, followlinks=True):
+        status = os.stat(place)
+        if (status.st_dev, status.st_ino) in visited:
+            folders.clear()
             continue
-        waiting += [os.path.join(place, name) for name in sorted(folders, reverse=True)]
-        yield place, sorted(names), None
+        visited.add((status.st_dev, status.st_ino))
+        folders.sort()
+        yield place, sorted(names)
 
 
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link to itself
-        return False
-
-
-def _media_items(paths: list[str] | None, settings: CacheSettings, found: _Found) -> Iterator[Item]:
+def _media_items(paths: list[str] | None, settings: CacheSettings, found: _Found) -> list[Item]:
     """Media files with the side files beside each.
 
     Args:
         paths: Files of the source; None if it is a folder.
-        settings: Of the build.
-        found: Notes what else there is.
+        settings: Settings of the build.
+        found: Collects other files.
 
     Raises:
         CacheError: If none has a side file, but there is a table.
@@ -211,15 +195,33 @@ def _media_items(paths: list[str] | None, settings: CacheSettings, found: _Found
         items = list(_folder_items(settings, found))
     else:
         items = list(_file_items(paths, settings, found))
-    if items and not settings.empty_captions and not any(item.sides for item in items):
-        table = found.table or found.json or (paths is None and _table_beside(settings.source))
-        if table:
-            advice = advice_on(".csv", settings.kind)
-            raise CacheError(
-                f"no file of {settings.source} has a caption beside it, but there is {table}: "
-                f"{advice}"
-            )
-    return iter(items)
+    table = found.table or found.json or (paths is None and _table_beside(settings.source))
+    if table:
+        advice = advice_on(".csv", settings.kind)
+        problem = f"no file of {settings.source} has a caption beside it, but there is {table}"
+        _check_captions(items, settings, f"{problem}: {advice}")
+    return items
+
+
+def _row_items(rows: Iterator[Item], settings: CacheSettings) -> list[Item]:
+    """Items of tables.
+
+    Raises:
+        CacheError: If none has a caption, or the label that is wanted.
+    """
+    items = list(rows)
+    wanted = "label" if settings.labels else "caption"
+    problem = f"no row of {settings.source} has a {wanted}"
+    _check_captions(items, settings, f"{problem}: --{wanted}-column names its column")
+    return items
+
+
+def _check_captions(items: list[Item], settings: CacheSettings, message: str) -> None:
+    wanted = {"label"} if settings.labels else {"caption", "text"}
+    usable = [item for item in items if item.media is not None]
+    has_any = any(item.sides or item.values.keys() & wanted for item in usable)
+    if usable and not has_any and not settings.empty_captions:
+        raise CacheError(message)
 
 
 def _table_beside(source: str) -> str | None:
@@ -232,19 +234,18 @@ def _table_beside(source: str) -> str | None:
 def _folder_items(settings: CacheSettings, found: _Found) -> Iterator[Item]:
     """Media files of a folder, with the side files beside each."""
     suffixes = media_suffixes(settings.kind)
-    for place, names, error in _walk(settings.source):
-        relative = place[len(settings.source) :].strip(os.sep)
-        if error is not None:
-            problem = f"the folder cannot be read: {reason_of(error)}"
-            yield Item(relative or os.curdir, problem=problem)
-            continue
-        folder, prefix = os.path.join(place, ""), os.path.join(relative, "")
+    errors: list[OSError] = []
+    for place, names in _walk(settings.source, errors.append):
+        inner = Path(place).relative_to(settings.source).parts
         sides = side_suffixes(names)
         for name in names:
-            if _is_media(folder, name, suffixes, found):
-                path = folder + name
+            if _is_media(place, name, suffixes, found):
+                path = os.path.join(place, name)
                 own = sides.get(os.path.splitext(name)[0])
-                yield Item(prefix + name, FileMedia(path), side_files(path, own))
+                yield Item(os.path.join(*inner, name), FileMedia(path), side_files(path, own))
+    for error in errors:
+        name = os.path.relpath(error.filename, settings.source)
+        yield Item(name, problem=f"the folder cannot be read: {reason_of(error)}")
 
 
 def _file_items(paths: list[str], settings: CacheSettings, found: _Found) -> Iterator[Item]:
@@ -263,7 +264,7 @@ def _file_items(paths: list[str], settings: CacheSettings, found: _Found) -> Ite
 
 
 def _is_media(folder: str, name: str, suffixes: frozenset[str], found: _Found) -> bool:
-    """Whether a file is media; note it if it is not."""
+    """Whether a file is media; otherwise it is counted in ``found``."""
     suffix = suffix_of(name)
     if is_system_file(name):
         return False
@@ -289,7 +290,7 @@ def _archive_items(paths: list[str], settings: CacheSettings, found: _Found) -> 
 
 
 def _table_items(paths: list[str], source_format: str, settings: CacheSettings) -> Iterator[Item]:
-    """Items of several tables; where two have one name, their folders tell them apart."""
+    """Items of several tables; if two have one name, their folders are added to it."""
     labels = {path: os.path.basename(path) for path in paths}
     if len(set(labels.values())) < len(paths):
         common = os.path.commonpath([os.path.dirname(path) for path in paths])
@@ -304,7 +305,7 @@ def _table_items(paths: list[str], source_format: str, settings: CacheSettings) 
 
 
 def _read_each(labels: dict[str, str], read: Callable[[str], Iterator[Item]]) -> Iterator[Item]:
-    """Items of several files; of those one that cannot be read is an item with a problem."""
+    """Items of several files; a file that cannot be read becomes an item with a problem."""
     for path, label in labels.items():
         try:
             yield from read(path)

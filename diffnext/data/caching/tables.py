@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import functools
 import itertools
 import json
 import os
@@ -17,7 +16,7 @@ from typing import Any, TextIO
 
 from xxhash import xxh3_128_intdigest
 
-from diffnext.data.caching.captions import clean_text
+from diffnext.data.caching.captions import VALUE_NAMES, clean_text
 from diffnext.data.caching.errors import BadExample, CacheError
 from diffnext.data.caching.items import Item, SideFinder
 from diffnext.data.caching.media import (
@@ -25,19 +24,16 @@ from diffnext.data.caching.media import (
     Media,
     encoding_of,
     media_suffixes,
-    reason_of,
+    open_source,
     suffix_of,
 )
 from diffnext.data.caching.settings import CacheSettings
-from diffnext.data.plain_files import open_plain
-from diffnext.data.record_format import RecordError
 
-MEDIA = "media"  # what the column of the files is called here, whatever its name in the table
+MEDIA = "media"  # our name of the column of the files
 MEDIA_NAMES = {
     "images": "file_name file filename path image image_path jpg png".split(),
     "videos": "file_name file filename path video video_path mp4 clip".split(),
 }
-VALUE_NAMES = ("caption", "text", "label", "flow")
 MAX_LINE = 2**24  # characters
 DELIMITERS = (",", "\t", ";", "|")
 BAD_QUOTES = "has a quotation mark that is not closed, or one too many"
@@ -48,9 +44,9 @@ class Row:
     """A row of a table.
 
     Attributes:
-        name: Its number, from 1, or the numbers of rows that cannot be told apart.
+        name: Its number, from 1, or the numbers of several unreadable rows.
         values: Its caption, text, label and flow, as far as the table has them.
-        file: What it has for a file: a path, or else where to read the cell.
+        file: The path in its column of files, or where to read the cell.
         problem: Why it cannot be read.
     """
 
@@ -61,24 +57,18 @@ class Row:
 
 
 class CellError(Exception):
-    """A cell that cannot be read; it stands in the place of the value."""
+    """A cell that cannot be read; it takes the place of the value."""
 
 
 def choose_columns(names: Collection[str], settings: CacheSettings) -> dict[str, str]:
-    """The columns of files, captions, texts, labels and flows, as far as there are.
-
-    Where only ``text`` exists, it is the caption.
-    """
-    wanted = settings.columns
+    """The columns of files, captions, texts, labels and flows that a table has."""
     candidates = {MEDIA: MEDIA_NAMES[settings.kind]} | {name: [name] for name in VALUE_NAMES}
     found = {}
     for name, usual in candidates.items():
-        asked = getattr(wanted, name)
+        asked = getattr(settings.columns, name)
         chosen = next((n for n in ([asked] if asked else usual) if n in names), None)
         if chosen is not None:
             found[name] = chosen
-    if "caption" not in found and "text" in found and wanted.text is None:
-        found["caption"] = found.pop("text")
     return found
 
 
@@ -114,8 +104,8 @@ def row_items(
 
     Args:
         label: Name of the table.
-        rows: Of the table.
-        settings: Of the build.
+        rows: Rows of the table.
+        settings: Settings of the build.
         root: Folder that paths are relative to.
     """
     sides = SideFinder()
@@ -170,16 +160,11 @@ def _open_text(path: str, newline: str) -> Iterator[TextIO]:
     Raises:
         CacheError: If it cannot be opened or read.
     """
-    try:
-        with open_plain(path, follow_links=True) as file:
-            encoding = encoding_of(file.read(4))
-            file.seek(0)
-            errors = "surrogateescape" if encoding.startswith("utf-8") else "replace"
-            yield TextIOWrapper(file, encoding, errors, newline)
-    except RecordError as error:
-        raise CacheError(str(error)) from error
-    except OSError as error:
-        raise CacheError(f"{path} cannot be read: {reason_of(error)}") from error
+    with open_source(path) as file:
+        encoding = encoding_of(file.read(4))
+        file.seek(0)
+        errors = "surrogateescape" if encoding.startswith("utf-8") else "replace"
+        yield TextIOWrapper(file, encoding, errors, newline)
 
 
 def _read_lines(file: TextIO) -> Iterator[str]:
@@ -190,10 +175,6 @@ def _read_lines(file: TextIO) -> Iterator[str]:
             line = file.readline(MAX_LINE)
 
 
-def _is_too_long(line: str) -> bool:
-    return len(line) == MAX_LINE
-
-
 def read_jsonl(path: str, settings: CacheSettings) -> Iterator[Row]:
     """Rows of a file of JSON lines; each chooses among the columns that it has.
 
@@ -201,12 +182,6 @@ def read_jsonl(path: str, settings: CacheSettings) -> Iterator[Row]:
         CacheError: If it cannot be read, is one JSON list, or no row has a column that is needed.
     """
     names: dict[str, None] = {}
-
-    @functools.lru_cache(maxsize=64)  # most rows have the same columns
-    def choose(columns: tuple[str, ...]) -> dict[str, str]:
-        names.update(dict.fromkeys(columns))
-        return choose_columns(columns, settings)
-
     with _open_text(path, "\n") as file:
         for number, line in enumerate(_read_lines(file), 1):
             text = line.strip()
@@ -216,7 +191,9 @@ def read_jsonl(path: str, settings: CacheSettings) -> Iterator[Row]:
                 convert = f"`jq -c '.[]' {os.path.basename(path)}` makes lines of it"
                 raise CacheError(f"{path} is one JSON list, not a line for each row: {convert}")
             cells, problem = _parse_json(line)
-            values = {ours: cells[name] for ours, name in choose(tuple(cells)).items()}
+            names.update(dict.fromkeys(cells))
+            columns = choose_columns(cells.keys(), settings)
+            values = {ours: cells[name] for ours, name in columns.items()}
             yield Row(number, values, values.pop(MEDIA, None), problem)
     if not names:
         raise CacheError(f"{path} has no line with a JSON object")
@@ -224,7 +201,7 @@ def read_jsonl(path: str, settings: CacheSettings) -> Iterator[Row]:
 
 
 def _parse_json(line: str) -> tuple[dict[str, Any], str | None]:
-    if _is_too_long(line):
+    if len(line) == MAX_LINE:
         return {}, f"is longer than {MAX_LINE} characters"
     try:
         values = json.loads(line)
@@ -272,13 +249,13 @@ def _find_delimiter(path: str, header: str, settings: CacheSettings) -> str:
 class _CsvRecords:
     """Records of a CSV file.
 
-    A quotation mark that is not closed would swallow the lines up to the next one. So a record
-    of several lines that is not as it should be ends with the first of them.
+    A quotation mark that is not closed would swallow the lines up to the next one. So a wrong
+    record of several lines ends with its first line.
 
     Args:
-        lines: Of the file.
+        lines: Lines of the file.
         delimiter: Between cells.
-        settings: Of the build.
+        settings: Settings of the build.
     """
 
     def __init__(self, lines: Iterator[str], delimiter: str, settings: CacheSettings) -> None:
@@ -296,7 +273,7 @@ class _CsvRecords:
             return []
 
     def read(self, width: int, media: int) -> Iterator[tuple[list[str], str | None]]:
-        """The cells of each record, and what is wrong with it.
+        """The cells of each record, and its problem.
 
         Args:
             width: Number of columns.
@@ -320,7 +297,7 @@ class _CsvRecords:
             yield cells, problem
 
     def _find_problem(self, cells: list[str], width: int, media: int) -> str | None:
-        if any(_is_too_long(line) for line in self._taken):
+        if any(len(line) == MAX_LINE for line in self._taken):
             return f"is longer than {MAX_LINE} characters"
         if any("\0" in line for line in self._taken):
             return "holds a NUL character"

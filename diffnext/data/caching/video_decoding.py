@@ -34,7 +34,7 @@ CONTAINERS = "mov,matroska,webm,avi,gif,mpeg,mpegvideo,mpegts,asf,flv,ogg,m4v,h2
 SURE_FOR_DECORD = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
 ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # FFmpeg's own leave transparency out
 DECORD_PLACES = re.compile(r"\[[\d:]+\] \S+:\d+: ")  # times and lines of decord's errors
-USUAL_RATE = 25  # where a file tells no frame rate
+USUAL_RATE = 25  # where a file names no frame rate
 
 
 def read_clips(
@@ -42,17 +42,17 @@ def read_clips(
 ) -> list[np.ndarray]:
     """Decode the clips of a video.
 
-    Frame k of the first clip is the one that is shown k steps after the first frame; a step is
-    ``sampling.stride`` mean frame durations, or one over ``sampling.fps`` seconds: a constant rate
-    gives every ``stride``-th frame, a varying one the picture of that moment. Frames are turned
-    upright, deinterlaced, laid on white where they are transparent, and made sRGB with square
-    pixels; HDR gets a tone curve.
+    Frame k of the first clip is the one that is shown k steps after the first frame. A step is
+    ``sampling.stride`` mean frame durations, or ``1 / sampling.fps`` seconds. So a constant rate
+    gives every ``stride``-th frame, and a varying one the picture of that moment. Frames are turned
+    upright, deinterlaced, laid on white where they are transparent, and converted to sRGB with
+    square pixels; HDR gets a tone curve.
 
     Args:
         file: Open video, seekable.
         sampling: Which frames.
-        plan: Says from height and width of the upright video and the aspect of its pixels what is
-            kept; it may raise BadExample.
+        plan: Plans the crop from height and width of the upright video and the aspect of its
+            pixels; it may raise BadExample.
         decoder: "pyav" or "decord".
 
     Returns:
@@ -95,7 +95,7 @@ def pick_frames(
     a period before its time. The only frame of a video is a picture, however long it is shown.
 
     Args:
-        frames: Start and end in seconds, and anything that stands for the frame, in order.
+        frames: Start and end in seconds, and the frame in any form, in order.
         step: Seconds.
         period: Mean duration of a frame, seconds.
         count: Frames wanted.
@@ -128,7 +128,7 @@ def pick_frames(
 
 
 def _extend(clip: list[np.ndarray], sampling: FrameSampling) -> list[np.ndarray]:
-    """Hold the last frame of a clip that is too short, where that is wanted."""
+    """Hold the last frame of a clip that is too short, if the settings say so."""
     missing = sampling.num_frames - len(clip)
     if sampling.short == "hold":
         return clip + clip[-1:] * missing
@@ -243,7 +243,7 @@ def _read_decord(file: BinaryIO, sampling: FrameSampling, plan: PlanCrop) -> Ite
 
 
 def _check_for_decord(container: Any, stream: Any) -> None:
-    """Refuse a video of a kind of which decord gives wrong pixels without a word."""
+    """Raise an error for kinds of videos that decord silently reads wrongly."""
     if container.format.name not in SURE_FOR_DECORD:
         raise _not_for_decord(f"{container.format.name} files")
     frame = next(container.decode(stream))
@@ -283,4 +283,4 @@ def _packet_times(container: Any, stream: Any) -> list[tuple[float, float]]:
 
 
 def _not_for_decord(what: str) -> BadExample:
-    return BadExample(f"decord does not read {what} rightly: use --decoder pyav")
+    return BadExample(f"decord does not read {what} correctly: use --decoder pyav")

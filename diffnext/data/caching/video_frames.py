@@ -58,8 +58,8 @@ class FrameFitter:
     """Brings frames to the size that is planned for the first.
 
     Args:
-        plan: Says from height and width of the upright frame and the aspect of its pixels what is
-            kept; it may raise BadExample.
+        plan: Plans the crop from height and width of the upright frame and the aspect of its
+            pixels; it may raise BadExample.
         pixel_aspect: Width of a stored pixel by its height.
     """
 
