@@ -115,8 +115,10 @@ def draw_cell(frames: np.ndarray, caption: str) -> Image.Image:
     cell = Image.new("RGB", (width, strip.height + LINES * line_height), "white")
     cell.paste(strip, (0, 0))
     letters = max(1, int(width / font.getlength("n")))
-    text = "\n".join(textwrap.wrap(caption, letters)[:LINES])
-    ImageDraw.Draw(cell).multiline_text((0, strip.height), text, "black", font, spacing=0)
+    lines = textwrap.wrap(caption, letters)[:LINES]
+    for number, line in enumerate(lines):
+        position = (0, strip.height + number * line_height)
+        ImageDraw.Draw(cell).text(position, line, fill="black", font=font)
     return cell
 
 
