@@ -338,14 +338,13 @@ class _ChunkBuilder:
             make_records(fresh, self._settings, self._encoder, self._text_states) if fresh else ()
         )
         for facts, example in waiting:
-            is_fresh = isinstance(example, Example)
-            record = next(made) if is_fresh else example
+            record = next(made) if isinstance(example, Example) else example
             if isinstance(record, Skipped):
                 self._check_skipped(record)
                 facts.skipped.append(record)
             elif self._writer is not None:
                 self._writer.write(size, record)
-                if is_fresh:
+                if isinstance(example, Example):
                     facts.examples[size] = facts.examples.get(size, 0) + 1
 
     def _check_skipped(self, skipped: Skipped) -> None:
