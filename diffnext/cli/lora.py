@@ -15,7 +15,8 @@ Merge trained adapters into their model.
   diffnext lora merge runs/mine/ema_checkpoints/checkpoint-1000 merged --dtype float32
 
 CHECKPOINT is a checkpoint of a run with `model.lora`, or of its average. OUTPUT becomes an ordinary
-release folder: it loads without peft, and can be trained on.
+release folder: it loads without peft, and can be trained on. Its README.md, a model card, has the
+header of the base model's.
 """
 PRECISIONS = ("float32", "float16", "bfloat16")
 
@@ -45,10 +46,12 @@ def merge(checkpoint: Path, output: Path, dtype: str) -> None:
         dtype: Name of the type of the weights that are written; the sum is done in float32.
 
     Raises:
-        ValueError: If there are no adapters, or the output exists.
+        ValueError: If there are no adapters, the output exists, or the base model's card cannot be
+            read.
     """
     import torch
 
+    from diffnext.pipelines.model_card import merged_card
     from diffnext.pipelines.nova.pipeline_nova import NOVAPipeline
     from diffnext.pipelines.nova.pipeline_nova_c2i import NOVAC2IPipeline
     from diffnext.pipelines.release_folder import LORA_FILE, read_class_name
@@ -61,8 +64,10 @@ def merge(checkpoint: Path, output: Path, dtype: str) -> None:
     name = read_class_name(checkpoint)
     if name not in pipelines:
         raise ValueError(f"{checkpoint} must hold a {' or a '.join(pipelines)}, got {name}")
+    card = merged_card(checkpoint, output.name)
     pipe = pipelines[name].from_pretrained(checkpoint, dtype=torch.float32)
     pipe.fuse_lora()
     pipe.unload_lora_weights()
     pipe.to(dtype=getattr(torch, dtype)).save_pretrained(output)
+    (output / "README.md").write_text(card, encoding="utf-8")
     print(f"Wrote {output}")

@@ -12,9 +12,22 @@ from huggingface_hub import ModelCard
 
 from diffnext.utils.component_files import own_path, read_base_reference
 
-__all__ = ["Defaults", "Ranges", "read_defaults"]
+__all__ = ["Defaults", "Ranges", "merged_card", "read_defaults"]
 
 logger = logging.getLogger(__name__)
+
+MERGED_CARD = """\
+---
+{header}---
+
+# {name}
+
+A NOVA model with merged low-rank adapters ({checkpoint}).
+
+    diffnext generate --model {name} "a prompt"
+
+Before you share it, say what it draws, what it was trained on, and which model it started from.
+"""
 
 
 @dataclass(frozen=True)
@@ -64,10 +77,7 @@ def read_defaults(folder: Path, fallback: Defaults, ranges: Ranges) -> Defaults:
     card = find_card(folder)
     if card is None:
         return fallback
-    try:
-        header = ModelCard(card.read_text(encoding="utf-8")).data.to_dict()
-    except (yaml.YAMLError, ValueError) as error:
-        raise ValueError(f"the header of {card} cannot be read: {error}") from error
+    header = read_header(card)
     parameters = read_mapping(read_mapping(header, "inference"), "parameters")
     recommended: dict[str, Any] = {"examples": read_examples(header) or fallback.examples}
     if isinstance(parameters.get("negative_prompt"), str):
@@ -86,6 +96,36 @@ def find_card(folder: Path) -> Path | None:
     base, _ = read_base_reference(folder)
     candidates = [own_path(parent, "README.md") for parent in (folder, base) if parent is not None]
     return next((path for path in candidates if path.is_file()), None)
+
+
+def read_header(card: Path) -> dict[str, Any]:
+    """What stands between the dashes at the top of a card."""
+    try:
+        return ModelCard(card.read_text(encoding="utf-8")).data.to_dict()
+    except (yaml.YAMLError, ValueError) as error:
+        raise ValueError(f"the header of {card} cannot be read: {error}") from error
+
+
+def merged_card(checkpoint: Path, name: str) -> str:
+    """The card of a model that adapters were merged into.
+
+    Args:
+        checkpoint: Folder of the adapters.
+        name: Of the merged model.
+
+    Returns:
+        Text of its README.md: the header of the base model's card, and a draft of the rest.
+
+    Raises:
+        ValueError: If that header cannot be read.
+    """
+    card = find_card(checkpoint)
+    header = {"library_name": "diffusers"} if card is None else read_header(card)
+    return MERGED_CARD.format(
+        header=yaml.safe_dump(header, sort_keys=False, allow_unicode=True),
+        name=name,
+        checkpoint=checkpoint.name,
+    )
 
 
 def read_mapping(header: dict[str, Any], name: str) -> dict[str, Any]:

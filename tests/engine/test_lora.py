@@ -1,7 +1,10 @@
 """Fine-tuning by low-rank adapters: what is trained, written, loaded and merged."""
 
+import json
+
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 from diffnext.cli.main import main
@@ -60,11 +63,16 @@ def test_merged_equals_unmerged(trained, tmp_path, capsys):
     pipe.fuse_lora()
     torch.testing.assert_close(draw(pipe), expected, rtol=1e-4, atol=1e-4)
     merged = tmp_path / "merged"
+    header = {"license": "mit", "inference": {"parameters": {"guidance_scale": 2.5}}}
+    (trained.base / "README.md").write_text(f"---\n{json.dumps(header)}\n---\n# The base\n")
     main(["lora", "merge", str(trained.checkpoint(4)), str(merged), "--dtype", "float32"])
     assert f"Wrote {merged}" in capsys.readouterr().out
     assert load_file(merged / WEIGHTS).keys() == load_file(trained.base / WEIGHTS).keys()
     pipe = NOVAPipeline.from_pretrained(merged)
     torch.testing.assert_close(draw(pipe), expected, rtol=1e-4, atol=1e-4)
+    card = ModelCard.load(merged / "README.md")
+    assert card.data.to_dict() == header
+    assert "# merged" in card.text and "The base" not in card.text
 
 
 def test_stopped_and_continued_equals_straight(tiny_run, tmp_path):
