@@ -1,4 +1,4 @@
-"""The arithmetic of ``${eval:'...'}`` in a configuration: nothing else is evaluated."""
+"""The arithmetic of ``${eval:'...'}`` in a configuration."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from diffnext.config.targets import ConfigError
 
 
 def evaluate_arithmetic(expression: Any) -> Any:
-    """Evaluate the ``${eval:'...'}`` of a configuration: arithmetic and nothing else.
+    """Evaluate the ``${eval:'...'}`` of a configuration: arithmetic only.
 
     Numbers, ``+ - * / // % **``, comparisons, parentheses and ``min max round int float abs``.
 

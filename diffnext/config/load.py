@@ -1,7 +1,7 @@
 """Reading a configuration: YAML and command line become one checked tree of dataclasses.
 
-:func:`get_config` merges, :func:`parse` makes the tree. Everything that is wrong is found before an
-error is raised, and the tree never changes.
+:func:`get_config` merges, :func:`parse` makes the tree, which never changes. All errors are found
+before one is raised.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ class Origins:
     Attributes:
         file: The YAML file.
         command_line: Dotted keys given on the command line.
-        forced: Those given with a ``+``: they and what stands below them need not be known. None
-            if nobody can tell: then no key need be known.
+        forced: Those given with a ``+``: they and the keys below them may be unknown. None if that
+            was not recorded: then every key may be unknown.
     """
 
     file: str = "the configuration"
@@ -70,7 +70,7 @@ class Origins:
     forced: frozenset[str] | None = None
 
     def place(self, path: str) -> str:
-        """Say where a key was written."""
+        """Where a key was written, in words."""
         return "on the command line" if path in self.command_line else f"in {self.file}"
 
     def is_forced(self, path: str) -> bool:
@@ -82,30 +82,24 @@ class Origins:
 # Merging
 
 
-def get_config(argv: Sequence[str] | None = None, schema: type | None = TrainConfig) -> DictConfig:
+def get_config(argv: Sequence[str] | None = None) -> DictConfig:
     """Merge a YAML file with command-line overrides and check keys and values.
 
     Args:
         argv: Items with YAML values, applied in order. ``key.path=value`` overrides the file,
             ``+key.path=value`` adds a key that is not in the schema, ``~key.path`` deletes a key.
             One of them is ``config=<file>``. Default: the command line of the process.
-        schema: Dataclass of the keys that exist; None for those of the file, of any type.
 
     Returns:
         The file with the overrides; the key ``config`` stays in it.
 
     Raises:
-        ConfigError: Naming every key that is unknown or has a value that cannot be, and keys that
-            are required only if they are there but null.
+        ConfigError: Naming every key that is unknown or has a wrong value. Required keys may be
+            missing, but not null.
     """
     config, origins = read_config(argv)
-    if schema is None:
-        known = {"config", *_all_paths(_plain(_load_yaml(config.config)))}
-        unknown = [path for path, _ in _leaves(_plain(config)) if path not in known]
-        problems = [unknown_key(p, known, origins) for p in unknown if not origins.is_forced(p)]
-    else:
-        draft: Draft[Any] = Draft(config, schema, origins)
-        problems = [line for line in draft.problems if line not in draft.missing]
+    draft = Draft(config, TrainConfig, origins)
+    problems = [line for line in draft.problems if line not in draft.missing]
     if problems:
         raise ConfigError(*problems)
     return config
@@ -190,7 +184,7 @@ def _load_yaml(path: Any) -> DictConfig:
 
 
 def _reason(error: Exception) -> str:
-    """Say in one line what YAML and OmegaConf say in several."""
+    """The message of YAML or OmegaConf in one line."""
     if isinstance(error, RecursionError):
         return "it refers to itself, or is nested too deeply"
     if isinstance(error, MarkedYAMLError) and error.problem_mark is not None:
@@ -212,7 +206,7 @@ def parse(config: Any, schema: type[T], origins: Origins | None = None) -> T:
         origins: Where its keys were written, for the messages.
 
     Raises:
-        ConfigError: Naming every key that is unknown, missing, or has a value that cannot be.
+        ConfigError: Naming every key that is unknown, missing, or has a wrong value.
     """
     if isinstance(config, schema):
         return config
@@ -223,7 +217,7 @@ def parse(config: Any, schema: type[T], origins: Origins | None = None) -> T:
 
 
 def parse_for_rank(config: DictConfig, rank: int) -> TrainConfig:
-    """The tree of one process: its seed is ``training.seed + rank``, wherever that is referred to.
+    """The tree of one process: its seed is ``training.seed + rank``, also where keys refer to it.
 
     Raises:
         ConfigError: As for :func:`parse`.
@@ -233,7 +227,7 @@ def parse_for_rank(config: DictConfig, rank: int) -> TrainConfig:
 
 
 class Draft(Generic[T]):
-    """A configuration on its way to be a tree.
+    """A configuration that is being checked.
 
     Args:
         config: A merged configuration.
@@ -241,10 +235,10 @@ class Draft(Generic[T]):
         origins: Where its keys were written.
 
     Attributes:
-        problems: Everything that is wrong with it by itself, a line each.
-        wrong: The keys that they are about.
-        unsound: These, and keys that refer to them.
-        missing: Those lines of it that say that a required key is not there.
+        problems: A line for each wrong key.
+        wrong: The wrong keys.
+        unsound: The wrong keys and those that refer to them.
+        missing: The problems that say that a required key is missing.
     """
 
     def __init__(self, config: DictConfig, schema: type[T], origins: Origins) -> None:
@@ -269,17 +263,17 @@ class Draft(Generic[T]):
         Raises:
             ValidationError: If a value is wrong.
         """
-        # As JSON, where a list is what a tuple is written as.
+        # As JSON, which has lists for tuples.
         text = json.dumps(self._known_part(self.tree), default=str)
         schema: type = self.schema
         return _adapter_of(schema).validate_json(text)
 
     def sound_part(self, needed: Iterable[str], stand_ins: Mapping[str, Any]) -> T | None:
-        """The tree without what is wrong in it.
+        """The tree with defaults instead of wrong values.
 
         Args:
-            needed: Sections without which the rest is of no use.
-            stand_ins: Values of keys that are required, if they are wrong or missing.
+            needed: Sections that must be right.
+            stand_ins: Values for required keys that are wrong or missing.
 
         Returns:
             The tree; None if it cannot be made, or a key of these sections is wrong or missing.
@@ -293,7 +287,7 @@ class Draft(Generic[T]):
         return None if draft.problems else draft.build()
 
     def _known_part(self, tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-        """The tree without keys that nobody has to know."""
+        """The tree without keys that may be unknown."""
         part = {}
         for name, value in tree.items():
             path = f"{prefix}{name}"
@@ -306,10 +300,10 @@ class Draft(Generic[T]):
         return part
 
     def _resolve(self, config: DictConfig) -> tuple[dict[str, Any], dict[str, str]]:
-        """Plain containers with interpolations replaced by values; and what does not resolve.
+        """Plain containers with interpolations replaced by values; and lines for those that fail.
 
         An interpolation may refer to a key that is left to its default. A section that is null
-        counts as left out, unless null switches it off, and so does ???.
+        counts as left out, unless null switches it off. So does ???.
         """
         tree = _plain(config)
         tree = _without(tree, {path for path, value in _leaves(tree) if value == "???"})
@@ -335,7 +329,7 @@ class Draft(Generic[T]):
         return tree, unresolved
 
     def _find_targets(self) -> Iterator[tuple[str, str]]:
-        """The targets of sections whose ``params`` are whatever they take."""
+        """The targets of sections whose ``params`` are the arguments of that target."""
         for item in self.keys:
             section, _, name = item.path.rpartition(".")
             if item.is_open and name == "params":
@@ -369,7 +363,7 @@ class Draft(Generic[T]):
                 yield path, self._wrong(path, explain(parts, depth), value)
 
     def _wrong_arguments(self) -> Iterator[tuple[str, str]]:
-        """Compare ``params`` with what is beside them."""
+        """Compare ``params`` with the target beside them."""
         for section, target in self.targets.items():
             params = look_up(self.tree, f"{section}.params")[1]
             taken = target_parameters(target)
@@ -385,7 +379,7 @@ class Draft(Generic[T]):
 
     def _wrong(self, path: str, rule: str, value: Any) -> str:
         if not path:
-            return rule  # of the whole, which names keys itself
+            return rule  # about the whole tree, which names keys itself
         colon = "" if rule.startswith(("must ", "has ")) else ":"
         is_said = isinstance(value, str) and _show(value) in rule
         got = "" if is_said else f", got {_show(value)}"
@@ -425,7 +419,7 @@ def _set(tree: dict[str, Any], path: str, value: Any) -> None:
 
 
 def _path_of(part: Mapping[str, Any], known: set[str]) -> str:
-    """The dotted key that an error of pydantic is about, without what it says of unions."""
+    """The dotted key that an error of pydantic is about, without the members of unions."""
     path = ""
     for name in part["loc"]:
         longer = f"{path}.{name}".lstrip(".")
@@ -437,7 +431,7 @@ def _path_of(part: Mapping[str, Any], known: set[str]) -> str:
 
 
 def unknown_key(path: str, known: set[str], origins: Origins, target: str | None = None) -> str:
-    """Say that nothing would read a key, and which key may have been meant."""
+    """The message about a key that nothing reads, with the key that may have been meant."""
     way_out = f"write +{path}=... to add a new key"
     if path not in origins.command_line:
         way_out = f"write +{path}=... to keep it, ~{path} to drop it"
@@ -448,13 +442,11 @@ def unknown_key(path: str, known: set[str], origins: Origins, target: str | None
 
 def _nearest(path: str, known: Iterable[str]) -> str:
     """Suggest the known key nearest to an unknown one; empty if none is near."""
-    section, _, leaf = path.rpartition(".")
-    siblings = [name for name in sorted(known) if name.rpartition(".")[0] == section]
-    leaves = [name.rpartition(".")[2] for name in siblings]
-    close = [f"{section}.{name}".lstrip(".") for name in difflib.get_close_matches(leaf, leaves)]
-    if not close:  # the right key in a wrong section, or a misspelt section
-        same_leaf = [name for name in sorted(known) if name.rpartition(".")[2] == leaf]
-        close = difflib.get_close_matches(path, same_leaf, cutoff=0.0)
+    names = sorted(known)
+    # Else the right key in a wrong section.
+    same_leaf = [name for name in names if name.rpartition(".")[2] == path.rpartition(".")[2]]
+    close = difflib.get_close_matches(path, names, cutoff=0.8)
+    close = close or difflib.get_close_matches(path, same_leaf, cutoff=0.0)
     return f": did you mean {close[0]!r}?" if close else ""
 
 

@@ -2,8 +2,8 @@
 
 :mod:`diffnext.config.load` makes a file and a command line a tree of these dataclasses; everything
 after reads its attributes. They also serve ``scripts/train.py --help`` and docs/configuration.md.
-A field of type ``dict`` is open: what may stand under it is decided by the class named in the
-``target`` beside it, or by the component it configures.
+A field of type ``dict`` is open: the class named in the ``target`` beside it, or the component it
+configures, decides which keys it takes.
 """
 
 from __future__ import annotations
@@ -36,11 +36,9 @@ def key(meaning: str, default: Any = MISSING) -> Any:
     Args:
         meaning: One sentence for ``--help``.
         default: Value used when the key is absent; without one the key is required. A dataclass
-            stands for a section of its defaults.
+            means a section of its defaults.
     """
     metadata = {"meaning": meaning}
-    if default is MISSING:
-        return field(metadata=metadata)
     if isinstance(default, type | dict):
         factory = default if isinstance(default, type) else default.copy
         return field(default_factory=factory, metadata=metadata)
@@ -70,10 +68,8 @@ def _duration(text: str) -> str:
 def _mask_ratios(value: tuple[float, float, float]) -> tuple[float, float, float]:
     low, high, width = value
     if not (0 <= low < high <= 1 and width > 0):
-        raise ValueError(
-            "must be least share, largest share and width, with 0 <= least < largest <= 1 and a "
-            "width above 0"
-        )
+        limits = "0 <= least < largest <= 1 and width > 0"
+        raise ValueError(f"must be least share, largest share and width, with {limits}")
     return value
 
 
@@ -89,7 +85,7 @@ def not_empty(value: tuple[Any, ...]) -> tuple[Any, ...]:
     return value
 
 
-# The text in each is the type as people read it.
+# The text in each is the type as --help shows it.
 Count = Annotated[int, Field(ge=1), "int >= 1"]
 Natural = Annotated[int, Field(ge=0), "int >= 0"]
 Level = Annotated[int, Field(ge=0, le=3), "0, 1, 2 or 3"]
@@ -113,6 +109,7 @@ Name = Annotated[str, Field(pattern=r"^\w[\w.-]*$"), "plain name"]
 Dataset = Annotated[
     str | list[Any], AfterValidator(_dataset), "str | list of str or {folder: str, weight: float}"
 ]
+StartMethod = Literal["fork", "spawn", "forkserver"]
 Target = Annotated[str, AfterValidator(_importable), "dotted path"]
 Duration = Annotated[str, AfterValidator(_duration), "duration"]
 
@@ -124,7 +121,7 @@ class Section:
 
 
 class _Keep:
-    """Stands for what a configuration leaves as the base folder has it."""
+    """The value of a key that a configuration leaves to the base folder."""
 
     def __repr__(self) -> str:
         return "the base folder's"
@@ -191,12 +188,10 @@ class LoraOptions(Section):
     """Train only low-rank adapters; leave the section out to train the whole model."""
 
     rank: Count = key("Rank of the adapters.", 16)
-    alpha: Positive | None = key(
-        "Adapters are scaled by alpha / rank; null: alpha is the rank.", None
-    )
+    alpha: Positive | None = key("Adapters are scaled by alpha / rank; null: the rank.", None)
     dropout: Dropout = key("Dropout in front of the adapters.", 0.0)
     target_modules: Texts | None = key(
-        "Names, or ends of names, of the linear layers to adapt; null: those of attention.", None
+        "Names, or ends of names, of the linear layers to adapt; null: attention's.", None
     )
 
 
@@ -206,19 +201,16 @@ class ModelConfig(Section):
 
     name: Name = key("Folder name of the trained component inside a checkpoint.", "transformer")
     gradient_checkpointing: Level = key(
-        "0 off; 1 video encoder, 2 and image encoder, 3 and image decoder recompute activations.",
-        0,
+        "0: off; recompute in 1: video encoder, 2: also image encoder, 3: also decoder.", 0
     )
     loss_repeat: Count = key("Noise levels drawn per token in one step.", 4)
     mask_ratios: MaskRatios | None = key(
-        "Least and largest share of hidden tokens, and how wide the normal around the largest is; "
+        "Least and largest share of hidden tokens, and the width of their normal distribution; "
         "null: 0.7, 1, 0.25.",
         None,
     )
     context_noise: Share = key(
-        "Most noise in the earlier frames that a later one is learnt from, 0 to 1, drawn anew for "
-        "every frame: long videos then drift less.",
-        0.0,
+        "Most noise in the earlier frames from which a later one is learnt: less drift.", 0.0
     )
     loss_weights: LossWeights = key("Weights of the losses of videos.", LossWeights)
     lora: LoraOptions | None = key("Low-rank adapters.", None)
@@ -234,10 +226,8 @@ class TransformerConfig(Overlay):
     text_token_dim: Count | None = key("Width of the text encoder's states.", KEEP)
     text_token_len: Count | None = key("Text tokens per prompt.", KEEP)
     rotary_pos_embed: bool | None = key("Rotary instead of absolute positions.", KEEP)
-    video_base_size: Volume | None = key(
-        "Frames, token rows and columns of the video encoder.", KEEP
-    )
-    image_base_size: Size | None = key("Token rows and columns of the image encoder.", KEEP)
+    video_base_size: Volume | None = key("Frames, rows and columns of the video encoder.", KEEP)
+    image_base_size: Size | None = key("Rows and columns of the image encoder.", KEEP)
     video_mixer_rank: int | None = key("Rank of the video mixer; null for none.", KEEP)
     arch: Arch | None = key("Names of video encoder, image encoder and image decoder.", KEEP)
 
@@ -270,9 +260,7 @@ class PathsConfig(Section):
 
     pretrained_path: str = key("Base folder in the release layout, or a Hub name.")
     module_dict: ModuleDict = key("Component -> its own path.", ModuleDict)
-    module_config: ModuleConfigs = key(
-        "Component -> values laid over its config.json.", ModuleConfigs
-    )
+    module_config: ModuleConfigs = key("Component -> overlay of its config.json.", ModuleConfigs)
     target_path: str | None = key("Assemble the folder here, not in a temporary one.", None)
 
     def overlay(self, component: str) -> dict[str, Any]:
@@ -322,10 +310,7 @@ class LRSchedulerConfig(Section):
 class DataLoaderParams(Section):
     """Arguments of the loader."""
 
-    dataset: Dataset = key(
-        "Folder of records, or of records of several sizes; or several of them, each with the "
-        "weight of its batches (by default its number of examples)."
-    )
+    dataset: Dataset = key("Folder of records, or several folders, with or without weights.")
     batch_size: Count = key("Examples per batch.", 1)
     seed: Natural = key("Seed of order and caption choice; the shard number is added.", 1337)
     shuffle: bool = key("Shuffle the examples.", True)
@@ -338,9 +323,7 @@ class DataLoaderParams(Section):
     contiguous: bool = key("Stack the latents of a batch into one array.", True)
     max_examples: int | None = key("Written by a run (examples in the dataset).", None)
     prefetch_count: int = key("Accepted and without effect.", 50)
-    start_method: Literal["fork", "spawn", "forkserver"] | None = key(
-        "How reading processes start.", None
-    )
+    start_method: StartMethod | None = key("How reading processes start.", None)
     timeout: NotNegative = key("Seconds to wait for a reading process; 0: for ever.", 120.0)
 
 
@@ -375,11 +358,9 @@ class CheckpointConfig(Section):
     """How checkpoints are written."""
 
     format: Literal["safetensors", "bin"] = key("File format of the weights.", "safetensors")
-    keep_last: Count | None = key(
-        "Delete all but the newest so many checkpoints; null: none.", None
-    )
+    keep_last: Count | None = key("Keep only so many of the newest; null: keep all.", None)
     keep_every: Count | None = key("Never delete checkpoints of multiples of this step.", None)
-    async_save: bool = key("Write while training goes on; costs a copy in main memory.", False)
+    async_save: bool = key("Write while training continues; costs a copy in main memory.", False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -387,20 +368,14 @@ class ValidationConfig(Section):
     """Samples and held-out loss while training."""
 
     every: Count | None = key("Steps between two validations; null for none.", None)
-    prompts: Texts | Integers | None = key(
-        "Prompts (or classes) to draw; null: some of the dataset.", None
-    )
+    prompts: Texts | Integers | None = key("Prompts or classes to draw; null: the dataset's.", None)
     seeds: Integers = key("Each prompt is drawn once with each of these seeds.", (0,))
     num_inference_steps: Count = key("Steps over which the tokens of a frame are drawn.", 16)
-    num_diffusion_steps: Count = key("Denoising steps of a token.", 10)
+    num_diffusion_steps: Count = key("Denoising steps per token.", 10)
     guidance_scale: NotNegative = key("Strength of classifier-free guidance.", 5.0)
-    max_latent_length: Count | None = key(
-        "Latent frames to draw; null: one, or for video models as many as trained on.", None
-    )
+    max_latent_length: Count | None = key("Latent frames; null: as many as trained on.", None)
     holdout: Holdout | str | None = key(
-        "Share of each dataset (its end) kept from training, or a folder of records, for the "
-        "held-out loss; null for none.",
-        None,
+        "For the held-out loss: a share (the end) of each dataset, or a folder of records.", None
     )
 
 
@@ -413,20 +388,13 @@ class TrainingConfig(Section):
     gradient_accumulation_steps: Count = key("Micro-batches per optimizer step.", 1)
     seed: Seed = key("Seed of process 0; process r uses seed + r.", 1337)
     mixed_precision: Precision = key("no (or fp32, false), fp16 or bf16.", "bf16")
-    max_grad_norm: Positive | None = key(
-        "Clip the gradient norm to this; null for no clipping.", None
-    )
+    max_grad_norm: Positive | None = key("Clip the gradient norm to this; null: do not.", None)
     on_nonfinite: Literal["stop", "skip"] = key(
-        "What to do when a loss or gradient is not finite: end the run, or leave the step out.",
-        "stop",
+        "After NaN or infinity in a loss or gradient: end the run, or leave the step out.", "stop"
     )
     compile: bool = key("Compile the blocks of the model; the first steps take minutes.", False)
-    time_limit: Duration | None = key(
-        'Save and stop after this time, such as "23h30m"; null for no limit.', None
-    )
-    process_group_timeout: Duration = key(
-        'How long a process waits for the others before the run ends, such as "30m".', "2h"
-    )
+    time_limit: Duration | None = key('Save and stop after this time, such as "23h30m".', None)
+    process_group_timeout: Duration = key("How long a process waits for the others.", "2h")
     dry_run: bool = key("Check and estimate everything, train nothing.", False)
     progress_bar: bool = key("Show a live progress bar on process 0.", True)
     gpu_id: int | None = key("Written by a run (device index); ignored as input.", None)
@@ -437,13 +405,9 @@ class TrainConfig(Section):
     """A whole training configuration."""
 
     config: str = key("YAML file that the other arguments override.", "")
-    trust_remote_code: bool = key(
-        "Run the Python files of the base folder, which then may do anything.", False
-    )
+    trust_remote_code: bool = key("Run Python files of the base folder, whatever they do.", False)
     wandb: WandbConfig | None = key("Weights & Biases.", None)
-    tracking: Trackers | None = key(
-        "Trackers, wandb or tensorboard; null: wandb if there is a wandb section.", None
-    )
+    tracking: Trackers | None = key("Trackers; null: wandb if there is a wandb section.", None)
     experiment: ExperimentConfig = key("Run.")
     model: ModelConfig = key("Model.", ModelConfig)
     pipeline: PipelineConfig = key("Pipeline.")
@@ -489,7 +453,7 @@ def iterate_schema(schema: type, prefix: str = "") -> Iterator[SchemaKey]:
         yield SchemaKey(
             path=path,
             type_name=" | ".join(_type_name(hint) for hint in alternatives),
-            default=_default_of(item),
+            default=item.default if item.default_factory is MISSING else item.default_factory(),
             meaning=item.metadata["meaning"],
             section=section,
             is_open=dict in alternatives,
@@ -517,7 +481,8 @@ def describe_schema(schema: type) -> str:
     lines = []
     for item in iterate_schema(schema):
         if item.section is not None:
-            lines += ["", f"{item.path}: {_summary(item.section)}"]
+            summary = inspect.cleandoc(item.section.__doc__ or "").splitlines()[0]
+            lines += ["", f"{item.path}: {summary}"]
             continue
         default = "required" if item.required else f"default {_yaml_literal(item.default)}"
         lines.append(f"  {item.path}  ({item.type_name}, {default})")
@@ -538,14 +503,6 @@ def _type_name(hint: Any) -> str:
     if typing.get_origin(hint) is Literal:
         return " or ".join(str(choice) for choice in typing.get_args(hint))
     return "null" if hint is type(None) else inspect.formatannotation(hint)
-
-
-def _default_of(item: Any) -> Any:
-    return item.default_factory() if item.default_factory is not MISSING else item.default
-
-
-def _summary(section: type) -> str:
-    return inspect.cleandoc(section.__doc__ or "").splitlines()[0]
 
 
 def _yaml_literal(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""What the ``target`` of a section names, and whether its ``params`` suit it.
+"""The class that the ``target`` of a section names, and whether its ``params`` suit it.
 
 Any importable dotted path is accepted, so a configuration file is code: use only files you trust.
 """

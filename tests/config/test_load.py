@@ -147,14 +147,6 @@ def test_a_hostile_file_is_refused_in_one_line(tmp_path, text, message):
     assert "\n" not in problem
 
 
-def test_without_a_schema_the_keys_of_the_file_are_those_that_exist(tmp_path):
-    save_config(OmegaConf.create({"anything": {"goes": "here"}}), tmp_path / "a.yaml")
-    arguments = [f"config={tmp_path / 'a.yaml'}", "anything.goes=3"]
-    assert get_config(arguments, schema=None).anything.goes == 3
-    with pytest.raises(ConfigError, match="unknown key 'else'"):
-        get_config([*arguments, "else=1"], schema=None)
-
-
 def test_saved_run_configuration_is_valid_input(tmp_path):
     save_config(load("training.seed=3"), tmp_path / "config.yaml")
     again = get_config([f"config={tmp_path / 'config.yaml'}", "training.seed=4"])
