@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import logging
 import netrc
@@ -56,7 +57,7 @@ class RankLogger(MultiProcessAdapter):
     def process(
         self, msg: object, kwargs: MutableMapping[str, Any]
     ) -> tuple[object, MutableMapping[str, Any]]:
-        """Add the rank where it matters, so that lines of rank 0 keep their plain form."""
+        """Add the rank, except to lines of rank 0."""
         rank_message, kwargs = super().process(msg, kwargs)
         return (msg if self._should_log(main_process_only=True) else rank_message), kwargs
 
@@ -66,7 +67,7 @@ Logger: TypeAlias = logging.Logger | logging.LoggerAdapter
 
 @contextlib.contextmanager
 def warn_on_error(log: Logger, message: str, *args: object) -> Iterator[None]:
-    """Turn an error inside into a warning, for what must never end a run.
+    """Turn an error inside into a warning, where an error must not end a run.
 
     Args:
         log: Where to warn.
@@ -85,7 +86,7 @@ def warn_on_error(log: Logger, message: str, *args: object) -> Iterator[None]:
 def normalize_precision(precision: str | bool | None) -> str:
     """Translate ``training.mixed_precision`` to accelerate's name.
 
-    YAML reads an unquoted ``no`` as False, so that is accepted too.
+    YAML reads an unquoted ``no`` as False, which is accepted as well.
 
     Args:
         precision: no, fp32, fp16 or bf16 in any letter case; False and None mean no.
@@ -167,8 +168,7 @@ def _launch_arguments(
     Without a GPU accelerate picks no backend by itself, and every process would train alone.
     """
     seconds = parse_duration(timeout)
-    limit = None if seconds is None else timedelta(seconds=seconds)
-    group = InitProcessGroupKwargs(timeout=limit)
+    group = InitProcessGroupKwargs(timeout=None if seconds is None else timedelta(seconds=seconds))
     if "LOCAL_RANK" in os.environ and not torch.accelerator.is_available():
         if _is_set("ACCELERATE_USE_DEEPSPEED"):
             group.backend = "gloo"
@@ -197,7 +197,7 @@ def _configure_deepspeed(
     if plugin.zero_stage == 3:
         raise ConfigError("DeepSpeed ZeRO stage 3 is not supported: use zero_stage 2")
     deepspeed_logger.setLevel(log_level)
-    # DeepSpeed wants this number, but only derives a global batch size that nothing here reads.
+    # DeepSpeed asks for this number, but only derives a global batch size that nothing here reads.
     plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = 1
     # Accelerate drops the 0.0 of a launch file, and DeepSpeed would then clip to 1.0 by default.
     plugin.deepspeed_config.setdefault("gradient_clipping", 0.0)
@@ -234,60 +234,52 @@ def get_ddp_shards(accelerator: Accelerator) -> dict[str, int]:
 # Trackers
 
 
+def _guarded(method: str) -> Callable[..., None]:
+    """A tracker's method whose errors are not raised."""
+
+    def call(self: SafeTracker, *args: Any, **kwargs: Any) -> None:
+        try:
+            getattr(self.inner, method)(*args, **kwargs)
+        except Exception as error:
+            if not self.has_failed:
+                self.has_failed = True
+                reason = f"{type(error).__name__}: {error}"
+                logger.warning("%s failed, so it may lack parts of this run: %s", self.name, reason)
+
+    return call
+
+
 class SafeTracker(GeneralTracker):
-    """A tracker that never ends a run: the first of its errors is a warning, all pass.
+    """A tracker that never ends a run: its first error is a warning, later ones are ignored.
 
     Args:
         tracker: The tracker, which is not yet started.
     """
 
-    main_process_only = True
-    requires_logging_directory = False
-
     def __init__(self, tracker: GeneralTracker) -> None:
         self.name = tracker.name
-        self._inner = tracker
-        self._has_failed = False
+        self.inner = tracker
+        self.has_failed = False
 
     @property
     def tracker(self) -> Any:
         """What the tracker's own package calls a run."""
-        return self._inner.tracker
+        return self.inner.tracker
 
     def start(self) -> None:
-        """Begin tracking; the one call whose errors are raised."""
-        self._inner.start()
+        """Begin tracking; the only call whose errors are raised."""
+        self.inner.start()
 
-    def store_init_configuration(self, values: dict[str, Any]) -> None:
-        """Hand over the configuration, as dotted keys and plain values."""
-        self._attempt(self._inner.store_init_configuration, values)
+    store_init_configuration = _guarded("store_init_configuration")
+    log = _guarded("log")
+    log_images = _guarded("log_images")
+    finish = _guarded("finish")
 
-    def log(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
-        """Hand over the values of a step."""
-        self._attempt(self._inner.log, values, step=step, **kwargs)
 
+class _TensorBoard(TensorBoardTracker):
     def log_images(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
         """Hand over pictures by name: uint8, (N, H, W, 3)."""
-        if self.name == "tensorboard":  # has to be told the order of the axes
-            kwargs = {"dataformats": "NHWC", **kwargs}
-        self._attempt(self._inner.log_images, values, step=step, **kwargs)
-
-    def finish(self) -> None:
-        """Close the tracker."""
-        self._attempt(self._inner.finish)
-
-    def _attempt(self, call: Callable[..., None], *args: Any, **kwargs: Any) -> None:
-        try:
-            call(*args, **kwargs)
-        except Exception as error:
-            if not self._has_failed:
-                self._has_failed = True
-                logger.warning(
-                    "%s failed, so it may lack parts of this run: %s: %s",
-                    self.name,
-                    type(error).__name__,
-                    error,
-                )
+        super().log_images(values, step=step, dataformats="NHWC", **kwargs)
 
 
 def build_trackers(
@@ -304,8 +296,7 @@ def build_trackers(
         config: Training configuration.
         accelerator: Gets the trackers.
         run_id: Run of Weights & Biases to continue, unless the configuration names one.
-        first_step: Step that the run begins at; what was tracked of it and later ones is done
-            again.
+        first_step: Step that the run begins at; the records of it and later steps are replaced.
 
     Returns:
         The id of the run of Weights & Biases; None if there is none.
@@ -343,7 +334,7 @@ def _start_tensorboard(
     config: TrainConfig | DictConfig, accelerator: Accelerator, first_step: int
 ) -> None:
     experiment = _section(config, "experiment", ExperimentConfig)
-    tracker = TensorBoardTracker(
+    tracker = _TensorBoard(
         experiment.name or "run",
         os.path.join(experiment.output_dir, "tensorboard"),
         purge_step=first_step or None,
@@ -391,11 +382,10 @@ def _start(tracker: GeneralTracker, accelerator: Accelerator) -> bool:
 
 def _describe(config: TrainConfig | DictConfig) -> dict[str, Any]:
     """A whole configuration as dotted keys and values that every tracker takes."""
-    merged = config
-    if isinstance(merged, TrainConfig):
-        tree = asdict(merged, dict_factory=_without_keep)
-        merged = OmegaConf.create(json.loads(json.dumps(tree)))  # with lists for tuples
-    leaves = flatten_omega_conf(merged, resolve=True)
+    if isinstance(config, TrainConfig):
+        tree = asdict(config, dict_factory=_without_keep)
+        config = OmegaConf.create(json.loads(json.dumps(tree)))  # with lists for tuples
+    leaves = flatten_omega_conf(config, resolve=True)
     return {key: str(value) if isinstance(value, list | dict) else value for key, value in leaves}
 
 
@@ -422,14 +412,13 @@ def set_logger(
 ) -> logging.Logger | RankLogger:
     """Send the log of the package to standard output and a file.
 
-    A second call replaces the handlers of the first. Ranks other than 0 log errors only, whichever
-    module they come from.
+    A second call replaces the handlers of the first. Ranks other than 0 log only errors.
 
     Args:
         output_dir: Folder that gets ``logs/<YYYYmmdd_HHMMSS>.log`` from the main process.
         name: Logger to set up; modules below that name are included.
         level: Lowest level shown by the main process.
-        accelerator: Tells which rank this is; without one the process is taken for the main one.
+        accelerator: Tells which rank this is; without one it is the main process.
 
     Returns:
         The logger, as accelerate's multi-process adapter if there is an accelerator.
@@ -441,21 +430,18 @@ def set_logger(
     for handler in list(target.handlers):
         target.removeHandler(handler)
         handler.close()
-    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout)]
-    problem = None
-    if output_dir is not None and is_main:
-        try:
-            handlers.append(logging.FileHandler(_log_file(output_dir), encoding="utf-8"))
-        except OSError as error:
-            problem = error
     formatter = logging.Formatter(
         "%(asctime)s %(levelname)s %(filename)s:%(lineno)d] %(message)s", datefmt="%m/%d %H:%M:%S"
     )
-    for handler in handlers:
+
+    def add(handler: logging.Handler) -> None:
         handler.setFormatter(formatter)
         target.addHandler(handler)
-    if problem is not None:
-        target.warning("there is no log file: %s", problem)
+
+    add(logging.StreamHandler(sys.stdout))
+    if output_dir is not None and is_main:
+        with warn_on_error(target, "there is no log file"):
+            add(logging.FileHandler(_log_file(output_dir), encoding="utf-8"))
     return target if accelerator is None else RankLogger(target, {})
 
 
@@ -464,9 +450,5 @@ def _log_file(output_dir: str) -> str:
     folder = os.path.join(output_dir, "logs")
     os.makedirs(folder, exist_ok=True)
     stem = os.path.join(folder, time.strftime("%Y%m%d_%H%M%S"))
-    path = f"{stem}.log"
-    number = 1
-    while os.path.exists(path):
-        path = f"{stem}_{number}.log"
-        number += 1
-    return path
+    names = itertools.chain([f"{stem}.log"], (f"{stem}_{n}.log" for n in itertools.count(1)))
+    return next(name for name in names if not os.path.exists(name))

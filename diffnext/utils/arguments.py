@@ -1,4 +1,4 @@
-"""Checked arguments: their kinds and limits stand in the annotations of dataclasses."""
+"""Checked arguments: the annotations of dataclasses give their types and limits."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _MOST = 10**6  # of anything that is counted
 
 
 def _plain_number(value: Any) -> Any:
-    """NumPy's and torch's numbers are numbers, their arrays are not."""
+    """NumPy's and torch's numbers are accepted, their arrays are not."""
     if getattr(value, "ndim", None) == 0:
         return value.item()
     if isinstance(value, (np.ndarray, Tensor)):
@@ -77,7 +77,7 @@ LatentFrames = Annotated[tuple[Tensor, ...], BeforeValidator(_as_frames)]
 
 
 def build_checked(cls: type[T], values: Mapping[str, Any]) -> T:
-    """Make a dataclass of pydantic's; what is wrong is said in one line.
+    """Make a dataclass of pydantic's; all errors are in one line.
 
     Raises:
         ValueError: Naming each argument that is wrong, the rule, and the value.

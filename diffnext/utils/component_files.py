@@ -1,8 +1,8 @@
-"""The files of a component, such as a model or a tokenizer, looked at before others read them.
+"""The files of a component, such as a model or a tokenizer, checked before libraries read them.
 
 A folder may come from a stranger, and the libraries that load components follow what it says: links
 that lead elsewhere, shards with the paths of other files, another model that an adapter names.
-:func:`component_files` refuses what is not the component's own, and what cannot be read.
+:func:`component_files` raises an error for foreign or damaged files.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ PICKLES = (".pkl", ".pickle")  # of Python objects: no component needs one
 def reading(path: str | os.PathLike[str], what: str) -> Iterator[None]:
     """Turn the errors of other libraries into one that names the folder.
 
-    Their readers of damaged files raise errors of many types, most without the name of the file.
+    Damaged files make them raise errors of many types, most without the name of the file.
 
     Args:
-        path: What is read.
+        path: File or folder that is read.
         what: What it must be, such as the name of a class.
 
     Raises:
-        FileError: In place of all errors but those of files and of memory.
+        FileError: Instead of all errors except those of files and of memory.
     """
     try:
         yield
@@ -65,8 +65,8 @@ def is_plain_name(name: object) -> bool:
 def read_base_reference(folder: Path) -> tuple[Path | None, dict[str, Path]]:
     """The folders that ``base_folder.json`` names.
 
-    Written by this package for what it makes of other folders: a training checkpoint has its other
-    components there, a component with another config its weights.
+    This package writes it: a training checkpoint names the folder of its other components, a
+    component with another config the folder of its weights.
 
     Args:
         folder: Any release folder or component.
@@ -98,9 +98,8 @@ def own_path(folder: Path, name: str) -> Path:
             cache, to other parts of a release folder, and to the same file of the base.
     """
     target = Path(os.path.realpath(folder / name))
-    for origin in (
-        _origins(folder) if name != BASE_FOLDER_FILE else [Path(os.path.realpath(folder))]
-    ):
+    origins = [Path(os.path.realpath(folder))] if name == BASE_FOLDER_FILE else _origins(folder)
+    for origin in origins:
         if Path(os.path.realpath(origin / name)) != target:
             break
         release = origin.parent if (origin.parent / INDEX_FILE).is_file() else origin
@@ -129,18 +128,18 @@ def _own_places(release: Path) -> list[Path]:
 
 
 def component_files(folder: Path) -> dict[str, Path]:
-    """The files of one component, once all of them are known to be its own and sound.
+    """The files of one component, all checked to be its own and undamaged.
 
     Args:
-        folder: Of the component, alone or in a release folder.
+        folder: The component's folder, by itself or in a release folder.
 
     Returns:
         Each file by its name in the folder, with links followed.
 
     Raises:
-        FileError: If a link leads out of the folder, but into the Hub's cache or to the same file
-            of the folder's base; if JSON, shards or headers of weights are damaged; or if there
-            is something that is not needed and runs code or leads to other models.
+        FileError: If a link leads out of the folder (the Hub's cache and the same file of the
+            folder's base are allowed); if JSON, shards or headers of weights are damaged; or if a
+            file that is not needed runs code or leads to other models.
         FileNotFoundError: If the folder is missing.
     """
     files = _own_files(folder)
@@ -178,7 +177,7 @@ def _own_files(folder: Path) -> dict[str, Path]:
 
 
 def _check_json(path: Path, content: dict[str, Any], files: dict[str, Path]) -> None:
-    """Check that what libraries take from a JSON file leads to no other files and no code."""
+    """Check that a JSON file leads libraries to no other files and no code."""
     if path.name.endswith(".index.json"):
         shards = content.get("weight_map")
         is_sound = isinstance(shards, dict) and isinstance(content.get("metadata"), dict)
@@ -202,7 +201,7 @@ def _check_header(path: Path) -> None:
 
 
 def _check_tensors(path: Path) -> None:
-    """Check that a pickled file of weights holds tensors alone; their data are not read."""
+    """Check that a pickled file of weights holds only tensors; their data are not read."""
     is_zip = zipfile.is_zipfile(path)
     try:
         torch.load(path, map_location="meta", weights_only=True, mmap=is_zip)

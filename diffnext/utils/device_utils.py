@@ -25,7 +25,7 @@ def parse_device(name: str = AUTO, index: int | None = None) -> torch.device:
     """The device that a command line names.
 
     Args:
-        name: Such as "cpu", "cuda" or "cuda:1", or "auto" for the best there is.
+        name: Such as "cpu", "cuda" or "cuda:1", or "auto" for the best one.
         index: CUDA device where the name leaves it open; None for the current one.
 
     Raises:
@@ -48,8 +48,8 @@ def parse_precision(name: str, device: torch.device) -> torch.dtype:
     """The dtype that a command line names.
 
     Args:
-        name: One of ``PRECISIONS``, or "auto" for what released models are run in: float16, and
-            float32 on a CPU, which is slow at half precision.
+        name: One of ``PRECISIONS``, or "auto" for float16, and for float32 on a CPU, which is slow
+            at half precision.
         device: Where it will be used.
 
     Raises:

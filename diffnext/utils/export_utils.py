@@ -77,7 +77,7 @@ def export_to_video(
     Raises:
         ImportError: If imageio is not installed.
         ValueError: If there are no frames, a frame is not (H, W, 3) uint8, sizes differ, ``fps``
-            is not positive, the ending is not that of a video, or the parameters cannot be
+            is not positive, the ending is not a video's, or the parameters cannot be
             written as JSON.
         TypeError: If there is nothing to iterate over.
         OSError: If the file cannot be written; none is left behind.

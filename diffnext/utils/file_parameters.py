@@ -1,7 +1,7 @@
 """The parameters of a result, kept in the file itself.
 
 Pictures (PNG, WebP, JPEG, TIFF) carry them in the EXIF field ImageDescription, videos (MP4) in the
-metadata comment: as one JSON object of ASCII characters, so that no reader mangles it.
+metadata comment: as one JSON object of ASCII characters, which no reader mangles.
 
     exiftool -ImageDescription picture.webp
     ffprobe -show_entries format_tags=comment clip.mp4
@@ -32,10 +32,10 @@ def image_exif(parameters: Mapping[str, Any]) -> Image.Exif:
     """EXIF data for ``PIL.Image.Image.save``.
 
     Args:
-        parameters: Values that JSON knows, by name.
+        parameters: Values by name, all of which JSON can hold.
 
     Raises:
-        ValueError: If JSON does not know a value, or the text is too long.
+        ValueError: If JSON cannot hold a value, or the text is too long.
     """
     exif = Image.Exif()
     exif[ExifTags.Base.ImageDescription] = _to_json(parameters)
@@ -82,7 +82,7 @@ def _to_json(parameters: Mapping[str, Any]) -> str:
     try:
         text = json.dumps(dict(parameters), allow_nan=False)
     except TypeError as error:
-        raise ValueError(f"parameters must be values that JSON knows: {error}") from None
+        raise ValueError(f"parameters must be values that JSON can hold: {error}") from None
     if len(text) > MAX_BYTES:
         raise ValueError(f"a file takes {MAX_BYTES} bytes of parameters, got {len(text)}")
     return text
@@ -91,7 +91,7 @@ def _to_json(parameters: Mapping[str, Any]) -> str:
 def _read_comment(path: Path) -> str | None:
     import imageio_ffmpeg
 
-    # Opens the file alone: no stream of the network, no file that a playlist names.
+    # Opens only this file: no stream of the network, no file that a playlist names.
     limits = ["-protocol_whitelist", "file", "-format_whitelist", CONTAINERS]
     command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", *limits, "-i"]
     result = subprocess.run(

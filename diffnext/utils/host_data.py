@@ -1,4 +1,4 @@
-"""What the host gives a device, or takes from it, without waiting for it."""
+"""Data that the host gives a device, or takes from it, without waiting for it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def fetch(x: Tensor) -> Callable[[], Tensor]:
     """Begin to copy a tensor to the CPU.
 
     Returns:
-        Gives the copy. It waits for the tensor alone, not for what the device was given since.
+        Gives the copy. It waits only for the tensor, not for the device's later work.
     """
     if x.device.type != "cuda":
         copied = x.cpu()
@@ -44,7 +44,7 @@ def draw_normal(shape: Sequence[int], generator: Generators, like: Tensor) -> Te
     """Standard normal numbers, drawn where the generator is, which may be the CPU.
 
     Args:
-        shape: Of the result; its first dimension is the samples.
+        shape: Shape of the result; its first dimension is the samples.
         generator: Source; a list gives each sample its own, None is the default of the device.
         like: Gives dtype and device of the result.
 

@@ -1,4 +1,4 @@
-"""JSON files: written whole, and read though people may have touched them."""
+"""JSON files: written whole, and checked when read."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def naming_place(path: Path) -> Iterator[None]:
-    """Have errors of writing name the file or folder; that of a full disk does not by itself."""
+    """Add the file or folder to errors of writing; the error of a full disk does not name it."""
     try:
         yield
     except OSError as error:
@@ -45,30 +45,28 @@ def naming_place(path: Path) -> Iterator[None]:
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write a JSON object, indented, so that the file is whole or not there.
 
-    A link in its place is replaced, and what it leads to stays as it is.
+    A link in its place is replaced, and the file that it leads to stays as it is.
     """
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.unlink(missing_ok=True)
-    with naming_place(temporary), open(temporary, "x", encoding="utf-8") as file:
-        json.dump(content, file, indent=2, ensure_ascii=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    _write_whole(path, [json.dumps(content, indent=2, ensure_ascii=False)])
 
 
 def write_lines(path: Path, lines: Iterable[Any]) -> None:
     """Write a file of JSON lines, so that it is whole or not there."""
+    _write_whole(path, (json.dumps(line, ensure_ascii=False) for line in lines))
+
+
+def _write_whole(path: Path, lines: Iterable[str]) -> None:
     temporary = path.with_name(f"{path.name}.tmp")
-    with naming_place(temporary), open(temporary, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    temporary.unlink(missing_ok=True)
+    with naming_place(temporary), open(temporary, "x", encoding="utf-8") as file:
+        file.writelines(line + "\n" for line in lines)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
 
 
 def same_value(one: object, other: object) -> bool:
-    """Whether two values of a config mean the same; one side of a square stands for both."""
+    """Whether two values of a config mean the same; one number means a square."""
     if isinstance(one, int) and isinstance(other, list | tuple):
         one = [one] * len(other)
     if isinstance(other, int) and isinstance(one, list | tuple):

@@ -1,4 +1,4 @@
-"""What messages say of values that are wrong; nothing here needs torch."""
+"""The words of messages about wrong values; nothing here needs torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 __all__ = ["did_you_mean", "explain", "naming", "one_line"]
 
-# Where pydantic's words are not those of a user.
+# Rules in other words than pydantic's.
 _RULES = {
     "missing": "must be given",
     "missing inside": "must be longer",
@@ -49,7 +49,7 @@ def explain(parts: Iterable[Mapping[str, Any]], depth: int = 1) -> str:
 
 @contextmanager
 def naming(name: str) -> Iterator[None]:
-    """Begin what goes wrong inside with the name of the argument that it comes from."""
+    """Put an argument's name before the message of an error inside."""
     try:
         yield
     except (TypeError, ValueError) as error:
@@ -57,7 +57,7 @@ def naming(name: str) -> Iterator[None]:
 
 
 def did_you_mean(path: Path) -> str:
-    """The end of a message about a path that is not there: what is, of nearly the same name."""
+    """The end of a message about a missing path: an existing one with nearly the same name."""
     for place in (path, *path.parents):
         if not place.exists() and place.parent.is_dir():
             names = [one.name for one in place.parent.iterdir()]

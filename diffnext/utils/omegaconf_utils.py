@@ -1,4 +1,4 @@
-"""The import path under which configurations are known; the code is in :mod:`diffnext.config`."""
+"""The original's import path of configurations; the code is in :mod:`diffnext.config`."""
 
 from diffnext.config.arithmetic import evaluate_arithmetic
 from diffnext.config.load import (

@@ -16,8 +16,8 @@ from diffnext.utils.json_files import FileError
 
 __all__ = ["FORMATS", "known_formats", "lay_on_white", "load_picture", "open_picture", "to_rgb"]
 
-# Not all that PIL reads: PostScript, for one, would start another program. The last two need a
-# plug-in: pillow-heif and pillow-jxl-plugin.
+# Not every format of PIL: PostScript, for one, would start another program. The last two need
+# plug-ins: pillow-heif and pillow-jxl-plugin.
 FORMATS = ("JPEG MPO PNG WEBP BMP GIF TIFF PPM JPEG2000 AVIF HEIF JXL").split()
 
 
@@ -32,7 +32,7 @@ def open_picture(file: str | os.PathLike[str] | BinaryIO) -> Image.Image:
 
     Raises:
         FileError: If it is not such a picture, or has so many pixels that they may not fit in
-            memory. The message names the path; of an open file it says what is wrong alone.
+            memory. The message names the path if there is one.
         OSError: If there is no such file.
     """
     with _decoding(file):

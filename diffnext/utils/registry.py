@@ -13,7 +13,7 @@ class Registry:
     """A mapping from names to constructors with some arguments already given.
 
     Args:
-        name: Of the registry, for error messages.
+        name: Name of the registry, for error messages.
 
     Attributes:
         registry: The entries in order of registration, ``functools.partial`` objects.
