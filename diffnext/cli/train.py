@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 PROGRAM = "diffnext train"
 LAUNCH = """
@@ -18,7 +20,7 @@ Example:
     pipeline.paths.pretrained_path=BASE train_dataloader.params.dataset=DATASET
 
 Exit codes: 0 finished, 1 an error, 2 a configuration that cannot be used, 75 stopped by a signal or
-a time limit: run it again to go on.
+a time limit: run it again to continue.
 """
 
 
@@ -26,11 +28,11 @@ def main(argv: Sequence[str] | None = None, program: str = PROGRAM) -> int:
     """Run the command line.
 
     Args:
-        argv: Arguments; default: those of the process.
-        program: As its usage names it.
+        argv: Arguments; default: the process's.
+        program: Its name in the usage.
 
     Returns:
-        0. All else leaves by ``SystemExit``.
+        0. Every other exit code is a ``SystemExit``.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     if {"-h", "--help"} & set(argv):
@@ -64,17 +66,23 @@ def main(argv: Sequence[str] | None = None, program: str = PROGRAM) -> int:
 
 
 def print_once(lines: Sequence[str], patience: float = 1) -> None:
-    """Print what every process of a run has to say on the main process only.
+    """Print the message that all processes of a run have, on the main process only.
 
     Args:
         lines: What to print.
         patience: Seconds that the others wait. A launcher ends all processes with the first that
-            ends: let that be the main one.
+            ends, which should be the main one.
     """
-    if os.environ.get("RANK", "0") == "0":
-        print("\n".join(lines), file=sys.stderr, flush=True)
-    else:
+    if os.environ.get("RANK", "0") != "0":
         time.sleep(patience)
+        return
+    text = "\n".join(lines)
+    print(text, file=sys.stderr, flush=True)
+    # PyTorch's launcher ends with a traceback of its own, and below it what this file says.
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file:
+        report = {"message": text, "timestamp": int(time.time())}
+        Path(file).write_text(json.dumps(report), encoding="utf-8")
 
 
 def print_help(program: str) -> None:

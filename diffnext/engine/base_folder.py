@@ -1,11 +1,11 @@
 """The base folder of a run and the model in it, found and checked without loading anything.
 
-Read are configurations and headers of weights; no code of a folder runs.
+Only configurations and headers of weights are read; no code of a folder runs.
 """
 
 from __future__ import annotations
 
-import difflib
+import itertools
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -22,12 +22,7 @@ from torch import nn
 from diffnext.config.schema import PathsConfig, TrainConfig, TransformerConfig
 from diffnext.config.targets import ConfigError, import_target
 from diffnext.engine.memory import make_meta_model
-from diffnext.models.transformers.transformer_nova import (
-    IMAGE_DECODERS,
-    IMAGE_ENCODERS,
-    VIDEO_ENCODERS,
-    NOVATransformer3DModel,
-)
+from diffnext.models.transformers.transformer_nova import NOVATransformer3DModel
 from diffnext.pipelines.release_folder import (
     BASE_FOLDER_FILE,
     INDEX_FILE,
@@ -55,9 +50,9 @@ TEXT_SIZES = ("text_token_dim", "text_token_len")
 FIXED_BY_WEIGHTS = ("arch", "image_dim", "text_token_dim")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class BaseFolder:
-    """A base folder, as a configuration completes it.
+    """A base folder with the configuration's own paths and overlays.
 
     Attributes:
         folder: Local folder.
@@ -77,13 +72,17 @@ class BaseFolder:
         """The folder of a component that can be loaded; else None."""
         return None if component in self.faulty else self.components.get(component)
 
-    def read_config(self, component: str) -> dict[str, Any]:
-        """The config.json of a component with its overlay; empty if it cannot be loaded."""
+    def read_saved(self, component: str) -> dict[str, Any]:
+        """The config.json of a component; empty if there is none, or it cannot be loaded."""
         folder = self.find(component)
-        if folder is None:
+        if folder is None or not (folder / "config.json").is_file():
             return {}
-        saved = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
-        return {**saved, **(self.paths["module_config"] or {}).get(component, {})}
+        return read_json(folder / "config.json")
+
+    def read_config(self, component: str) -> dict[str, Any]:
+        """The config.json of a component with its overlay."""
+        overlays = self.paths["module_config"] or {}
+        return {**self.read_saved(component), **overlays.get(component, {})}
 
 
 def open_base(config: TrainConfig, download: bool, problems: list[str]) -> BaseFolder | None:
@@ -107,21 +106,21 @@ def open_base(config: TrainConfig, download: bool, problems: list[str]) -> BaseF
         if download or not is_on_hub:
             problems.append(f"{BASE}={name}: {error}")
         return None
+    key = f"{BASE}={name}"
     paths = _local_paths(config.pipeline.paths, folder)
     given = dict(paths["module_dict"] or {})
     index_file = Path(given.pop("model_index", None) or folder / INDEX_FILE)
     index: dict[str, Any] = {}
-    lines: dict[str, str] = {}  # by what is wrong, which may be met more than once
-    with _noting(lines, f"{BASE}={name}"):
+    lines: dict[str, str] = {}  # by fault, which may be found more than once
+    with _noting(lines, key):
         read_base_reference(folder)
         index = read_index(index_file)
-    listed = [key for key, entry in index.items() if isinstance(entry, list) and entry[0]]
+    listed = [name for name, entry in index.items() if isinstance(entry, list) and entry[0]]
     components = {}
     faulty = set()
     for component in dict.fromkeys([*NEEDED, *given, *listed]):
-        key = f"{COMPONENTS}.{component}" if component in given else f"{BASE}={name}"
         faulty.add(component)
-        with _noting(lines, key):
+        with _noting(lines, f"{COMPONENTS}.{component}" if component in given else key):
             place = _find_place(folder, component, given)
             if place is not None:
                 components[component] = place
@@ -129,19 +128,13 @@ def open_base(config: TrainConfig, download: bool, problems: list[str]) -> BaseF
             faulty.remove(component)
             if place is not None and component in WITH_WEIGHTS and not weights_files(place):
                 raise FileError(f"there are no weights in {place}")
-    with _noting(lines, f"{BASE}={name}"):
+    with _noting(lines, key):
         if (folder / BASE_FOLDER_FILE).is_file() and (folder / LORA_FILE).is_file():
             raise FileError("it holds adapters only: merge them first (diffnext lora merge)")
         if index_file == folder / INDEX_FILE:
             index = resolve_index(folder, config.trust_remote_code)
     problems += lines.values()
-    return BaseFolder(
-        folder=folder,
-        paths=paths,
-        index=index,
-        components=components,
-        faulty=frozenset(faulty),
-    )
+    return BaseFolder(folder, paths, index, components, frozenset(faulty))
 
 
 def _find_place(folder: Path, component: str, given: Mapping[str, str | None]) -> Path | None:
@@ -161,7 +154,7 @@ def _find_place(folder: Path, component: str, given: Mapping[str, str | None]) -
 
 @contextmanager
 def _noting(lines: dict[str, str], key: str) -> Iterator[None]:
-    """Go on after a fault of a folder, with a line about it."""
+    """Continue after a fault of a folder, with a line about it."""
     try:
         yield
     except (OSError, FileError) as error:
@@ -188,8 +181,8 @@ class TransformerFacts:
     """The model to train.
 
     Attributes:
-        arguments: Of the transformer.
-        sizes: Those of them that the data must fit; without what is wrong in itself.
+        arguments: Arguments of the transformer.
+        sizes: The arguments that the data must fit, without wrong ones.
         model: On the meta device; None if it cannot be made.
     """
 
@@ -214,7 +207,7 @@ class TransformerFacts:
     def takes(self, latent_size: tuple[int, ...]) -> bool:
         """Whether the model can be trained on latents of a size.
 
-        Rotary positions go on as far as needed; a table has those of one size.
+        Rotary positions fit every size; a table of positions fits one.
         """
         if latent_size == self.latent_size:
             return True
@@ -239,17 +232,12 @@ def inspect_transformer(
     """
     overlay = config.pipeline.paths.overlay("transformer")
     folder = None if base is None else base.find("transformer")
-    saved: dict[str, Any] = {}
-    if folder is not None and (folder / "config.json").is_file():
-        saved = read_json(folder / "config.json")
-    arguments = {**saved, **overlay}
-    arguments = {name: value for name, value in arguments.items() if not name.startswith("_")}
-    wrong = _wrong_architecture(arguments.get("arch"))
-    if folder is None:  # which may hold what is missing
-        problems += wrong.values()
+    saved = {} if base is None else base.read_saved("transformer")
+    arguments = {n: value for n, value in (saved | overlay).items() if not n.startswith("_")}
+    if folder is None:  # which may hold the missing ones
         return TransformerFacts(arguments=arguments, sizes=overlay)
     file = folder / "config.json"
-    wrong |= _wrong_sizes(file, saved, overlay)
+    wrong = _wrong_sizes(file, saved, overlay)
     changed = {
         name: saved[name]
         for name in FIXED_BY_WEIGHTS
@@ -260,7 +248,7 @@ def inspect_transformer(
         f"{OVERLAY}.{name} is {arguments[name]}, but the weights in {folder} were made with {value}"
         for name, value in changed.items()
     ]
-    # Data are to fit the weights, and are not compared with what is wrong.
+    # The data must fit the weights; they are not compared with a wrong size.
     sizes = {"text_token_dim": None, **arguments, **changed}
     sizes = {name: value for name, value in sizes.items() if name not in wrong}
     model = None
@@ -269,7 +257,7 @@ def inspect_transformer(
             model = make_meta_model(arguments)
             problems += _misfits(folder, model)
             problems += _wrong_adapters(config, model)
-        except (TypeError, ValueError, ArithmeticError, RuntimeError, MemoryError) as error:
+        except (LookupError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
             problems.append(f"{OVERLAY}: no model can be made of {file} with it: {error}")
     return TransformerFacts(arguments=arguments, sizes=sizes, model=model)
 
@@ -277,19 +265,15 @@ def inspect_transformer(
 def _wrong_sizes(
     file: Path, saved: Mapping[str, Any], overlay: Mapping[str, Any]
 ) -> dict[str, str]:
-    """The sizes of a config.json that are wrong or missing; those of the overlay are right."""
+    """The sizes of a config.json that are wrong or missing; the overlay's were checked before."""
     given = {n: saved[n] for n in (*SIZES, *TEXT_SIZES) if n in saved and n not in overlay}
-    wrong: dict[str, list[Any]] = {}
+    lines = {}
     try:
         TypeAdapter(TransformerConfig).validate_json(json.dumps(given))
     except ValidationError as error:
-        for part in error.errors():
-            name = str(part["loc"][0])
-            wrong.setdefault(name, []).append(part)
-    lines = {
-        name: f"{file}: {name} {explain(parts)}, got {one_line(given[name])}"
-        for name, parts in wrong.items()
-    }
+        for name, parts in itertools.groupby(error.errors(), key=lambda part: part["loc"][0]):
+            rule = explain(parts)
+            lines[str(name)] = f"{file}: {name} {rule}, got {one_line(given[str(name)])}"
     values = {**given, **overlay}
     for name in (*SIZES, *(["text_token_len"] if values.get("text_token_dim") else [])):
         if values.get(name) is None:
@@ -297,27 +281,12 @@ def _wrong_sizes(
     return lines
 
 
-def _wrong_architecture(arch: Any) -> dict[str, str]:
-    """Names of parts that there are not."""
-    registries = (VIDEO_ENCODERS, IMAGE_ENCODERS, IMAGE_DECODERS)
-    if not isinstance(arch, list) or len(arch) != len(registries):
-        return {}
-    lines = []
-    for name, registry in zip(arch, registries, strict=True):
-        if registry.has(name):
-            continue
-        close = difflib.get_close_matches(str(name), list(registry.registry), n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(registry.registry)}"
-        lines.append(f"{name!r} is not among the {registry.name}; {hint}")
-    return {"arch": f"{OVERLAY}.arch: {'; '.join(lines)}"} if lines else {}
-
-
 def read_shapes(folder: Path, name: str = "") -> dict[str, tuple[int, ...]]:
     """Names and shapes of weights, from the headers of safetensors files.
 
     Args:
-        folder: Of the component.
-        name: Beginning of the names of the files.
+        folder: The component's folder.
+        name: Beginning of the files' names.
     """
     shapes = {}
     for file in sorted(folder.glob(f"{name}*.safetensors")):

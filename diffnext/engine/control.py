@@ -1,4 +1,4 @@
-"""Going on, stopping and failing together: what the processes of a run tell each other."""
+"""Continuing, stopping and failing together: what the processes of a run tell each other."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any, TypeVar
 
 import torch
@@ -20,20 +20,20 @@ from diffnext.config.targets import ConfigError
 
 T = TypeVar("T")
 
-EXIT_UNUSABLE = 2  # exit code of a run that was not begun: its configuration cannot be used
+EXIT_UNUSABLE = 2  # exit code of a run that did not begin: its configuration cannot be used
 # Exit code of a run that was asked to stop: EX_TEMPFAIL of sysexits.h, "try again later".
 EXIT_STOPPED = 75
 NO_LIMIT = timedelta(days=365)
-IMPATIENCE = 3.0  # seconds after which a repeated Ctrl-C is meant as such
+IMPATIENCE = 3.0  # seconds after which another Ctrl-C ends the process at once
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class TrainingError(RuntimeError):
-    """A run that cannot go on; every process raises it with the same message."""
+    """A run that cannot continue; every process raises it with the same message."""
 
 
 class ProcessLost(TrainingError):
-    """A run that cannot go on because another process of it is gone; those left raise it."""
+    """A run that cannot continue because one of its processes is gone; the others raise it."""
 
 
 class TrainingStopped(Exception):
@@ -41,14 +41,14 @@ class TrainingStopped(Exception):
 
 
 class Agreement:
-    """Lets all processes know what one of them has to say.
+    """Tells all processes what one of them has to say.
 
-    The messages travel through main memory over a group of their own, so that they neither wait for
-    an accelerator nor mix with the collectives of the training. They wait without a limit: one
-    process may be saving or drawing, and one that is gone is noticed at once.
+    The messages travel through main memory over a group of their own, so they neither wait for an
+    accelerator nor mix with the collectives of the training. They wait without a limit, as one
+    process may be saving or drawing; a lost process is noticed at once.
 
     Args:
-        accelerator: Knows the processes. Building is collective.
+        accelerator: Tells rank and number of processes. Building is collective.
     """
 
     def __init__(self, accelerator: Accelerator) -> None:
@@ -159,7 +159,7 @@ class Agreement:
 
 
 def is_lost_connection(error: BaseException) -> bool:
-    """Whether an error says that another process of the group has gone away."""
+    """Whether an error says that another process of the group is gone."""
     is_of_gloo = isinstance(error, RuntimeError) and "gloo" in str(error)  # has no class of its own
     return is_of_gloo or isinstance(error, distributed.DistError)
 
@@ -175,8 +175,7 @@ class StopRequests:
     """Notes signals and the end of the allotted time; the trainer asks between steps.
 
     Launchers pass a signal on to processes that have received it themselves, so further signals
-    change nothing, but for an interrupt from the keyboard a while later, which ends the process at
-    once. Used as a context manager in the main thread.
+    change nothing, except another Ctrl-C a while later, which ends the process at once.
 
     Args:
         time_limit: Seconds from now; None for no limit.
@@ -188,25 +187,20 @@ class StopRequests:
         self._process = os.getpid()
         self._received: signal.Signals | None = None
         self._received_at = 0.0
-        self._previous: dict[signal.Signals, Any] = {}
 
-    def __enter__(self) -> StopRequests:
-        if threading.current_thread() is threading.main_thread():
-            for number in STOP_SIGNALS:
-                self._previous[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(
-        self,
-        error_type: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[StopRequests]:
+        """Note signals inside this block, if it runs in the main thread."""
+        is_main = threading.current_thread() is threading.main_thread()
+        previous = {n: signal.signal(n, self._note) for n in STOP_SIGNALS if is_main}
+        try:
+            yield self
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
 
     def reason(self) -> str | None:
-        """Why this process shall stop; None if it shall not."""
+        """Why this process should stop; None if it should not."""
         if self._received is not None:
             return f"received {self._received.name}"
         if self.time_limit is not None and time.monotonic() - self._started >= self.time_limit:
@@ -226,12 +220,11 @@ class StopRequests:
 
 
 class HeldSignal:
-    """Keeps a signal from its handler, but for where its error is expected.
+    """Keeps a signal from its handler until its error is expected.
 
-    PyTorch tells of the death of a loader's process by a handler that raises. That happens wherever
-    the main thread is, and what is in the middle of something, such as a file half written, may
-    take the error for one of its own. Outside of :meth:`held`, and in other threads, nothing is
-    held.
+    PyTorch reports the death of a loader's process by a handler that raises, wherever the main
+    thread happens to be, and code that is writing a file may take the error for one of its own.
+    Outside of :meth:`held`, and in other threads, nothing is held.
 
     Args:
         number: The signal.

@@ -1,7 +1,7 @@
 """The metrics file of a run, and learning curves drawn from it.
 
 Each line of ``metrics.jsonl`` is a JSON object with a ``step`` and some values: losses, ``lr``,
-``grad_norm``, ``samples_per_s``; those of a validation are named ``validation/...``.
+``grad_norm``, ``samples_per_s``; a validation's values are named ``validation/...``.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import functools
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,18 @@ import numpy as np
 
 logger = logging.getLogger(__name__)
 
+# Titles, and what the names of the values in a panel contain.
+PANELS = {
+    "loss": "loss",
+    "gradient norm": "grad_norm",
+    "learning rate": "lr",
+    "samples / s": "samples_per_s",
+}
 SMOOTHING = 0.05  # share of the points that one point of the smooth curve averages over
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
-    """Read the lines of a metrics file; one that is not a report, as after a crash, is left out."""
+    """Read the lines of a metrics file; broken lines, as after a crash, are left out."""
     rows = []
     for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
         with contextlib.suppress(ValueError):
@@ -55,16 +62,10 @@ def draw_curves(metrics_file: Path, output: Path) -> None:
     from matplotlib.figure import Figure
 
     rows = read_metrics(metrics_file)
-    panels: list[tuple[str, Callable[[str], bool]]] = [
-        ("loss", lambda name: "loss" in name),
-        ("gradient norm", lambda name: name == "grad_norm"),
-        ("learning rate", lambda name: name == "lr"),
-        ("samples / s", lambda name: name == "samples_per_s"),
-    ]
     figure = Figure(figsize=(10, 7), layout="constrained")
     axes = figure.subplots(2, 2).flat
-    for panel, (title, belongs) in zip(axes, panels, strict=True):
-        names = sorted({name for row in rows for name in row if belongs(name)})
+    for panel, (title, word) in zip(axes, PANELS.items(), strict=True):
+        names = sorted({name for row in rows for name in row if word in name})
         for index, name in enumerate(names):
             _draw_line(panel, rows, name, f"C{index}")
         panel.set_title(title)
@@ -79,7 +80,7 @@ def draw_curves(metrics_file: Path, output: Path) -> None:
 
 @functools.cache
 def _can_draw() -> bool:
-    """Whether matplotlib is there; if not, that is said once."""
+    """Whether matplotlib is installed; warns once if it is not."""
     if find_spec("matplotlib") is None:
         logger.warning("matplotlib is not installed, so no learning curves: pip install matplotlib")
         return False

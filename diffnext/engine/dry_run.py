@@ -1,13 +1,12 @@
-"""The dry run: everything about a run that can be known without training.
+"""The dry run: what a run needs, found without training and without writing anything.
 
-Nothing is written to the output folder. The report says what the model, the data and a step amount
-to, what fits on which number of GPUs, and what would keep the run from starting.
+The report gives the size of the model, the data and a step, the memory on different numbers of
+GPUs, and everything that would stop the run.
 """
 
 from __future__ import annotations
 
 import contextlib
-import itertools
 import logging
 import math
 import os
@@ -15,7 +14,7 @@ import shutil
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,22 +26,12 @@ from torch import nn
 from diffnext.config.schema import TrainConfig
 from diffnext.config.targets import ConfigError, config_to_object, import_target
 from diffnext.data.example_order import ExampleOrder, filled_shards
+from diffnext.engine import memory
 from diffnext.engine.base_folder import TransformerFacts, read_shapes
 from diffnext.engine.control import Agreement
 from diffnext.engine.dataset_facts import DatasetFacts
 from diffnext.engine.engine_utils import synchronize_device
-from diffnext.engine.memory import (
-    ENGINES,
-    FLOAT32,
-    BatchShape,
-    Engine,
-    MemoryEstimate,
-    ParameterCounts,
-    device_bytes,
-    estimate_memory,
-    make_meta_model,
-    simulate_step,
-)
+from diffnext.engine.memory import ENGINES, FLOAT32, BatchShape, Engine, MemoryEstimate
 from diffnext.engine.resume import find_mismatches, find_resume_point
 from diffnext.engine.run_inputs import Findings, RunInputs, inspect_inputs
 from diffnext.engine.snapshot import RunFolder
@@ -71,6 +60,8 @@ DISTRIBUTED: dict[DistributedType, Engine] = {
     DistributedType.DEEPSPEED: "zero2",
     DistributedType.FSDP: "fsdp2",
 }
+COLUMNS = ["engine", "processes", "weights", "gradients", "optimizer", "engine buffers"]
+COLUMNS += ["activations", "frozen", "EMA", "peak"]
 # Parameters of the frozen components of the released models, assumed where no weights are at hand.
 FROZEN = {"vae": ("AutoencoderKL", 83_653_863), "text_encoder": ("Phi-2", 2_779_683_840)}
 
@@ -84,7 +75,7 @@ def dry_run(
 
     Args:
         config: Training configuration.
-        accelerator: Of the launched processes; default: one process, on the best device here.
+        accelerator: The launched processes; default: one process, on the best device here.
         report: Called on the main process with each paragraph.
 
     Returns:
@@ -95,11 +86,17 @@ def dry_run(
     inputs, problems = agreement.decide(lambda: _inspect(config, accelerator, report))
     measured = "not measured: the run cannot start with what is here"
     if inputs is not None:
-        measured, failure = _measure(config, accelerator, inputs)
+        failure = None
+        try:
+            measured = _time_steps(config, accelerator, inputs)
+        except (RuntimeError, ValueError, OSError) as error:
+            measured = "not measured: a step failed, see below"
+            failure = f"a real step failed: {error}"
         problems += agreement.collect(failure)
     if accelerator.is_main_process:
         report(f"Step time: {measured}")
-        report(_conclude(problems))
+        lines = ["This run cannot start or finish, because", *(f"  - {p}" for p in problems)]
+        report("\n".join(lines) if problems else "Ready: nothing found that would stop this run")
     return not problems
 
 
@@ -113,23 +110,22 @@ def _inspect(
     """
     findings = inspect_inputs(config, accelerator.num_processes)
     problems = list(findings.problems)
+    inputs = findings.inputs()
     run = RunFolder(Path(config.experiment.output_dir), config.model.name)
     start = "unclear"
     try:
         resume = find_resume_point(run, config.experiment.resume_from_checkpoint)
         start = "afresh" if resume is None else f"from {resume.checkpoint}"
-    except ConfigError as error:
-        problems += error.problems
-    else:
-        inputs = findings.inputs()
         if resume is not None and inputs is not None:
             differing = find_mismatches(config, inputs, resume)
             problems += [text for text, can_continue in differing if not can_continue]
+    except ConfigError as error:
+        problems += error.problems
     device = accelerator.device
     dtype = str(precision_to_dtype(config.training.mixed_precision)).removeprefix("torch.")
     report(
         f"Dry run of {config.experiment.name or config.config}: {accelerator.num_processes} x "
-        f"{device.type} ({device_bytes(device) / GIB:.1f} GiB), "
+        f"{device.type} ({memory.device_bytes(device) / GIB:.1f} GiB), "
         f"{ENGINE_NAMES[DISTRIBUTED.get(accelerator.distributed_type, 'ddp')]}, {dtype}"
     )
     report(f"Starts {start}")
@@ -140,21 +136,23 @@ def _inspect(
         return None, problems or [f"{overlay} without the base folder: {error} is missing"]
     for paragraph in paragraphs.write(problems):
         report(paragraph)
-    return None if problems else findings.inputs(), problems
+    return None if problems else inputs, problems
 
 
-def _measure(
-    config: TrainConfig, accelerator: Accelerator, inputs: RunInputs
-) -> tuple[str, str | None]:
-    """Time real steps; returns the report and what went wrong."""
+def _time_steps(config: TrainConfig, accelerator: Accelerator, inputs: RunInputs) -> str:
+    """Time some optimizer steps from the base weights, after one that warms up."""
+    options = config.training
     on_gpu = accelerator.device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(accelerator.device)
-    try:
-        seconds = time_steps(config, accelerator, inputs)
-    except (RuntimeError, ValueError, OSError) as error:
-        return "not measured: a step failed, see below", f"a real step failed: {error}"
-    options = config.training
+    seconds = []
+    with contextlib.closing(Trainer(config, accelerator, logger, inputs=inputs)) as trainer:
+        for _ in range(1 + TIMED_STEPS):
+            start = time.perf_counter()
+            trainer.run_step(options.gradient_accumulation_steps)
+            synchronize_device(accelerator.device)
+            seconds.append(time.perf_counter() - start)
+    del seconds[0]
     samples = options.batch_size * options.gradient_accumulation_steps * accelerator.num_processes
     median = statistics.median(seconds)
     days = median * options.max_train_steps / 86400
@@ -165,37 +163,7 @@ def _measure(
     if on_gpu:
         peak = torch.cuda.max_memory_allocated(accelerator.device)
         text += f"\nMeasured peak memory: {peak / GIB:.2f} GiB"
-    return text, None
-
-
-def time_steps(
-    config: TrainConfig, accelerator: Accelerator, inputs: RunInputs, steps: int = TIMED_STEPS
-) -> list[float]:
-    """Do some real optimizer steps from the base weights; nothing is saved.
-
-    Args:
-        config: Training configuration.
-        accelerator: Of the launched processes.
-        inputs: What the run reads.
-        steps: How many to time, after one that warms up.
-
-    Returns:
-        Seconds of each.
-    """
-    seconds = []
-    with contextlib.closing(Trainer(config, accelerator, logger, inputs=inputs)) as trainer:
-        for _ in range(1 + steps):
-            start = time.perf_counter()
-            trainer.run_step(config.training.gradient_accumulation_steps)
-            synchronize_device(accelerator.device)
-            seconds.append(time.perf_counter() - start)
-    return seconds[1:]
-
-
-def _conclude(problems: Sequence[str]) -> str:
-    if not problems:
-        return "Ready: nothing found that would stop this run"
-    return "\n".join(["This run cannot start or finish, because", *(f"  - {p}" for p in problems)])
+    return text
 
 
 # The model and its memory
@@ -203,7 +171,7 @@ def _conclude(problems: Sequence[str]) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelPlan:
-    """The model that a run trains and what is loaded beside it.
+    """The model that a run trains, and its frozen components.
 
     Attributes:
         config: Training configuration.
@@ -228,11 +196,11 @@ class ModelPlan:
             notes.append("sizes are those of pipeline.paths.module_config")
         frozen = {}
         given = config.pipeline.paths.module_dict.given()
+        reads_text = bool(findings.transformer.sizes.get("text_token_dim"))
         for component, (model, count) in FROZEN.items():
             is_left_out = base is not None and component not in base.components
-            if is_left_out or not given.get(component, True):
-                continue
-            if component == "text_encoder" and not findings.transformer.sizes.get("text_token_dim"):
+            is_needless = component == "text_encoder" and not reads_text
+            if is_left_out or is_needless or not given.get(component, True):
                 continue
             folder = None if base is None else base.find(component)
             shapes = {} if folder is None else read_shapes(folder)
@@ -249,11 +217,10 @@ class ModelPlan:
     def make(self) -> NOVATransformer3DModel:
         """Build the model on the meta device, ready for training."""
         options = self.config.model
-        model = make_meta_model(
+        pipeline = import_target(self.config.pipeline.target)
+        model = memory.make_meta_model(
             self.transformer.arguments,
-            frozen_modules=getattr(
-                import_target(self.config.pipeline.target), "frozen_modules", ()
-            ),
+            frozen_modules=getattr(pipeline, "frozen_modules", ()),
             gradient_checkpointing=options.gradient_checkpointing,
             loss_repeat=options.loss_repeat,
         )
@@ -283,12 +250,11 @@ class ModelPlan:
         return BatchShape(size=size, frames=frames, latent_size=latent_size)
 
 
-def _ema_bytes(config: TrainConfig, counts: ParameterCounts, device_type: str) -> int:
+def _ema_bytes(config: TrainConfig, counts: memory.ParameterCounts, device_type: str) -> int:
     """Memory of the averaged weights on the devices of a type."""
-    if config.ema is None:
+    if config.ema is None or (config.ema.params.device == "cpu" and device_type != "cpu"):
         return 0
-    home = "cpu" if config.ema.params.device == "cpu" else device_type
-    return FLOAT32 * counts.total + counts.buffers if home == device_type else 0
+    return FLOAT32 * counts.total + counts.buffers
 
 
 def memory_table(
@@ -316,10 +282,12 @@ def memory_table(
     estimates = {}
     for engine in engines:
         model = plan.make()
-        counts = ParameterCounts.of(model)
-        step = simulate_step(model, batch, engine=engine, dtype=dtype, device_type=device_type)
+        counts = memory.ParameterCounts.of(model)
+        step = memory.simulate_step(
+            model, batch, engine=engine, dtype=dtype, device_type=device_type
+        )
         for number in processes:
-            estimates[engine, number] = estimate_memory(
+            estimates[engine, number] = memory.estimate_memory(
                 engine,
                 number,
                 counts=counts,
@@ -342,17 +310,14 @@ def format_memory(
         estimates: From :func:`memory_table`.
         usable: Bytes a process may take; with them, a column tells what fits.
     """
-    titles = "engine, processes, weights, gradients, optimizer, engine buffers, activations, frozen"
-    header = [*titles.split(", "), "EMA", "peak"] + (["fits"] if usable is not None else [])
-    rows: list[list[Any]] = [header]
-    for (engine, number), e in sorted(estimates.items(), key=lambda item: item[0][1]):
-        parts = [e.weights, e.gradients, e.optimizer, e.buffers, e.activations, e.frozen, e.ema]
-        row = [ENGINE_NAMES[engine], number, *(f"{part / GIB:.2f}" for part in (*parts, e.peak))]
+    header = COLUMNS + (["fits"] if usable is not None else [])
+    lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
+    for (engine, number), estimate in sorted(estimates.items(), key=lambda item: item[0][1]):
+        parts = (f"{part / GIB:.2f}" for part in astuple(estimate))
+        row = [ENGINE_NAMES[engine], str(number), *parts]
         if usable is not None:
-            row.append("yes" if e.peak <= usable else "NO")
-        rows.append(row)
-    lines = [f"| {' | '.join(map(str, row))} |" for row in rows]
-    lines.insert(1, "|---" * len(header) + "|")
+            row.append("yes" if estimate.peak <= usable else "NO")
+        lines.append(f"| {' | '.join(row)} |")
     return "\n".join(lines)
 
 
@@ -377,21 +342,11 @@ def checkpoints_kept(config: TrainConfig) -> int:
     return min(written, options.keep_last + 1 + pinned)
 
 
-def shard_sizes(num_examples: int, num_shards: int) -> tuple[int, int]:
-    """Examples of every shard but the last, and of the last.
-
-    Raises:
-        ValueError: If shards would be empty.
-    """
-    order = ExampleOrder(num_examples=num_examples, num_shards=num_shards)
-    return order.shard_size, num_examples - order.shard_size * (num_shards - 1)
-
-
 # The report
 
 
 class _Paragraphs:
-    """What there is to say about a model, its data and a step.
+    """The size of a model, its data and a step, in words.
 
     Raises:
         LookupError: If a size is missing.
@@ -402,18 +357,22 @@ class _Paragraphs:
     def __init__(self, config: TrainConfig, accelerator: Accelerator, findings: Findings) -> None:
         self.config = config
         self.accelerator = accelerator
-        self.findings = findings
+        self.datasets = findings.datasets
         self.plan = ModelPlan.of(config, findings)
-        shapes = [facts.shape for facts in findings.datasets] or [()]
-        self.batches = [self.plan.batch_shape(shape) for shape in shapes]
+        self.batches = [self.plan.batch_shape(facts.shape) for facts in self.datasets]
+        self.batches = self.batches or [self.plan.batch_shape()]
+        weights = [facts.weight for facts in self.datasets] or [1]
+        self.shares = [weight / sum(weights) for weight in weights]  # of the batches
+        options = config.training
+        self.samples_per_step = options.batch_size * options.gradient_accumulation_steps
         self.model = self.plan.make()
-        self.counts = ParameterCounts.of(self.model)
+        self.counts = memory.ParameterCounts.of(self.model)
 
     def write(self, problems: list[str]) -> Iterator[str]:
         """Yield the paragraphs; add what does not fit to ``problems``."""
         yield self.parameters()
-        yield self.data()
-        yield self.step()
+        yield "\n".join(self.data())
+        yield "\n".join(self.step())
         yield self.memory(problems)
         yield self.disk(problems)
 
@@ -432,39 +391,22 @@ class _Paragraphs:
             lines.append(f"  {name + ', frozen':<22}{count / 1e6:>9.2f}")
         return "\n".join([*lines, *(f"  note: {note}" for note in self.plan.notes)])
 
-    @property
-    def shares(self) -> list[float]:
-        """Of the batches, for each dataset."""
-        weights = [facts.weight for facts in self.findings.datasets] or [1]
-        return [weight / sum(weights) for weight in weights]
-
-    @property
-    def samples_per_step(self) -> int:
-        """Of one process."""
-        options = self.config.training
-        return options.batch_size * options.gradient_accumulation_steps
-
-    def data(self) -> str:
+    def data(self) -> Iterator[str]:
         """The datasets, and how they are shared out."""
-        datasets = self.findings.datasets
-        if not datasets or not all(facts.shape for facts in datasets):
-            return "Data: not readable"
-        lines: list[str] = []
-        for facts, share in zip(datasets, self.shares, strict=True):
-            name = "Data"
-            if len(datasets) > 1:
-                name = f"Data, {share:.2%} of the batches from {facts.folder}"
-            lines += self.dataset(name, facts, share)
-        read = sum(
-            facts.record_bytes * share for facts, share in zip(datasets, self.shares, strict=True)
-        )
-        lines.append(f"  each process reads {self.samples_per_step * read / MB:.2f} MB a step")
-        return "\n".join(lines)
+        if not self.datasets or not all(facts.shape for facts in self.datasets):
+            yield "Data: not readable"
+            return
+        read = 0.0
+        for facts, share in zip(self.datasets, self.shares, strict=True):
+            yield from self.dataset(facts, share)
+            read += self.samples_per_step * share * facts.record_bytes
+        yield f"  each process reads {read / MB:.2f} MB per step"
 
-    def dataset(self, name: str, dataset: DatasetFacts, share: float) -> Iterator[str]:
-        """One of the datasets, with so large a share of the batches."""
+    def dataset(self, dataset: DatasetFacts, share: float) -> Iterator[str]:
+        """One of the datasets, which a share of the batches comes from."""
+        of = f", {share:.2%} of the batches from {dataset.folder}" if len(self.shares) > 1 else ""
         yield (
-            f"{name}: {dataset.num_examples} examples; moments {dataset.shape} {dataset.dtype}; "
+            f"Data{of}: {dataset.num_examples} examples; moments {dataset.shape} {dataset.dtype}; "
             f"{dataset.prompt}; {dataset.record_bytes / MB:.2f} MB each"
         )
         if dataset.num_held_out:
@@ -473,68 +415,63 @@ class _Paragraphs:
         if share < 1:
             number = filled_shards(dataset.num_train, number)
         try:
-            size, last = shard_sizes(dataset.num_train, number)
-        except ValueError:  # of the problems
+            size = ExampleOrder(num_examples=dataset.num_train, num_shards=number).shard_size
+        except ValueError:  # which is among the problems
             return
+        last = dataset.num_train - size * (number - 1)
         steps = self.config.training.max_train_steps
         per_step = self.samples_per_step * share
         yield f"  {number} shards of {size} examples{f', the last of {last}' * (last != size)}"
         yield (
-            f"  {math.ceil(size / per_step)} steps an epoch; {steps} steps are "
+            f"  {math.ceil(size / per_step)} steps per epoch; {steps} steps are "
             f"{steps * per_step / size:.2f} epochs"
         )
 
-    def step(self) -> str:
+    def step(self) -> Iterator[str]:
         """Tokens and samples."""
-        samples = self.samples_per_step * self.accelerator.num_processes
+        for number in range(len(self.batches)):
+            yield from self.sample(number)
+        processes = self.accelerator.num_processes
+        samples = self.samples_per_step * processes
         image_tokens = [self.tokens(batch, self.model.image_encoder) for batch in self.batches]
         mean = sum(n * share for n, share in zip(image_tokens, self.shares, strict=True))
         options = self.config.training
-        return "\n".join(
-            [
-                *itertools.chain.from_iterable(map(self.sample, range(len(self.batches)))),
-                f"Optimizer step: {samples} samples ({options.batch_size} x "
-                f"{options.gradient_accumulation_steps} micro-batches x "
-                f"{self.accelerator.num_processes} processes), {samples * mean:.0f} image tokens",
-            ]
+        yield (
+            f"Optimizer step: {samples} samples ({options.batch_size} x "
+            f"{options.gradient_accumulation_steps} micro-batches x {processes} processes), "
+            f"{samples * mean:.0f} image tokens"
         )
 
     def sample(self, number: int) -> Iterator[str]:
         """The size of a sample of a dataset."""
         model, batch = self.model, self.batches[number]
-        rows, columns = batch.latent_size
-        datasets = self.findings.datasets
-        is_assumed = not datasets or not self.plan.transformer.fits(datasets[number].shape)
+        is_assumed = not self.datasets or not self.plan.transformer.fits(
+            self.datasets[number].shape
+        )
+        of = f" of {self.datasets[number].folder}" if len(self.batches) > 1 else ""
+        assumed = ", assumed, as no fitting records can be read" if is_assumed else ""
+        yield f"A sample{of}: {_size(batch)} latents{assumed}"
         condition = model.text_embed.num_tokens if model.text_embed is not None else 1
-        video, image = (
-            self.tokens(batch, part) for part in (model.video_encoder, model.image_encoder)
-        )
-        of = f" of {datasets[number].folder}" if len(datasets) > 1 else ""
+        image = self.tokens(batch, model.image_encoder)
         yield (
-            f"A sample{of}: {batch.frames} x {rows} x {columns} latents"
-            + ", assumed, as no fitting records can be read" * is_assumed
-        )
-        yield (
-            f"Tokens a sample: {video} in the video encoder and {image} in the image encoder, "
-            f"{condition} of condition; {image * model.loss_repeat} in the loss "
-            f"({model.loss_repeat} noise levels)"
+            f"Tokens per sample: {self.tokens(batch, model.video_encoder)} in the video encoder "
+            f"and {image} in the image encoder, {condition} of condition; "
+            f"{image * model.loss_repeat} in the loss ({model.loss_repeat} noise levels)"
         )
 
     @staticmethod
     def tokens(batch: BatchShape, encoder: VisionTransformer) -> int:
-        """Of a sample in an encoder."""
+        """Tokens of a sample in an encoder."""
         patch = encoder.patch_embed.patch_size
         rows, columns = batch.latent_size
         return batch.frames * (rows // patch) * (columns // patch)
 
     def memory(self, problems: list[str]) -> str:
         """Memory of this launch and of others."""
-        engine, number = (
-            DISTRIBUTED.get(self.accelerator.distributed_type, "ddp"),
-            self.accelerator.num_processes,
-        )
+        engine = DISTRIBUTED.get(self.accelerator.distributed_type, "ddp")
+        number = self.accelerator.num_processes
         device = self.accelerator.device.type
-        usable = int(USABLE_SHARE * device_bytes(self.accelerator.device))
+        usable = int(USABLE_SHARE * memory.device_bytes(self.accelerator.device))
         if device == "cpu":  # the processes of this machine share its memory
             usable //= int(os.environ.get("LOCAL_WORLD_SIZE", number))
         largest = max(self.batches, key=lambda batch: self.tokens(batch, self.model.image_encoder))
@@ -545,10 +482,8 @@ class _Paragraphs:
                 f"{usable / GIB:.1f} GiB can be used (training.batch_size, "
                 "model.gradient_checkpointing, another engine)"
             )
-        processes = sorted({*SHOWN_PROCESSES, number})
-        estimates = memory_table(self.plan, largest, "cuda", processes)
-        frames, (rows, columns) = largest.frames, largest.latent_size
-        of = f" of {frames} x {rows} x {columns} latents" if len(self.batches) > 1 else ""
+        estimates = memory_table(self.plan, largest, "cuda", sorted({*SHOWN_PROCESSES, number}))
+        of = f" of {_size(largest)} latents" if len(self.batches) > 1 else ""
         lines = [
             f"Memory: {own.peak / GIB:.2f} GiB on each {device} of this launch, "
             f"{usable / GIB:.1f} GiB can be used",
@@ -556,8 +491,8 @@ class _Paragraphs:
             f"{self.config.model.gradient_checkpointing}:",
             format_memory(estimates, usable if device == "cuda" else None),
         ]
-        average = _ema_bytes(self.config, self.counts, "cpu")
-        if average and not _ema_bytes(self.config, self.counts, "cuda"):
+        if self.config.ema is not None and self.config.ema.params.device == "cpu":
+            average = _ema_bytes(self.config, self.counts, "cpu")
             lines.append(f"  and {average / GIB:.2f} GiB of main memory for the EMA of process 0")
         return "\n".join(lines)
 
@@ -580,6 +515,10 @@ class _Paragraphs:
                 "experiment.save_every)"
             )
         return (
-            f"Disk: {each / GIB:.2f} GiB a checkpoint, at most {number} at a time are "
+            f"Disk: {each / GIB:.2f} GiB per checkpoint, at most {number} at a time are "
             f"{each * number / GIB:.1f} GiB; {free / GIB:.1f} GiB free at {existing}"
         )
+
+
+def _size(batch: BatchShape) -> str:
+    return " x ".join(map(str, (batch.frames, *batch.latent_size)))

@@ -1,11 +1,11 @@
-"""What a run holds in memory besides its configuration: random numbers, masters, optimizer state.
+"""The state of a run in memory: random numbers, masters, optimizer state.
 
 The engines (one process, DDP, FSDP2, DeepSpeed ZeRO-2) keep them in different shapes and places.
-Here they are whole tensors by name, so that what one engine saves every other loads, on any number
-of processes:
+Here they are whole tensors by name, so every engine loads the state that another has saved, on any
+number of processes:
 
     model.<name>              float32 masters of the parameters; buffers
-    optimizer.<name>.<key>    what the optimizer keeps for a parameter, such as exp_avg and step
+    optimizer.<name>.<key>    the optimizer's state of a parameter, such as exp_avg and step
 """
 
 from __future__ import annotations
@@ -26,16 +26,17 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def capture_random_state(device: torch.device) -> dict[str, Any]:
-    """Return the states of every generator a run draws from, as tensors and plain values.
+    """Return the states of all generators that a run draws from, as tensors and plain values.
 
     Args:
         device: Device of this process, whose generator is included.
     """
-    name, keys, position, has_gauss, gauss = cast("tuple[Any, ...]", np.random.get_state())
+    name, keys, *rest = cast("tuple[Any, ...]", np.random.get_state())
+    version, internal, gauss = random.getstate()
     state = {
         "torch": torch.get_rng_state(),
-        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss],
-        "python": list(_listed(random.getstate())),
+        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), *rest],
+        "python": [version, list(internal), gauss],
     }
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)
@@ -43,7 +44,7 @@ def capture_random_state(device: torch.device) -> dict[str, Any]:
 
 
 def restore_random_state(state: dict[str, Any], device: torch.device) -> None:
-    """Put every generator back to where :func:`capture_random_state` found it."""
+    """Put every generator back into the state that :func:`capture_random_state` found."""
     torch.set_rng_state(state["torch"])
     name, keys, *rest = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
@@ -55,18 +56,12 @@ def restore_random_state(state: dict[str, Any], device: torch.device) -> None:
 
 @contextlib.contextmanager
 def preserved_random_state(device: torch.device) -> Iterator[None]:
-    """Leave no trace in the random states of a run, whatever happens inside."""
+    """Keep the random states of a run as they are, whatever happens inside."""
     state = capture_random_state(device)
     try:
         yield
     finally:
         restore_random_state(state, device)
-
-
-def _listed(state: tuple) -> Iterator[Any]:
-    """Python's random state with its inner tuple as a list, which ``torch.load`` accepts."""
-    for part in state:
-        yield list(part) if isinstance(part, tuple) else part
 
 
 # Engines
@@ -79,7 +74,7 @@ class EngineState:
         accelerator: The engine.
         model: Prepared model.
         optimizer: Prepared optimizer.
-        trained_only: Leave out what is not trained; it comes from the base folder then.
+        trained_only: Leave out weights that are not trained and come from the base folder.
     """
 
     def __init__(
@@ -89,6 +84,7 @@ class EngineState:
         self.model: nn.Module = accelerator.unwrap_model(model)
         self.optimizer = optimizer
         self.trained_only = trained_only
+        self.names = {parameter: name for name, parameter in self.model.named_parameters()}
 
     def masters(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
         """Yield each parameter with its whole float32 value; collective, one at a time."""
@@ -99,7 +95,7 @@ class EngineState:
         """All of it in main memory, on the main process; empty elsewhere; collective.
 
         Args:
-            copy: Whether training may go on while the tensors are in use.
+            copy: Whether training may continue while the tensors are in use.
         """
         kept = {}
         is_main = self.accelerator.is_main_process
@@ -110,7 +106,7 @@ class EngineState:
 
     @torch.no_grad()
     def load(self, saved: Mapping[str, Tensor]) -> None:
-        """Take the state back, without its learning rate, weight decay and such.
+        """Take the state back; learning rate, weight decay and such stay as configured.
 
         Raises:
             ValueError: If it lacks a parameter, or one has another shape.
@@ -121,16 +117,10 @@ class EngineState:
                 self._set_master(value, found)
             else:
                 value.copy_(found)
-        options = [
-            {name: value for name, value in group.items() if name != "params"}
-            for group in self.optimizer.param_groups
-        ]
         self._load_optimizer(_by_parameter(saved))
-        for group, configured in zip(self.optimizer.param_groups, options, strict=True):
-            group.update(configured)
 
     def scaler_state(self) -> dict[str, Any] | None:
-        """Of the scaler that keeps float16 gradients from vanishing; None if there is none."""
+        """State of the scaler for float16 gradients; None if there is none."""
         scaler = self.accelerator.scaler
         return None if scaler is None else scaler.state_dict()
 
@@ -147,13 +137,12 @@ class EngineState:
                 yield name, parameters.get(name, value)
 
     def _named_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        names = {parameter: name for name, parameter in self.model.named_parameters()}
         for name, value in self._own_values():
             whole = self._master(value) if isinstance(value, nn.Parameter) else value
             yield f"model.{name}", whole
         for parameter, state in self._optimizer_state():
             for key, value in state.items():
-                yield f"optimizer.{names[parameter]}.{key}", torch.as_tensor(value)
+                yield f"optimizer.{self.names[parameter]}.{key}", torch.as_tensor(value)
 
     def _master(self, parameter: nn.Parameter) -> Tensor:
         return _whole(parameter)
@@ -162,7 +151,7 @@ class EngineState:
         parameter.copy_(_like(value, parameter))
 
     def _optimizer_state(self) -> Iterator[tuple[nn.Parameter, dict[str, Any]]]:
-        """Each trained parameter with what the optimizer keeps for it, whole; collective."""
+        """Each trained parameter with the optimizer's state for it, whole; collective."""
         state = self.optimizer.optimizer.state
         for group in self.optimizer.param_groups:
             for parameter in group["params"]:
@@ -170,13 +159,12 @@ class EngineState:
                 yield parameter, {k: _whole(v) for k, v in values.items() if v is not None}
 
     def _load_optimizer(self, saved: Mapping[str, Mapping[str, Tensor]]) -> None:
-        names = {parameter: name for name, parameter in self.model.named_parameters()}
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         # A parameter that never had a gradient has no state.
         state = {
-            index: {key: _like(value, p) for key, value in saved[names[p]].items()}
+            index: {key: _like(value, p) for key, value in saved[self.names[p]].items()}
             for index, p in enumerate(parameters)
-            if names[p] in saved
+            if self.names[p] in saved
         }
         _load_into(self.optimizer.optimizer, state)
 
@@ -212,7 +200,7 @@ class ZeroState(EngineState):
             safe_set_full_fp32_param(parameter, value.to(parameter.device, torch.float32))
 
     def _groups(self) -> Iterator[tuple[Tensor, list[nn.Parameter]]]:
-        """The flat shard of each group with the parameters that it is a part of."""
+        """The flat shard of each group with the parameters in it."""
         yield from zip(
             self._zero.single_partition_of_fp32_groups, self._zero.bit16_groups, strict=True
         )
@@ -220,7 +208,8 @@ class ZeroState(EngineState):
     def _link(self) -> None:
         """Tell parameters where the optimizer's state for them is.
 
-        DeepSpeed does so once, after the step of the first group, when the others have none yet.
+        DeepSpeed does this only once, after the step of the first group, before the others have
+        any.
         """
         self._zero._hp_optimizer_states_linked = False
         self._zero._lazy_init_hp_params_optimizer_state()
@@ -245,11 +234,10 @@ class ZeroState(EngineState):
     def _load_optimizer(self, saved: Mapping[str, Mapping[str, Tensor]]) -> None:
         from deepspeed.utils import safe_set_full_optimizer_state
 
-        names = {parameter: name for name, parameter in self.model.named_parameters()}
         state = {}
         for index, (flat, parameters) in enumerate(self._groups()):
             # All of a group have taken the same steps.
-            first = next((saved[names[p]] for p in parameters if names[p] in saved), {})
+            first = next((saved[self.names[p]] for p in parameters if self.names[p] in saved), {})
             state[index] = {
                 key: torch.zeros_like(flat) if value.ndim else value for key, value in first.items()
             }
@@ -259,7 +247,7 @@ class ZeroState(EngineState):
         self._link()
         for _, parameters in self._groups():
             for parameter in parameters:
-                for key, value in saved.get(names[parameter], {}).items():
+                for key, value in saved.get(self.names[parameter], {}).items():
                     if value.ndim:
                         whole = value.to(parameter.device, torch.float32)
                         safe_set_full_optimizer_state(parameter, whole, key)
@@ -268,7 +256,7 @@ class ZeroState(EngineState):
 def make_engine_state(
     accelerator: Accelerator, model: nn.Module, optimizer: Any, trained_only: bool
 ) -> EngineState:
-    """The kind of state that fits the engine."""
+    """The state that fits the engine."""
     uses_deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
     kind = ZeroState if uses_deepspeed else EngineState
     return kind(accelerator, model, optimizer, trained_only)
@@ -279,7 +267,7 @@ def _whole(value: Any) -> Any:
 
 
 def _like(value: Tensor, parameter: Tensor) -> Tensor:
-    """A whole value, sharded as a parameter is if they have the same shape."""
+    """A whole value, sharded like a parameter if they have the same shape."""
     if not isinstance(parameter, DTensor) or value.shape != parameter.shape:
         return value
     # Every process has the whole value, so none needs to send it.
@@ -295,7 +283,7 @@ def _find(saved: Mapping[str, Tensor], name: str, expected: Tensor) -> Tensor:
 
 
 def _by_parameter(saved: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """What the optimizer keeps, by parameter and key."""
+    """The optimizer's state by parameter and key."""
     states: dict[str, dict[str, Tensor]] = {}
     for full_name, value in saved.items():
         kind, _, rest = full_name.partition(".")
@@ -306,6 +294,6 @@ def _by_parameter(saved: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
 
 
 def _load_into(optimizer: torch.optim.Optimizer, state: Mapping[int, Any]) -> None:
-    """Give an optimizer the state of its parameters, by their number."""
+    """Give an optimizer the state of its parameters, by their number; its options stay."""
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": dict(state), "param_groups": groups})

@@ -1,7 +1,7 @@
 """Low-rank adapters (arXiv:2106.09685) by peft, in the files and names of diffusers.
 
 Only the adapters are trained. A checkpoint of such a run holds ``pytorch_lora_weights.safetensors``
-in the place of the transformer's folder, and loads like any other.
+instead of the transformer's folder, and loads like any other.
 """
 
 from __future__ import annotations
@@ -46,14 +46,11 @@ def add_lora(model: NOVATransformer3DModel, options: LoraOptions) -> None:
                 f"{', '.join(known)}"
             )
     model.requires_grad_(False)
-    settings: dict[str, Any] = {"r": options.rank, "lora_alpha": options.alpha or options.rank}
-    config = LoraConfig(**settings, lora_dropout=options.dropout, target_modules=targets)
+    alpha: Any = options.alpha or options.rank  # peft's annotation takes whole numbers only
+    config = LoraConfig(
+        r=options.rank, lora_alpha=alpha, lora_dropout=options.dropout, target_modules=targets
+    )
     model.add_adapter(config, ADAPTER)
-
-
-def adapter_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Pick the adapters from the state dict of a model."""
-    return {name: value for name, value in weights.items() if ".lora_" in name}
 
 
 def write_adapter(
@@ -63,7 +60,7 @@ def write_adapter(
 
     Args:
         folder: Folder, created if there is none.
-        model: The model that has them; its settings are written, too.
+        model: The model that has them; its settings are written as well.
         weights: The state dict of a model, or the adapters in it.
     """
     adapters = get_peft_model_state_dict(model, state_dict=dict(weights), adapter_name=ADAPTER)
@@ -88,7 +85,7 @@ def load_adapter(model: NOVATransformer3DModel, file: Path, tensors: Mapping[str
         tensors: Its content.
 
     Raises:
-        ConfigError: If they are of another rank or for other layers.
+        ConfigError: If they have another rank or belong to other layers.
     """
     weights = {name.removeprefix(f"{COMPONENT}."): value for name, value in tensors.items()}
     expected = get_peft_model_state_dict(model, adapter_name=ADAPTER)

@@ -1,7 +1,6 @@
 """Learning rates as functions of the step.
 
-These are small classes of our own: the trainer asks for a rate and sets it itself, so resuming
-needs nothing but the step.
+The trainer asks for a rate and sets it itself, so resuming only needs the step.
 """
 
 from __future__ import annotations
@@ -9,8 +8,10 @@ from __future__ import annotations
 import bisect
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 
+@dataclass
 class LRScheduler:
     """Linear warm-up followed by a decay that subclasses define.
 
@@ -19,22 +20,15 @@ class LRScheduler:
         lr_min: Rate that the decay approaches.
         warmup_steps: Steps of the warm-up; 0 for none.
         warmup_factor: Fraction of ``lr_max`` from which the warm-up starts.
-        max_steps: Steps of the training; configurations give it to every schedule.
+        max_steps: No effect here; configurations give it to every schedule.
     """
 
-    def __init__(
-        self,
-        lr_max: float,
-        lr_min: float = 0.0,
-        warmup_steps: int = 0,
-        warmup_factor: float = 0.001,
-        max_steps: int | None = None,
-    ) -> None:
-        self.lr_max = lr_max
-        self.lr_min = lr_min
-        self.warmup_steps = warmup_steps
-        self.warmup_factor = warmup_factor
-        self._step_count = 0
+    lr_max: float
+    lr_min: float = 0.0
+    warmup_steps: int = 0
+    warmup_factor: float = 0.001
+    max_steps: int | None = None
+    _step_count = 0
 
     def step(self) -> None:
         """Go to the next step."""
@@ -95,13 +89,13 @@ class CosineLR(LRScheduler):
             raise ValueError(
                 f"max_steps must be larger than warmup_steps, got {max_steps} and {warmup_steps}"
             )
-        self.max_steps = max_steps
+        self.decay_length = max_steps - warmup_steps
         self.decay_step = decay_step
 
     def decay_at(self, step: int) -> float:
         """Cosine of the progress, held for ``decay_step`` steps."""
         elapsed = (step - self.warmup_steps) // self.decay_step * self.decay_step
-        return 0.5 * (1 + math.cos(math.pi * elapsed / (self.max_steps - self.warmup_steps)))
+        return 0.5 * (1 + math.cos(math.pi * elapsed / self.decay_length))
 
 
 class MultiStepLR(LRScheduler):
@@ -114,7 +108,7 @@ class MultiStepLR(LRScheduler):
         lr_min: Rate that the drops approach.
         warmup_steps: Steps of the warm-up.
         warmup_factor: Fraction of ``lr_max`` from which the warm-up starts.
-        max_steps: Without effect; configurations give it to every schedule.
+        max_steps: No effect; configurations give it to every schedule.
     """
 
     def __init__(

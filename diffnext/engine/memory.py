@@ -67,10 +67,10 @@ class ParameterCounts:
     """Numbers of parameters.
 
     Attributes:
-        total: Of the trained component.
+        total: Parameters of the trained component.
         trainable: Those with a gradient.
         unwrapped: Those outside the blocks that FSDP2 gathers one at a time.
-        largest_block: Of the largest of these blocks.
+        largest_block: Those of the largest block.
         buffers: Bytes of the buffers.
     """
 
@@ -100,15 +100,15 @@ class MemoryEstimate:
     """Bytes on one device.
 
     Attributes:
-        weights: Of the trained component, as held between steps.
+        weights: Weights of the trained component, as held between steps.
         gradients: All weight gradients.
         optimizer: Optimizer state and, where the engine keeps them, float32 masters.
-        buffers: What the engine needs to communicate.
-        activations: What forward and backward hold besides.
+        buffers: The engine's buffers for communication.
+        activations: Saved and temporary tensors of forward and backward.
         frozen: Autoencoder and text encoder.
         ema: The averaged weights, if they are on this device.
-        peak: Most bytes at a time. Less than the sum where gradients take the place of
-            activations that backward has used up.
+        peak: Most bytes at a time. Less than the sum where gradients reuse the memory of
+            activations that backward is done with.
     """
 
     weights: int
@@ -138,13 +138,13 @@ def estimate_memory(
     Args:
         engine: "ddp" (also one process without any engine), "zero2" or "fsdp2".
         num_processes: Processes N.
-        counts: Of the trained component.
-        step: Of a micro-batch, from :func:`simulate_step` for the same engine.
+        counts: Parameters of the trained component.
+        step: Memory of a micro-batch, from :func:`simulate_step` for the same engine.
         dtype: Training dtype.
         optimizer_states: Float32 numbers the optimizer keeps for each parameter; 2 for Adam.
-        frozen_bytes: Of the frozen components.
-        ema_bytes: Of the averaged weights on this device.
-        is_accumulating: Whether gradients of earlier micro-batches lie in memory during a step.
+        frozen_bytes: Frozen components.
+        ema_bytes: Averaged weights on this device.
+        is_accumulating: Whether gradients of earlier micro-batches are in memory during a step.
     """
     shard = -(-counts.trainable // num_processes)
     # Gradients that exist at the step's peak, in the dtype of the weights it computes from.
@@ -167,9 +167,9 @@ def estimate_memory(
         made //= num_processes
         after_step = gradients + FLOAT32 * shard
     else:
-        # Float32 shards of everything. Gathered in the training dtype are what is in no block, for
-        # the whole step and with its gradients, and blocks: the one at work and the next one, each
-        # as it arrives and as it is used; in backward their gradients.
+        # Float32 shards of everything. Gathered in the training dtype: weights outside of blocks,
+        # for the whole step and with their gradients, and two blocks, the current one and the next,
+        # each as it arrives and as it is used; in backward also their gradients.
         weights = FLOAT32 * -(-counts.total // num_processes)
         gradients = FLOAT32 * shard
         optimizer = FLOAT32 * optimizer_states * shard
@@ -205,7 +205,7 @@ def make_meta_model(
     """The model of a config.json, without memory for its weights, ready for training.
 
     Args:
-        config: Content of a config.json; what is not an argument of the model is ignored.
+        config: Content of a config.json; keys that are not arguments of the model are ignored.
         frozen_modules: Names of the parts that are not trained.
         gradient_checkpointing: Level, 0 to 3.
         loss_repeat: Noise levels of each token.
@@ -248,7 +248,7 @@ def simulate_step(
     """Count the bytes of a forward and a backward pass.
 
     Args:
-        model: From :func:`make_meta_model`; afterwards its weights are of no further use.
+        model: From :func:`make_meta_model`; its weights are useless afterwards.
         batch: Shapes of the micro-batch.
         engine: DDP computes from float32 weights under autocast, FSDP2 from gathered weights in
             the training dtype under autocast, ZeRO-2 in the training dtype throughout.
@@ -261,7 +261,7 @@ def simulate_step(
     set_worst_mask(model)
     weight_dtype = torch.float32 if engine == "ddp" else dtype
     uses_autocast = engine != "zero2" and dtype != torch.float32
-    # Tensors without data pass for tensors of the CPU.
+    # Tensors without data count as tensors of the CPU.
     if uses_autocast and device_type == "cuda":
         _follow_cuda_autocast(model)
     with _shapes_only():
@@ -366,7 +366,7 @@ def _fill_weights(model: nn.Module, dtype: torch.dtype) -> None:
 def _make_inputs(
     model: NOVATransformer3DModel, batch: BatchShape, dtype: torch.dtype
 ) -> dict[str, Any]:
-    """What a training pipeline hands to the model."""
+    """The inputs that a training pipeline gives the model."""
     channels = model.image_encoder.image_dim
     frames = (batch.frames,) if batch.frames > 1 else ()
     x = torch.empty(batch.size, channels, *frames, *batch.latent_size, dtype=dtype)

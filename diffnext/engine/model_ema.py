@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from diffnext.utils.host_data import fetch
+
+# Shapes of the values of an update, and whether each value was finite, which waits for the update.
+Check: TypeAlias = tuple[list[tuple[int, ...]], Callable[[], Tensor]]
+MAX_ELEMENTS = 2**24  # averaged at a time
 
 
 class ModelEMA:
@@ -38,7 +42,7 @@ class ModelEMA:
         self.decay = decay
         self.update_every = update_every
         self._model = copy_module(model).eval()
-        self._open_checks: list[_Check] = []
+        self._open_checks: list[Check] = []
         for parameter in self._model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
@@ -50,9 +54,9 @@ class ModelEMA:
 
     @property
     def model(self) -> nn.Module:
-        """The average; waits for what is still on its way from the device."""
-        for check in self._open_checks:
-            check.is_finite()
+        """The average, once the updates on their way from the device have arrived."""
+        for _, is_finite in self._open_checks:
+            is_finite()
         return self._model
 
     def update(self, model: nn.Module) -> None:
@@ -71,8 +75,8 @@ class ModelEMA:
     def update_from(self, parameters: Iterable[tuple[nn.Parameter, Tensor]]) -> None:
         """Move the average toward values kept outside the model, such as master weights.
 
-        Nothing waits for the device. A parameter whose value is not finite keeps its average, and
-        :meth:`check` tells.
+        Nothing waits for the device. A parameter whose value is NaN or infinite keeps its average,
+        and :meth:`check` reports it.
 
         Args:
             parameters: For every parameter of the model, in order: the parameter and its value.
@@ -80,83 +84,57 @@ class ModelEMA:
         Raises:
             ValueError: If their number differs from the model's.
         """
-        bucket = _Bucket(1 - self.decay, self._open_checks)
-        for average, (parameter, value) in zip(self._model.parameters(), parameters, strict=True):
-            if parameter.requires_grad:
-                bucket.add(average, value.detach())
-        bucket.flush()
+        both = zip(self._model.parameters(), parameters, strict=True)
+        pairs = ((average, value.detach()) for average, (p, value) in both if p.requires_grad)
+        for averages, values in _in_buckets(pairs):
+            self._open_checks.append(_move(averages, values, 1 - self.decay))
 
     def check(self) -> None:
         """Look at the updates since the last check.
 
         Raises:
-            ValueError: If a value was not finite.
+            ValueError: If a value was NaN or infinite.
         """
         checks, self._open_checks = self._open_checks, []
-        shapes = [shape for check in checks for shape in check.find_nonfinite()]
+        shapes = []
+        for updated, is_finite in checks:
+            found = zip(updated, is_finite().tolist(), strict=True)
+            shapes += [shape for shape, is_good in found if not is_good]
         if shapes:
             raise ValueError(f"{len(shapes)} weights are not finite, one of {shapes[0]}")
 
 
-class _Check(NamedTuple):
-    """Which values were finite.
+def _in_buckets(
+    pairs: Iterable[tuple[Tensor, Tensor]],
+) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+    """Averages and float32 values of one device, some at a time: few launches, little memory."""
+    averages: list[Tensor] = []
+    values: list[Tensor] = []
+    for average, value in pairs:
+        size = sum(one.numel() for one in values) + value.numel()
+        if values and (values[0].device != value.device or size > MAX_ELEMENTS):
+            yield averages, values
+            averages, values = [], []
+        averages.append(average)
+        values.append(value.float())
+    if values:
+        yield averages, values
 
-    Attributes:
-        shapes: Of the values.
-        is_finite: Tells for each; waits for the averages, too.
-    """
 
-    shapes: list[tuple[int, ...]]
-    is_finite: Callable[[], Tensor]
-
-    def find_nonfinite(self) -> list[tuple[int, ...]]:
-        pairs = zip(self.shapes, self.is_finite().tolist(), strict=True)
-        return [shape for shape, good in pairs if not good]
-
-
-class _Bucket:
-    """Averages some parameters at a time: few launches, little memory.
-
-    Args:
-        weight: Share of the new value in an average.
-        checks: Gets one for all parameters averaged at a time.
-    """
-
-    MAX_ELEMENTS = 2**24
-
-    def __init__(self, weight: float, checks: list[_Check]) -> None:
-        self.weight = weight
-        self.checks = checks
-        self.averages: list[Tensor] = []
-        self.values: list[Tensor] = []
-        self.num_elements = 0
-
-    def add(self, average: Tensor, value: Tensor) -> None:
-        """Take a parameter; averages those taken before if there are many."""
-        is_other_place = bool(self.values) and self.values[0].device != value.device
-        if is_other_place or self.num_elements + value.numel() > self.MAX_ELEMENTS:
-            self.flush()
-        self.averages.append(average)
-        self.values.append(value.float())
-        self.num_elements += value.numel()
-
-    def flush(self) -> None:
-        """Average what was taken."""
-        if not self.values:
-            return
-        # The arithmetic runs on the live device: with the average on the CPU, moving tensors there
-        # and back is far cheaper than lerping them on the CPU.
-        device = self.values[0].device
-        moved = [a.to(device, torch.float32, non_blocking=True) for a in self.averages]
-        is_finite = torch.stack(torch._foreach_norm(self.values, float("inf"))).isfinite()
-        triples = zip(is_finite.unbind(), self.values, moved, strict=True)
-        values = [torch.where(good, value, average) for good, value, average in triples]
-        torch._foreach_lerp_(moved, values, self.weight)
-        for average, result in zip(self.averages, moved, strict=True):
-            if result is not average:
-                average.copy_(result, non_blocking=True)
-        self.checks.append(_Check([tuple(v.shape) for v in values], fetch(is_finite)))
-        self.averages, self.values, self.num_elements = [], [], 0
+def _move(averages: list[Tensor], values: list[Tensor], weight: float) -> Check:
+    """Give the values a weight in their averages."""
+    # The arithmetic runs on the live device: with the average on the CPU, moving tensors there
+    # and back is far cheaper than lerping them on the CPU.
+    device = values[0].device
+    moved = [a.to(device, torch.float32, non_blocking=True) for a in averages]
+    is_finite = torch.stack(torch._foreach_norm(values, float("inf"))).isfinite()
+    triples = zip(is_finite.unbind(), values, moved, strict=True)
+    values = [torch.where(good, value, average) for good, value, average in triples]
+    torch._foreach_lerp_(moved, values, weight)
+    for average, result in zip(averages, moved, strict=True):
+        if result is not average:
+            average.copy_(result, non_blocking=True)
+    return [tuple(value.shape) for value in values], fetch(is_finite)
 
 
 def copy_module(model: nn.Module, with_weights: bool = True) -> nn.Module:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import logging
 import os
 import socket
@@ -24,7 +23,7 @@ LOCK_FILE = ".lock"
 def locked(folder: Path) -> Iterator[None]:
     """Make an output folder, and keep other runs out of it inside this block.
 
-    The lock belongs to the process: when that dies, however it does, the folder is free.
+    The lock belongs to the process: when the process dies, the folder is free.
 
     Args:
         folder: The output folder.
@@ -44,28 +43,18 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def _acquire(file: IO[str], folder: Path) -> None:
+    file.seek(0)
     try:
         # Unlike flock, this is not inherited by the reading processes of the loader.
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError) as error:
         raise ConfigError(
-            f"experiment.output_dir={folder} is in use by another run: {_describe(file)}. Wait for "
-            "it, stop it, or choose another folder"
+            f"experiment.output_dir={folder} is in use by another run: {file.readline().strip()}. "
+            "Wait for it, stop it, or choose another folder"
         ) from error
     except OSError as error:
         logger.warning("%s has no locks (%s): let no second run use it", folder, error.strerror)
-    file.seek(0)
     file.truncate()
     started = time.strftime("%Y-%m-%d %H:%M:%S")
-    json.dump({"host": socket.gethostname(), "process": os.getpid(), "started": started}, file)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}, started {started}\n")
     file.flush()
-
-
-def _describe(file: IO[str]) -> str:
-    """The holder of a lock, as it has described itself."""
-    file.seek(0)
-    try:
-        holder = json.load(file)
-        return f"process {holder['process']} on {holder['host']}, started {holder['started']}"
-    except (ValueError, KeyError, TypeError):
-        return "a process that does not say which"

@@ -1,6 +1,6 @@
-"""What a run tells while it goes on: log lines, progress bar, trackers, metrics file, curves.
+"""The reports of a run: log lines, progress bar, trackers, metrics file, curves.
 
-``<output_dir>/metrics.jsonl`` gets one JSON object for each report, whatever tracker there is;
+``<output_dir>/metrics.jsonl`` gets one JSON object for each report, with or without trackers;
 ``<output_dir>/curves.png`` is drawn from it. A report that fails is a warning.
 """
 
@@ -40,7 +40,7 @@ class StepResult:
         lr: Learning rate it used.
         metrics: Losses and metrics, averaged over its micro-batches; scalars on the device.
         grad_norm: Norm of all gradients before clipping, a scalar on the device.
-        num_tokens: Latent tokens that it trained on, of this process.
+        num_tokens: Latent tokens of this process that it trained on.
     """
 
     step: int
@@ -55,7 +55,7 @@ class Reporter:
 
     Args:
         config: Training configuration.
-        accelerator: Knows processes and trackers.
+        accelerator: Has the processes and trackers.
         logger: Where log lines go.
     """
 
@@ -72,28 +72,25 @@ class Reporter:
         self.curves_file = Path(config.experiment.output_dir) / CURVES_FILE
         self.window: list[StepResult] = []
         self._window_started = time.perf_counter()
-        self._bar: tqdm | None = None
+        self._bar = tqdm(disable=True)  # outside of progress_bar()
 
     @contextlib.contextmanager
     def progress_bar(self, first_step: int) -> Iterator[None]:
         """Show a live bar on the main process; log lines pass above it."""
         is_terminal = sys.stderr.isatty()
         self._window_started = time.perf_counter()
-        with contextlib.ExitStack() as stack:
-            self._bar = stack.enter_context(
-                tqdm(
-                    total=self.max_steps,
-                    initial=first_step,
-                    unit="step",
-                    dynamic_ncols=True,
-                    disable=not self.show_bar,
-                    # In a file each refresh is one more line, so refresh seldom.
-                    mininterval=0.5 if is_terminal else 10.0,
-                )
-            )
-            if is_terminal and self.show_bar:
-                logger = getattr(self.logger, "logger", self.logger)  # an adapter's own logger
-                stack.enter_context(logging_redirect_tqdm([logger]))
+        self._bar = tqdm(
+            total=self.max_steps,
+            initial=first_step,
+            unit="step",
+            dynamic_ncols=True,
+            disable=not self.show_bar,
+            # In a file each refresh is one more line, so refresh seldom.
+            mininterval=0.5 if is_terminal else 10.0,
+        )
+        logger = getattr(self.logger, "logger", self.logger)  # an adapter's own logger
+        loggers = [logger] if is_terminal and self.show_bar else []
+        with self._bar, logging_redirect_tqdm(loggers):
             yield
 
     def add(self, result: StepResult) -> None:
@@ -102,12 +99,11 @@ class Reporter:
 
     def advance(self) -> None:
         """Move the bar by a step."""
-        if self._bar is not None:
-            self._bar.update()
+        self._bar.update()
 
     @contextlib.contextmanager
     def excluded_time(self) -> Iterator[None]:
-        """Keep what is done inside out of the time of steps; draw the curves at the end."""
+        """Do not count the time inside as that of steps; draw the curves at the end."""
         start = time.perf_counter()
         yield
         if self.accelerator.is_main_process and self.metrics_file.is_file():
@@ -152,9 +148,9 @@ class Reporter:
         self.accelerator.log(dict(values), step=step)
 
     def rewind(self, step: int) -> None:
-        """Forget what was reported of steps that will be done again."""
+        """Drop the reports of steps that will be done again."""
         if self.accelerator.is_main_process and self.metrics_file.is_file():
-            with warn_on_error(self.logger, "%s keeps what is done again", self.metrics_file):
+            with warn_on_error(self.logger, "%s keeps repeated steps", self.metrics_file):
                 truncate_metrics(self.metrics_file, step)
 
     def state_dict(self) -> list[dict[str, Any]]:
@@ -185,8 +181,6 @@ class Reporter:
         return columns
 
     def _show(self, values: Mapping[str, float]) -> None:
-        if self._bar is None:
-            return
         shown = {name: f"{values[name]:.4f}" for name in (*self.window[-1].metrics, "grad_norm")}
         shown["lr"] = f"{values['lr']:.2e}"
         shown["samples/s"] = f"{values['samples_per_s']:.3g}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,9 @@ from diffnext.config.targets import ConfigError
 from diffnext.engine import snapshot
 from diffnext.engine.dataset_facts import joint_fingerprint
 from diffnext.engine.run_inputs import RunInputs
-from diffnext.engine.snapshot import DamagedCheckpoint, RunFolder, TrainerState
+from diffnext.engine.snapshot import RunFolder, TrainerState
 from diffnext.pipelines.release_folder import LORA_FILE
-from diffnext.utils.json_files import read_json, same_value
+from diffnext.utils.json_files import FileError, read_json, same_value
 from diffnext.version import __version__
 
 LATEST = "latest"
@@ -34,9 +34,9 @@ class ResumePoint:
         step: Completed steps.
         checkpoint: The checkpoint folder, as an absolute path.
         weights: File with the weights of the trained component.
-        state: What the checkpoint says of the run; None if it has weights only.
+        state: What the checkpoint says of the run; None if only its weights can be used.
         ema_weights: File with the averaged weights; None if there is none.
-        notes: What is worth a warning: other checkpoints that cannot be used, and why.
+        notes: Warnings: newer checkpoints that cannot be used, and why.
     """
 
     step: int
@@ -48,7 +48,7 @@ class ResumePoint:
 
 
 def find_resume_point(run: RunFolder, resume: str | None) -> ResumePoint | None:
-    """Find the checkpoint to continue from, every file of it as it was written.
+    """Find the checkpoint to continue from, and check that no file of it is damaged.
 
     Args:
         run: Output folder of the run.
@@ -77,7 +77,7 @@ def _find_path(run: RunFolder, resume: str) -> ResumePoint:
             return _inspect(run, path, _step_of(path))
         step = _step_of(path if re.search(r"-\d+$", path.name) else path.parent)
         return ResumePoint(step=step, checkpoint=path, weights=_find_readable(run, path, path))
-    except DamagedCheckpoint as error:
+    except (FileError, OSError) as error:
         raise ConfigError(f"{KEY}={resume}: {error}") from error
 
 
@@ -87,13 +87,12 @@ def _find_latest(run: RunFolder) -> ResumePoint | None:
     for step in reversed(run.steps()):
         path = run.checkpoint(step).absolute()
         try:
-            point = _inspect(run, path, step)
-        except DamagedCheckpoint as error:
+            point = _inspect(run, path, step, tuple(notes))
+        except (FileError, OSError) as error:
             notes.append(f"{path.name} is damaged and is not used: {error}")
             continue
-        written_by = None if point.state is None else point.state.run
-        if run_id is None or written_by in (None, run_id):
-            return replace(point, notes=(*notes, *point.notes))
+        if run_id is None or point.state is None or point.state.run == run_id:
+            return point
         notes.append(f"{path} is from another run and is not used")
     if notes:
         raise ConfigError(
@@ -103,25 +102,23 @@ def _find_latest(run: RunFolder) -> ResumePoint | None:
     return None
 
 
-def _inspect(run: RunFolder, checkpoint: Path, step: int) -> ResumePoint:
+def _inspect(
+    run: RunFolder, checkpoint: Path, step: int, notes: tuple[str, ...] = ()
+) -> ResumePoint:
     """Verify a checkpoint.
 
     Raises:
-        DamagedCheckpoint: If a file is not as it was written.
+        FileError: If a file is damaged.
     """
-    state = snapshot.read_state(checkpoint)
     # The averages lie beside the checkpoint's own parent, whatever else the path contains.
     average = checkpoint.parent.parent / snapshot.EMA_CHECKPOINTS / checkpoint.name
     has_average = average.is_dir()
-    notes: tuple[str, ...] = ()
+    state = snapshot.read_state(checkpoint)
     if state is not None:
         snapshot.verify(checkpoint, state, average)
-    if state is not None and state.has_hashes:
         if state.step != step:
-            raise DamagedCheckpoint(f"{checkpoint} was written at step {state.step}")
+            raise FileError(f"{checkpoint} was written at step {state.step}")
         has_average = bool(state.average)  # another run may have left one there
-    else:
-        notes = (f"{checkpoint} has no hashes: damage inside a file would not be noticed",)
     return ResumePoint(
         step=step,
         checkpoint=checkpoint,
@@ -136,12 +133,12 @@ def _find_readable(run: RunFolder, checkpoint: Path, folder: Path) -> Path:
     """The trained weights of a checkpoint.
 
     Raises:
-        DamagedCheckpoint: If there are none, or they cannot be read.
+        FileError: If there are none, or they cannot be read.
     """
     file = run.find_trained(checkpoint) or snapshot.find_weights(folder)
     if file is None:
         names = " or ".join(snapshot.WEIGHTS_FILES.values())
-        raise DamagedCheckpoint(f"there is no {names} in {folder}")
+        raise FileError(f"there is no {names} in {folder}")
     snapshot.check_inside(checkpoint, file)
     snapshot.read_tensors(file)
     return file
@@ -163,52 +160,54 @@ def find_mismatches(
     """Compare a run with the checkpoint that it continues from.
 
     Yields:
-        What differs, in words that name both, and whether the run can continue nevertheless.
+        A difference, in words that name both values, and whether the run can continue with it.
     """
-    saved = resume.state
+    yield from ((text, False) for text in _other_model(config, inputs, resume))
+    saved, name = resume.state, resume.checkpoint.name
+    holdout = _describe_holdout(config, inputs)
+    # Weights without a state may have been trained on everything.
+    before = {} if saved is None else saved.holdout
+    if before != holdout:
+        yield (
+            f"validation.holdout keeps {_in_words(holdout)} from training, but in {name} it was "
+            f"{_in_words(before)}: the held-out loss would include examples that it has learnt. "
+            "Keep the same, or start from its weights in a new folder",
+            False,
+        )
+    if saved is None:
+        return
+    for key, old, new in (
+        ("optimizer.target", saved.optimizer, config.optimizer.target),
+        ("pipeline.target", saved.pipeline, config.pipeline.target),
+    ):
+        if old != new:
+            yield (
+                f"{key} is {new}, but {name} was written with {old}. To change it, start from its "
+                "weights in a new folder",
+                False,
+            )
+    for key, old, new in (
+        ("lr_scheduler", saved.schedule, _describe_schedule(config)),
+        ("the dataset", saved.dataset, joint_fingerprint(inputs.datasets)),
+    ):
+        if old != new:
+            yield f"{key} was {old}, from here on it is {new}", True
+
+
+def _other_model(config: TrainConfig, inputs: RunInputs, resume: ResumePoint) -> Iterator[str]:
+    """Compare the model, or its adapters, with the saved one."""
     is_lora = resume.weights.name == LORA_FILE
     if is_lora != (config.model.lora is not None):
         has = "has adapters" if is_lora else "has a whole model"
         wants = "trains adapters" if config.model.lora else "is not set: it trains the whole model"
-        yield f"model.lora {wants}, but {resume.weights} {has}", False
+        yield f"model.lora {wants}, but {resume.weights} {has}"
     config_file = resume.weights.parent / "config.json"
-    if config_file.is_file() and not is_lora:
-        written = read_json(config_file)
-        for name, value in inputs.transformer.items():
-            if name in written and not same_value(written[name], value):
-                text = f"the model's {name} is {value}, but {config_file} has {written[name]}"
-                yield text, False
-    if saved is None:
+    if is_lora or not config_file.is_file():
         return
-    target = config.optimizer.target
-    if saved.optimizer not in (None, target):
-        yield (
-            f"optimizer.target is {target}, but {resume.checkpoint.name} was written with "
-            f"{saved.optimizer}: its state fits no other. To change, start from its weights in a "
-            "new folder",
-            False,
-        )
-    if saved.pipeline not in (None, config.pipeline.target):
-        yield (
-            f"pipeline.target is {config.pipeline.target}, but {resume.checkpoint.name} was "
-            f"written with {saved.pipeline}",
-            False,
-        )
-    schedule = _describe_schedule(config)
-    if saved.schedule not in (None, schedule):
-        yield f"lr_scheduler was {saved.schedule}, from here on it is {schedule}", True
-    holdout = _describe_holdout(config, inputs)
-    if saved.holdout not in (None, holdout):
-        yield (
-            f"validation.holdout keeps {_in_words(holdout)} from training, but in "
-            f"{resume.checkpoint.name} it was {_in_words(saved.holdout)}: the held-out loss would "
-            "be that of examples it has learnt. Keep the same, or start from its weights in a new "
-            "folder",
-            False,
-        )
-    fingerprint = joint_fingerprint(inputs.datasets)
-    if saved.dataset not in (None, fingerprint):
-        yield f"the dataset was {saved.dataset}, from here on it is {fingerprint}", True
+    written = read_json(config_file)
+    for name, value in inputs.transformer.items():
+        if name in written and not same_value(written[name], value):
+            yield f"the model's {name} is {value}, but {config_file} has {written[name]}"
 
 
 def describe_run(
@@ -222,7 +221,6 @@ def describe_run(
 ) -> TrainerState:
     """What is written to a checkpoint of a run, for :func:`find_mismatches` and for people."""
     return TrainerState(
-        format=snapshot.STATE_FORMAT,
         step=step,
         num_processes=num_processes,
         run=run_id,
@@ -242,17 +240,22 @@ def describe_run(
 
 
 def _describe_holdout(config: TrainConfig, inputs: RunInputs) -> dict[str, Any]:
-    """What is kept from training: a share, or a dataset of its own."""
+    """What is kept from training: a share of the datasets, or a dataset of its own."""
     holdout = config.validation.holdout
     if holdout is None:
         return {}
-    if isinstance(holdout, float):
-        return {"share": holdout}
-    return {"dataset": joint_fingerprint(inputs.holdout)}
+    if isinstance(holdout, str):
+        return {"dataset": joint_fingerprint(inputs.holdout)}
+    # In other datasets the same share is other examples.
+    return {"share": holdout, "of": sorted(facts.fingerprint for facts in inputs.datasets)}
 
 
-def _in_words(holdout: dict[str, Any] | None) -> str:
-    return ", ".join(f"the {name} {value}" for name, value in (holdout or {}).items()) or "nothing"
+def _in_words(holdout: dict[str, Any]) -> str:
+    if not holdout:
+        return "nothing"
+    if "dataset" in holdout:
+        return f"the dataset {holdout['dataset']}"
+    return f"the share {holdout['share']} of {', '.join(holdout.get('of', []))}"
 
 
 def _describe_schedule(config: TrainConfig) -> dict[str, Any]:

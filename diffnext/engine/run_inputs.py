@@ -1,4 +1,4 @@
-"""What a run reads, its base folder and its datasets: opened once, by one process, and checked.
+"""The inputs of a run, its base folder and datasets: opened once, by one process, and checked.
 
 :func:`open_inputs` finds everything that keeps a run from starting before it raises.
 """
@@ -31,25 +31,21 @@ from diffnext.engine.base_folder import (
 )
 from diffnext.engine.dataset_facts import (
     DatasetFacts,
-    Records,
     open_datasets,
     wrong_prompt,
     wrong_records,
 )
-from diffnext.engine.memory import device_bytes
-from diffnext.utils.accelerate_utils import precision_to_dtype
 
 logger = logging.getLogger(__name__)
 
 LOADER = "train_dataloader.params"
 DATASET = f"{LOADER}.dataset"
 HOLDOUT = "validation.holdout"
-GIB = 2**30
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunInputs:
-    """What a run reads, found and checked by one process and sent to the others.
+    """The inputs of a run, found and checked by one process and sent to the others.
 
     Attributes:
         base_folder: Local folder of ``pipeline.paths.pretrained_path``.
@@ -84,7 +80,7 @@ class Findings:
 
     Attributes:
         base: None if there is no such folder on this machine.
-        transformer: The model, as far as the configuration tells of it if there is no base.
+        transformer: The model; without a base only what the configuration says.
         datasets: The training data, as far as it can be read.
         holdout: The held-out data if it is a folder of its own.
         problems: Everything that keeps the run from starting, a line each.
@@ -115,7 +111,7 @@ def open_inputs(config: TrainConfig, num_processes: int = 1) -> RunInputs:
 
     Args:
         config: Training configuration.
-        num_processes: That share the dataset.
+        num_processes: Processes that share the dataset.
 
     Raises:
         ConfigError: With a line for each problem.
@@ -128,41 +124,36 @@ def open_inputs(config: TrainConfig, num_processes: int = 1) -> RunInputs:
 
 
 def inspect_inputs(config: TrainConfig, num_processes: int = 1, download: bool = False) -> Findings:
-    """Find out what a run reads, as far as possible, and all that keeps it from starting.
+    """Find out what a run reads, as far as possible, and everything that keeps it from starting.
 
     Args:
         config: Training configuration.
-        num_processes: That share the dataset.
+        num_processes: Processes that share the dataset.
         download: Whether to get a base folder from the Hub if it is not on this machine.
     """
-    problems = [
-        *_wrong_rates(config),
-        *_wrong_output_dir(config.experiment.output_dir),
-    ]
+    problems = [*_wrong_rates(config), *_wrong_output_dir(config.experiment.output_dir)]
     base = open_base(config, download, problems)
     model = inspect_transformer(config, base, problems)
-    loader = config.train_dataloader
+    loader, holdout = config.train_dataloader, config.validation.holdout
     is_ours = import_target(loader.target) is FeatureDataLoader
-    holdout = config.validation.holdout
     share = holdout if isinstance(holdout, float) else 0.0
-    data = open_datasets(DATASET, loader.params.dataset, share, is_ours, problems)
-    kept = open_datasets(HOLDOUT, holdout, 0.0, True, problems) if isinstance(holdout, str) else []
-    datasets = tuple(records.facts for records in data)
+    datasets = open_datasets(DATASET, loader.params.dataset, share, is_ours, problems)
+    kept: tuple[DatasetFacts, ...] = ()
+    if isinstance(holdout, str):
+        kept = open_datasets(HOLDOUT, holdout, 0.0, True, problems)
     count = sum(facts.num_examples for facts in datasets)
     if share and count and not any(facts.num_held_out for facts in datasets):
         problems.append(f"{HOLDOUT}={holdout} keeps none of the {count} examples")
     if is_ours:
         problems += _wrong_shares(config, num_processes, datasets)
-    problems += _oversized(config, datasets, model)
-    problems += _wrong_validation(config, data, model, base)
-    for records in (*data, *kept):
-        lines = wrong_records(config, records, model, base)
-        problems += [f"{records.key}: {line}" for line in lines]
+    problems += _wrong_validation(config, datasets, model, base)
+    for facts in (*datasets, *kept):
+        problems += [f"{facts.key}: {line}" for line in wrong_records(config, facts, model, base)]
     return Findings(
         base=base,
         transformer=model,
         datasets=datasets,
-        holdout=tuple(records.facts for records in kept),
+        holdout=kept,
         problems=tuple(dict.fromkeys(problems)),
     )
 
@@ -171,7 +162,7 @@ def _wrong_rates(config: TrainConfig) -> Iterator[str]:
     """Build optimizer and schedule, and ask the latter for its first and last rates."""
     optimizer, schedule = config.optimizer, config.lr_scheduler
     is_wrong = False
-    # Others than PyTorch's may compile for minutes.
+    # Other packages' optimizers may compile for minutes.
     if getattr(import_target(optimizer.target), "__module__", "").startswith("torch.optim"):
         try:
             config_to_object(optimizer, params=[nn.Parameter(torch.zeros(1))])
@@ -192,7 +183,7 @@ def _wrong_rates(config: TrainConfig) -> Iterator[str]:
 
 
 def _wrong_output_dir(output_dir: str) -> Iterator[str]:
-    """Make the output folder, or what is missing of it, beside its place, and delete it again."""
+    """Try in a temporary folder beside its place whether the output folder can be made."""
     path = Path(output_dir).absolute()
     existing = next(parent for parent in (path, *path.parents) if os.path.lexists(parent))
     if not existing.is_dir():
@@ -222,55 +213,35 @@ def _wrong_shares(
     except ValueError as error:
         yield f"{LOADER}: {error}"
         return
-    unusual = []
+    own = f"{LOADER}.batch_size is {params.batch_size}"
     for facts, order in zip(datasets, orders, strict=True):
         smallest = facts.num_train - order.shard_size * (order.num_shards - 1)
         if params.batch_size > smallest:
-            place = "" if len(datasets) == 1 else f" of {facts.folder}"
-            unusual.append(
-                f"a process has only {smallest} examples{place}, which repeat inside a batch"
+            logger.warning(
+                "%s, but a process has only %d examples of %s, which repeat inside a batch",
+                own,
+                smallest,
+                facts.folder,
             )
     if params.batch_size != config.training.batch_size:
-        unusual.append(f"training.batch_size is {config.training.batch_size}, as reports assume")
-    for reason in unusual:
-        logger.warning("%s.batch_size is %d, but %s", LOADER, params.batch_size, reason)
-
-
-def _oversized(
-    config: TrainConfig, datasets: Sequence[DatasetFacts], model: TransformerFacts
-) -> Iterator[str]:
-    """Compare the least that a step can need with the memory there is."""
-    positions = max((math.prod(facts.shape[1:]) for facts in datasets if facts.shape), default=0)
-    if model.model is None or not positions:
-        return
-    batch = config.train_dataloader.params.batch_size
-    repeat = config.model.loss_repeat
-    hidden_share = (config.model.mask_ratios or model.model.mask_embed.mask_ratios)[0]
-    tokens = int(hidden_share * positions) // model.model.image_encoder.patch_embed.patch_size**2
-    width = model.model.image_decoder.head.in_features
-    itemsize = precision_to_dtype(config.training.mixed_precision).itemsize
-    needed = batch * repeat * tokens * width * itemsize
-    there_is = device_bytes(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    if needed > there_is:
-        yield (
-            f"{LOADER}.batch_size={batch} and model.loss_repeat={repeat} cannot be had: the tokens "
-            f"of the loss alone are {needed / GIB:.1f} GiB, of {there_is / GIB:.1f} that there are"
-        )
+        logger.warning("%s, but training.batch_size is %d", own, config.training.batch_size)
 
 
 def _wrong_validation(
-    config: TrainConfig, data: Sequence[Records], model: TransformerFacts, base: BaseFolder | None
+    config: TrainConfig,
+    datasets: Sequence[DatasetFacts],
+    model: TransformerFacts,
+    base: BaseFolder | None,
 ) -> Iterator[str]:
     """Check that there is something to validate, and that the prompts suit the model."""
     options = config.validation
-    samples = [sample for records in data for sample in records.samples]
-    drawn = [prompt for sample in samples for prompt in sample.prompts]
+    drawn = [prompt for facts in datasets for s in facts.samples for prompt in s.prompts]
     is_cached = bool(drawn) and all(isinstance(prompt, np.ndarray) for prompt in drawn)
-    if options.every is not None and options.prompts is None and options.holdout is None:
-        if is_cached:
-            yield (
-                f"validation.every={options.every} has nothing to draw: the dataset has cached "
-                "text states in place of captions; set validation.prompts or validation.holdout"
-            )
+    has_own = options.prompts is not None or options.holdout is not None
+    if options.every is not None and is_cached and not has_own:
+        yield (
+            f"validation.every={options.every} has nothing to draw: the dataset has cached text "
+            "states instead of captions; set validation.prompts or validation.holdout"
+        )
     lines = (wrong_prompt("validation.prompts", p, model, base) for p in options.prompts or ())
     yield from itertools.islice(filter(None, lines), 1)

@@ -1,4 +1,4 @@
-"""What is in a checkpoint: its files, how they are written and how damage is noticed.
+"""What is in a checkpoint: its files, how they are sealed and how damage is noticed.
 
     <output_dir>/checkpoints/checkpoint-<step>/
         model_index.json          copy of the base folder's
@@ -15,41 +15,32 @@
                                   config.json, float32 weights, beside the same two JSON files;
                                   the adapters as above
 
-A checkpoint is written under a temporary name and renamed when all of it has reached the disk. No
-file holds code: tensors and plain values are all that is read from one.
+No file holds code: only tensors and plain values are read.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import xxhash
 from pydantic import TypeAdapter, ValidationError
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from diffnext.engine.engine_utils import read_weights
-from diffnext.engine.old_state import read_engine_folder
-from diffnext.pipelines.release_folder import (
-    INDEX_FILE,
-    LORA_FILE,
-    read_base_reference,
-    write_base_reference,
-    write_shim,
-)
-from diffnext.utils.json_files import read_json, write_json
+from diffnext.pipelines.release_folder import LORA_FILE
+from diffnext.utils.json_files import FileError, read_json, write_json
 
-STATE_FORMAT = 3  # of trainer_state.json and what lies beside it
+STATE_FORMAT = 3  # of trainer_state.json and the files beside it
 STATUS_FILE = "status.json"  # of the output folder
 CHECKPOINTS = "checkpoints"
 EMA_CHECKPOINTS = "ema_checkpoints"
@@ -63,11 +54,6 @@ WEIGHTS_FILES = {
     "bin": "diffusion_pytorch_model.bin",
 }
 BLOCK = 2**22  # bytes read at a time
-_SEAL = re.compile(r',\n  "seal": "([0-9a-f]{32})"\n}\n\Z')
-
-
-class DamagedCheckpoint(ValueError):
-    """A checkpoint that cannot be used; the message names file and damage."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +61,7 @@ class FileMark:
     """Size in bytes and hash (XXH3, 128 bits) of a file."""
 
     size: int
-    hash: str | None = None
+    hash: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,41 +69,36 @@ class TrainerState:
     """Content of ``trainer_state.json``.
 
     Attributes:
-        format: Version of the layout; 2 had no hashes.
         step: Completed steps.
-        num_processes: Of the run.
-        run: Identifies the run that wrote it.
-        precision: Of the run: no, fp16 or bf16.
-        optimizer: Its class.
-        pipeline: Its class.
-        schedule: The learning rate's class and parameters.
-        dataset: Tells one dataset from another.
+        num_processes: Processes of the run.
+        run: Id of the run that wrote it.
+        precision: no, fp16 or bf16.
+        optimizer: Class of the optimizer.
+        pipeline: Class of the training pipeline.
+        schedule: Class and parameters of the learning rate.
+        dataset: Fingerprint of the training data.
         holdout: What was kept from training; empty if nothing was.
-        wandb_run_id: Of the tracker's run.
-        versions: Of the packages that decide on numbers.
+        wandb_run_id: The tracker's run.
+        versions: Versions of the packages that affect the numbers.
+        format: Version of the layout.
         files: Every other file of the checkpoint, by its name relative to it.
-        average: The same of the folder with the averaged weights.
+        average: The same for the folder with the averaged weights.
     """
 
-    format: int
     step: int
     num_processes: int
-    run: str | None = None
-    precision: str | None = None
-    optimizer: str | None = None
-    pipeline: str | None = None
-    schedule: dict[str, Any] | None = None
-    dataset: str | None = None
-    holdout: dict[str, Any] | None = None
-    wandb_run_id: str | None = None
-    versions: dict[str, str] = field(default_factory=dict)
+    run: str
+    precision: str
+    optimizer: str
+    pipeline: str
+    schedule: dict[str, Any]
+    dataset: str
+    holdout: dict[str, Any]
+    wandb_run_id: str | None
+    versions: dict[str, str]
+    format: int = STATE_FORMAT
     files: dict[str, FileMark] = field(default_factory=dict)
     average: dict[str, FileMark] = field(default_factory=dict)
-
-    @property
-    def has_hashes(self) -> bool:
-        """Whether a flipped byte would be noticed."""
-        return self.format >= 3
 
 
 @dataclass(frozen=True)
@@ -133,10 +114,10 @@ class RunFolder:
     model_name: str = COMPONENT
 
     def read_id(self) -> str | None:
-        """The run that the output folder belongs to; None if it does not say."""
+        """Id of the run that the output folder belongs to; None if it does not say."""
         try:
             run_id = read_json(self.output_dir / STATUS_FILE).get("run")
-        except (OSError, ValueError):
+        except (OSError, FileError):
             return None
         return run_id if isinstance(run_id, str) else None
 
@@ -149,18 +130,16 @@ class RunFolder:
         return self.output_dir / EMA_CHECKPOINTS / f"checkpoint-{step}"
 
     def steps(self) -> list[int]:
-        """Steps of which there is a checkpoint folder, in order, sound or not."""
+        """Steps that have a checkpoint folder, in order, damaged ones included."""
         folders = (self.output_dir / CHECKPOINTS).glob("checkpoint-*")
-        matches = [
-            re.fullmatch(r"checkpoint-(\d+)", path.name) for path in folders if path.is_dir()
-        ]
-        return sorted(int(match[1]) for match in matches if match)
+        numbers = [path.name.removeprefix("checkpoint-") for path in folders if path.is_dir()]
+        return sorted(int(number) for number in numbers if number.isdecimal())
 
     def set_aside(self, path: Path) -> Path | None:
-        """Move what is of another run, or damaged, out of the way.
+        """Move a damaged checkpoint, or another run's file, out of the way.
 
         Returns:
-            Where it is now, below the output folder; None if it was not there.
+            Where it is now, below the output folder; None if there was nothing to move.
         """
         if not os.path.lexists(path):
             return None
@@ -171,7 +150,7 @@ class RunFolder:
         return target
 
     def find_trained(self, checkpoint: Path) -> Path | None:
-        """The file of a checkpoint with what was trained: adapters or the model; None if none."""
+        """The trained weights of a checkpoint, adapters or the model; None if there are none."""
         adapters = checkpoint / LORA_FILE
         return adapters if adapters.is_file() else find_weights(checkpoint / self.model_name)
 
@@ -183,110 +162,6 @@ def find_weights(folder: Path) -> Path | None:
 
 
 # Writing
-
-
-@dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """What all checkpoints of a run have in common.
-
-    Attributes:
-        run: Output folder.
-        base_folder: Where the frozen components are.
-        components: Folders of the components that are elsewhere.
-        index: Content of ``model_index.json``.
-        config_yaml: The configuration as the user gave it.
-        write_trained: Writes the model, or its adapters, to a folder.
-        dtype: Of the written weights.
-    """
-
-    run: RunFolder
-    base_folder: Path
-    components: Mapping[str, Path]
-    index: Mapping[str, Any]
-    config_yaml: str
-    write_trained: Callable[[Path, Mapping[str, Tensor]], None]
-    dtype: torch.dtype
-
-    def write_model(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
-        """Write trained weights so that ``from_pretrained`` loads the folder as a pipeline."""
-        folder.mkdir(parents=True, exist_ok=True)
-        self.write_trained(folder, weights)
-        if self.run.model_name != COMPONENT:  # under another name no pipeline would find it
-            return
-        base, components = self.base_folder, dict(self.components)
-        older_base, older = read_base_reference(base)
-        if older_base is not None:  # the base is itself a checkpoint
-            base, components = older_base, {**older, **components}
-        write_json(folder / INDEX_FILE, dict(self.index))
-        write_base_reference(folder, base, components)
-        if (folder / COMPONENT).is_dir():  # not with adapters only
-            write_shim(folder / COMPONENT, COMPONENT, "NOVATransformer3DModel")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Snapshot:
-    """What one process contributes to a checkpoint; but for ``rank_state``, the main one.
-
-    Attributes:
-        trainer_state: Of the run, without files.
-        rank: Of the process.
-        rank_state: Content of its ``rank_<r>.pt``.
-        engine: Masters and optimizer state.
-        average: Averaged weights; None if there are none.
-    """
-
-    trainer_state: TrainerState
-    rank: int
-    rank_state: Mapping[str, Any]
-    engine: Mapping[str, Tensor]
-    average: Mapping[str, Tensor] | None = None
-
-    def weights(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """The model's weights in a dtype, under the model's own names."""
-        prefix = "model."
-        return {
-            name.removeprefix(prefix): value.to(dtype) if value.is_floating_point() else value
-            for name, value in self.engine.items()
-            if name.startswith(prefix)
-        }
-
-    def write_rank(self, folder: Path) -> None:
-        """Write what every process has of its own."""
-        torch.save(dict(self.rank_state), folder / STATE / f"rank_{self.rank}.pt")
-
-    def write_run(self, folder: Path, average_folder: Path, recipe: Recipe) -> None:
-        """Write what the main process has."""
-        save_file(dict(self.engine), folder / ENGINE)
-        recipe.write_model(folder, self.weights(recipe.dtype))
-        (folder / CONFIG).write_text(recipe.config_yaml, encoding="utf-8")
-        if self.average is not None:
-            recipe.write_model(average_folder, self.average)
-
-    def seal(self, folder: Path, average_folder: Path) -> None:
-        """Write down what the files are, when all are there."""
-        average = dict(mark_files(average_folder)) if self.average is not None else {}
-        state = replace(self.trainer_state, files=dict(mark_files(folder)), average=average)
-        text = json.dumps(asdict(state), indent=2)
-        seal = xxhash.xxh3_128_hexdigest(text.encode())
-        sealed = text.removesuffix("\n}") + f',\n  "seal": "{seal}"\n}}\n'
-        (folder / TRAINER_STATE).write_text(sealed, encoding="utf-8")
-
-
-def mark_files(folder: Path) -> Iterator[tuple[str, FileMark]]:
-    """Size and hash of all files below a folder, by their names relative to it."""
-    for path in sorted(folder.rglob("*")):
-        if path.is_file() and path != folder / TRAINER_STATE:
-            mark = FileMark(size=path.stat().st_size, hash=hash_file(path))
-            yield str(path.relative_to(folder)), mark
-
-
-def hash_file(path: Path) -> str:
-    """XXH3 of a file, 128 bits in hexadecimal: it finds accidents, not forgery."""
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while block := file.read(BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def write_component(
@@ -312,6 +187,33 @@ def write_component(
         torch.save(tensors, path)
 
 
+def write_state(checkpoint: Path, state: TrainerState) -> None:
+    """Write what a checkpoint is, and a hash over that; to be done last."""
+    content = asdict(state)
+    write_json(checkpoint / TRAINER_STATE, {**content, "seal": _seal_of(content)})
+
+
+def _seal_of(content: Mapping[str, Any]) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(content, indent=2).encode())
+
+
+def mark_files(folder: Path) -> Iterator[tuple[str, FileMark]]:
+    """Size and hash of all files below a folder, by their names relative to it."""
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and not path.name.startswith(Path(TRAINER_STATE).name):
+            mark = FileMark(size=path.stat().st_size, hash=hash_file(path))
+            yield str(path.relative_to(folder)), mark
+
+
+def hash_file(path: Path) -> str:
+    """XXH3 of a file, 128 bits in hexadecimal: it finds accidents, not forgery."""
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while block := file.read(BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 def temporary_folder(final: Path) -> Path:
     """Name under which a folder is written before it is renamed; never taken for a checkpoint."""
     return final.with_name(f".{final.name}.tmp")
@@ -330,16 +232,17 @@ def publish(temporary: Path, final: Path) -> None:
     _sync(final.parent)
 
 
-def remove(path: Path) -> None:
-    """Delete a folder, a file or a link, whichever it is, if it is there.
+def remove(folder: Path) -> None:
+    """Delete a folder; renaming it first keeps half a deletion from leaving half a checkpoint.
 
     Raises:
         OSError: If it cannot be deleted.
     """
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+    if not folder.exists():
+        return
+    doomed = folder if folder.name.startswith(".") else temporary_folder(folder)
+    folder.rename(doomed)
+    shutil.rmtree(doomed)
 
 
 def _sync(path: Path) -> None:
@@ -354,115 +257,88 @@ def _sync(path: Path) -> None:
 
 
 def read_state(checkpoint: Path) -> TrainerState | None:
-    """What a checkpoint says of itself; None if it has weights only.
+    """What a checkpoint says of itself; None if it has only weights, or an older state.
 
     Raises:
-        DamagedCheckpoint: If that is not as it was written.
+        FileError: If the file was changed since it was written.
+        OSError: If it cannot be read.
     """
     path = checkpoint / TRAINER_STATE
     if not path.parent.exists():
         return None
+    content = read_json(path)
+    if content.get("format") in range(1, STATE_FORMAT):
+        return None
+    if content.pop("seal", None) != _seal_of(content):
+        raise FileError(f"{path} is not as it was written")
     try:
-        text = path.read_text(encoding="utf-8")
-        content = read_json(path)
-        state = TypeAdapter(TrainerState).validate_python(
-            {**content, "files": _old_marks(content.get("files"))}
-        )
+        return TypeAdapter(TrainerState).validate_python(content)
     except ValidationError as error:
         where = ".".join(map(str, error.errors()[0]["loc"]))
-        raise DamagedCheckpoint(f"{path}: {where}: {error.errors()[0]['msg']}") from None
-    except (OSError, ValueError) as error:
-        raise DamagedCheckpoint(f"{path} is not readable: {error}") from None
-    seal = _SEAL.search(text)
-    body = text if seal is None else text[: seal.start()] + "\n}"
-    is_sound = seal is not None and xxhash.xxh3_128_hexdigest(body.encode()) == seal[1]
-    if not is_sound and (seal is not None or state.has_hashes):
-        raise DamagedCheckpoint(f"{path} is not as it was written")
-    return state
-
-
-def _old_marks(files: Any) -> Any:
-    """Format 2 had sizes only."""
-    if not isinstance(files, dict):
-        return {} if files is None else files
-    return {name: {"size": mark} if isinstance(mark, int) else mark for name, mark in files.items()}
+        raise FileError(f"{path}: {where}: {error.errors()[0]['msg']}") from None
 
 
 def verify(checkpoint: Path, state: TrainerState, average_folder: Path) -> None:
-    """Compare all files of a checkpoint with what was written.
+    """Compare all files of a checkpoint with those that were written.
 
     Raises:
-        DamagedCheckpoint: Naming the first that is not the same.
+        FileError: Naming the first file that differs.
     """
     for folder, marks in ((checkpoint, state.files), (average_folder, state.average)):
         for name, mark in marks.items():
             path = folder / name
             check_inside(folder, path)
             if not path.is_file():
-                raise DamagedCheckpoint(f"{path} is missing")
-            if path.stat().st_size != mark.size:
-                size = path.stat().st_size
-                raise DamagedCheckpoint(f"{path} has {size} bytes instead of {mark.size}")
-            if mark.hash is not None and hash_file(path) != mark.hash:
-                raise DamagedCheckpoint(f"{path} is not as it was written: its hash differs")
+                raise FileError(f"{path} is missing")
+            size = path.stat().st_size
+            if size != mark.size:
+                raise FileError(f"{path} has {size} bytes instead of {mark.size}")
+            if hash_file(path) != mark.hash:
+                raise FileError(f"{path} is not as it was written: its hash differs")
 
 
 def check_inside(folder: Path, path: Path) -> None:
     """Check that neither a name nor a link leads out of a checkpoint.
 
     Raises:
-        DamagedCheckpoint: If one does.
+        FileError: If one does.
     """
     if not path.resolve().is_relative_to(folder.resolve()):
-        raise DamagedCheckpoint(f"{path} leads out of the checkpoint, to {path.resolve()}")
+        raise FileError(f"{path} leads out of the checkpoint, to {path.resolve()}")
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
     """Read a file of tensors; nothing in it is run.
 
     Raises:
-        DamagedCheckpoint: If it holds anything else, or is cut short.
+        FileError: If it is damaged, or holds anything else.
     """
-    try:
+    with _reading(file):
         tensors = read_weights(file)
-        if all(isinstance(value, Tensor) for value in tensors.values()):
-            return tensors
-        reason = "it holds more than tensors"
-    except (SafetensorError, OSError, AttributeError) as error:
-        reason = str(error)
-    except Exception as error:  # torch.load has many, and those of pickle
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-    raise DamagedCheckpoint(f"{file} is not a readable file of tensors: {reason}")
-
-
-def read_engine(checkpoint: Path) -> dict[str, Tensor] | None:
-    """Masters and optimizer state of a checkpoint, see engine_state.py; None if it has none.
-
-    Raises:
-        DamagedCheckpoint: If they cannot be read.
-    """
-    file = checkpoint / ENGINE
-    if file.is_file():
-        return read_tensors(file)
-    try:
-        return read_engine_folder(checkpoint / STATE / "engine")
-    except Exception as error:  # as for tensors
-        raise DamagedCheckpoint(f"{checkpoint / STATE / 'engine'}: {error}") from error
+        if not all(isinstance(value, Tensor) for value in tensors.values()):
+            raise TypeError("it holds more than tensors")
+    return tensors
 
 
 def read_rank(checkpoint: Path, rank: int) -> dict[str, Any]:
-    """What a process wrote down of its own.
+    """The part of a checkpoint's state that one process wrote.
 
     Raises:
-        DamagedCheckpoint: If that cannot be read.
+        FileError: If it cannot be read.
     """
     file = checkpoint / STATE / f"rank_{rank}.pt"
-    try:
+    with _reading(file):
         state = torch.load(file, map_location="cpu", weights_only=True)
         missing = {"data", "random", "window", "scaler"} - set(state)
-    except Exception as error:
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise DamagedCheckpoint(f"{file} is not readable: {reason}") from error
-    if missing:
-        raise DamagedCheckpoint(f"{file} lacks {', '.join(sorted(missing))}")
+        if missing:
+            raise KeyError(", ".join(sorted(missing)))
     return state
+
+
+@contextmanager
+def _reading(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # torch, pickle and safetensors have many
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise FileError(f"{file} is not readable: {reason}") from error

@@ -12,44 +12,19 @@ from typing import Any, NoReturn
 import numpy as np
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from diffnext.config.load import parse
 from diffnext.config.schema import TrainConfig
-from diffnext.config.targets import (
-    config_to_object,
-)
-from diffnext.engine import snapshot as snapshots
-from diffnext.engine.checkpoint_writer import CheckpointWriter
-from diffnext.engine.control import (
-    Agreement,
-    HeldSignal,
-    ProcessLost,
-    StopRequests,
-    TrainingError,
-    TrainingStopped,
-    is_lost_connection,
-)
-from diffnext.engine.engine_state import (
-    capture_random_state,
-    make_engine_state,
-    restore_random_state,
-)
+from diffnext.config.targets import config_to_object
+from diffnext.engine import control, engine_state, run_parts, snapshot
+from diffnext.engine.checkpoint_writer import CheckpointWriter, Snapshot
 from diffnext.engine.engine_utils import get_param_groups, manual_seed
 from diffnext.engine.reporting import Reporter, StepResult
 from diffnext.engine.resume import ResumePoint, describe_run
 from diffnext.engine.run_inputs import RunInputs, open_inputs
-from diffnext.engine.run_parts import (
-    build_ema,
-    build_loader,
-    build_training_pipeline,
-    make_recipe,
-    trained_weights,
-)
-from diffnext.engine.snapshot import Snapshot
-from diffnext.engine.step_values import find_nonfinite, mean_of
-from diffnext.engine.stepping import Outcome, Stepper
+from diffnext.engine.stepping import Outcome, Stepper, mean_by_name
 from diffnext.engine.validation import Validator
 from diffnext.models.transformers.transformer_nova import NOVATransformer3DModel
 from diffnext.utils.profiler import Timer, get_progress
@@ -60,8 +35,8 @@ class OpenStep:
     """A step that was launched, and not looked at yet.
 
     Attributes:
-        result: To be reported, if it was applied.
-        outcome: Whether it was.
+        result: To be reported if it was applied.
+        outcome: Tells whether it was.
         num_read: Examples of this process that were read by then.
     """
 
@@ -82,10 +57,10 @@ class Trainer:
         logger: Where the run reports.
         inputs: What the run reads; default: opened here.
         resume: Where to continue; default: at the start.
-        run_id: Of the run, written to its checkpoints.
-        wandb_run_id: Of the tracker's run, kept across resumes.
+        run_id: Id of the run, written to its checkpoints.
+        wandb_run_id: Id of the tracker's run, kept across resumes.
         user_config: Configuration as the user gave it, saved with checkpoints; default ``config``.
-        stop: Asked between steps whether to go on; default: nobody stops the run.
+        stop: Asked between steps whether to continue; default: nobody stops the run.
 
     Raises:
         ConfigError: If the configuration cannot be built.
@@ -101,7 +76,7 @@ class Trainer:
         run_id: str = "",
         wandb_run_id: str | None = None,
         user_config: DictConfig | None = None,
-        stop: StopRequests | None = None,
+        stop: control.StopRequests | None = None,
     ) -> None:
         if user_config is None and isinstance(config, DictConfig):
             user_config = config
@@ -111,43 +86,20 @@ class Trainer:
         self.inputs = open_inputs(self.config) if inputs is None else inputs
         self.run_id = run_id
         self.wandb_run_id = wandb_run_id
-        self.stop = StopRequests() if stop is None else stop
+        self.stop = control.StopRequests() if stop is None else stop
         self.global_step = 0 if resume is None else resume.step
         self._saved_step = self.global_step  # nothing is new yet
         self._open_step: OpenStep | None = None
         self._num_read = 0
 
         # First, as it fails fastest. Its processes only start with the first batch.
-        self.loader = build_loader(self.config, self.inputs, accelerator)
-        self._reader_deaths = HeldSignal(signal.SIGCHLD)
-        self.pipeline = build_training_pipeline(self.config, self.inputs, accelerator, resume)
-        self.ema = None
-        if accelerator.is_main_process:
-            self.ema = build_ema(self.config, self.pipeline.model, resume)
-        model = self.pipeline.prepare_model(self.config)
-        if self.config.training.compile:
-            model.compile_parts()
-        self.optimizer = config_to_object(self.config.optimizer, params=get_param_groups(model))
-        self.lr_scheduler = config_to_object(self.config.lr_scheduler)
-        self.agreement = Agreement(accelerator)
-        self.validator = Validator(self.config, self.inputs, accelerator, self.pipeline, logger)
-        if any(facts.has_single_frames for facts in self.inputs.datasets) and self._makes_videos:
-            # What reads earlier frames has no part in a batch without any.
-            accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
-        self.model, self.optimizer = accelerator.prepare(model, self.optimizer)
-        self.stepper = Stepper(self.config, accelerator, self.pipeline, self.model, self.optimizer)
-        if self.stepper.uses_deepspeed:
-            # Else it checks gradients in fp16 only. A step that is not finite is left out.
-            self.model.optimizer.check_grad_overflow = True
-        self.engine = make_engine_state(
-            accelerator, self.model, self.optimizer, trained_only=self.config.model.lora is not None
-        )
+        self.loader = run_parts.build_loader(self.config, self.inputs, accelerator)
+        self._reader_deaths = control.HeldSignal(signal.SIGCHLD)
+        self.agreement = control.Agreement(accelerator)
+        self._prepare_model(resume)
+        config_yaml = "" if user_config is None else OmegaConf.to_yaml(user_config)
         self.writer = CheckpointWriter(
-            make_recipe(self.config, self.inputs, self.bare_model, user_config),
-            accelerator,
-            self.config.checkpoint,
-            run_id,
-            logger,
+            self.config, self.inputs, accelerator, self.bare_model, run_id, config_yaml, logger
         )
         self.timer = Timer()
         self.reporter = Reporter(self.config, accelerator, logger)
@@ -155,14 +107,32 @@ class Trainer:
             failure = f"{resume.checkpoint} cannot be continued"
             self.agreement.together(lambda: self._restore(resume), failure)
 
-    @property
-    def _makes_videos(self) -> bool:
-        return self.pipeline.model.config.video_base_size[0] > 1
-
-    @property
-    def max_steps(self) -> int:
-        """Steps of the whole run."""
-        return self.config.training.max_train_steps
+    def _prepare_model(self, resume: ResumePoint | None) -> None:
+        """Load the pipeline, and give model and optimizer to the engine."""
+        config, inputs, accelerator = self.config, self.inputs, self.accelerator
+        self.pipeline = run_parts.build_training_pipeline(config, inputs, accelerator, resume)
+        self.ema = None
+        if accelerator.is_main_process:
+            self.ema = run_parts.build_ema(config, self.pipeline.model, resume)
+        model = self.pipeline.prepare_model(config)
+        if config.training.compile:
+            model.compile_parts()
+        self.optimizer = config_to_object(config.optimizer, params=get_param_groups(model))
+        self.lr_scheduler = config_to_object(config.lr_scheduler)
+        self.validator = Validator(config, inputs, accelerator, self.pipeline, self.logger)
+        makes_videos = self.pipeline.model.config.video_base_size[0] > 1
+        if makes_videos and any(facts.has_single_frames for facts in inputs.datasets):
+            # The parts that read earlier frames get no gradient from a batch without any.
+            accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
+        self.model, self.optimizer = accelerator.prepare(model, self.optimizer)
+        self.stepper = Stepper(config, accelerator, self.pipeline, self.model, self.optimizer)
+        if self.stepper.uses_deepspeed:
+            # It would check gradients in fp16 only.
+            self.model.optimizer.check_grad_overflow = True
+        is_lora = config.model.lora is not None
+        self.engine = engine_state.make_engine_state(
+            accelerator, self.model, self.optimizer, trained_only=is_lora
+        )
 
     @property
     def bare_model(self) -> NOVATransformer3DModel:
@@ -172,57 +142,50 @@ class Trainer:
     # Stepping
 
     def train_loop(self) -> None:
-        """Step until ``training.max_train_steps``, then log and save what is left.
+        """Step until ``training.max_train_steps``, then log and save the rest.
 
         Raises:
             TrainingStopped: If asked to stop; the checkpoint is written.
-            TrainingError: If the run cannot go on, on every process.
+            TrainingError: If the run cannot continue, on every process.
         """
+        max_steps = self.config.training.max_train_steps
         self.accelerator.step = 0  # micro-batches are counted from a whole step
         self.reporter.rewind(self.global_step)
         try:
             with self._reader_deaths.held(), self.reporter.progress_bar(self.global_step):
-                while self.global_step < self.max_steps:
-                    self._advance()
+                while self.global_step < max_steps:
+                    with self.timer.tic_and_toc():
+                        self.run_step(self.config.training.gradient_accumulation_steps)
+                    self.global_step += 1
+                    self.reporter.advance()
+                    self._after_step(is_last=self.global_step == max_steps)
             self.writer.wait()
         except RuntimeError as error:
-            if not is_lost_connection(error):
+            if not control.is_lost_connection(error):
                 raise
-            raise ProcessLost(
+            raise control.ProcessLost(
                 f"step {self.global_step} was cut short: another process of the run is gone. Its "
-                "own message, or that of the launcher, says why"
+                "own message, or the launcher's, says why"
             ) from error
-
-    def _advance(self) -> None:
-        """Do one step and everything that is due after it."""
-        with self.timer.tic_and_toc():
-            self.run_step(self.config.training.gradient_accumulation_steps)
-        self.global_step += 1
-        self.reporter.advance()
-        self._after_step(is_last=self.global_step == self.max_steps)
 
     def run_step(self, accum_steps: int) -> StepResult:
         """Do one optimizer step, unless a process was asked to stop.
 
-        Whether it was finite, and so applied, is looked at in the next step, or before anything is
-        reported or saved.
+        Whether it was applied is looked at in the next step, or before anything is reported or
+        saved: it is left out if a loss or gradient is NaN or infinite.
 
         Args:
             accum_steps: Micro-batches whose gradients are averaged.
 
         Raises:
-            TrainingError: If a process has no data, or if the step before was not finite and
+            TrainingError: If a process has no data, or if the step before was left out and
                 ``training.on_nonfinite`` says stop.
             TrainingStopped: If asked to stop; the checkpoint is written.
         """
         batches = self._read_batches(accum_steps)
         lr = self._set_learning_rate()
         num_tokens = sum(self._count_tokens(batch) for batch in batches)
-        found: dict[str, list[Tensor]] = {}  # one frame has another loss than several
-        for batch in batches:
-            for name, value in self.stepper.run_micro_batch(batch).items():
-                found.setdefault(name, []).append(value)
-        metrics = {name: mean_of(values) for name, values in sorted(found.items())}
+        metrics = mean_by_name([self.stepper.run_micro_batch(batch) for batch in batches])
         outcome = self.stepper.step_optimizer()
         result = StepResult(self.global_step, lr, metrics, outcome.norm, num_tokens)
         self._look_at_open_step()
@@ -230,7 +193,7 @@ class Trainer:
         return result
 
     def _read_batches(self, count: int) -> list[dict[str, Any]]:
-        """The batches of a step; one exchange tells whether every process has them and goes on."""
+        """The batches of a step; one exchange tells whether every process has them."""
 
         def read() -> list[dict[str, Any]]:
             self.writer.raise_error()
@@ -249,7 +212,7 @@ class Trainer:
         return batches
 
     def _look_at_open_step(self) -> None:
-        """Pass a step on to be reported, if it was applied; collective, if it was not."""
+        """Report a step if it was applied; else name the culprit, which is collective."""
         step, self._open_step = self._open_step, None
         if step is None:
             return
@@ -259,21 +222,21 @@ class Trainer:
             self._handle_nonfinite(step)
 
     def _handle_nonfinite(self, step: OpenStep) -> None:
-        """Name what is not finite and stop, or leave the step out; collective.
+        """Name the culprit and stop, or leave the step out; collective.
 
-        In fp16 the scaler searches for the largest scale that does not overflow, so that only a
-        loss that is not finite counts.
+        In fp16 the scaler searches for the largest scale that does not overflow, so only NaN or
+        infinity in a loss counts.
 
         Raises:
             TrainingError: If ``training.on_nonfinite`` says stop.
         """
         training = self.config.training
-        name = find_nonfinite(step.result.metrics)
         culprit = None
-        if name is not None:
-            count = training.batch_size * training.gradient_accumulation_steps
-            examples = self.loader.describe_last(count, skip=self._num_read - step.num_read)
-            culprit = f"{name} on {examples}"
+        for name, value in step.result.metrics.items():
+            if culprit is None and not math.isfinite(value.item()):
+                count = training.batch_size * training.gradient_accumulation_steps
+                examples = self.loader.describe_last(count, skip=self._num_read - step.num_read)
+                culprit = f"{name} is {value.item()} on {examples}"
         culprits = self.agreement.collect(culprit)
         if not culprits and training.mixed_precision == "fp16":
             return
@@ -283,7 +246,7 @@ class Trainer:
         if training.on_nonfinite == "skip":
             self.logger.warning("%s. This step is left out", text)
             return
-        raise TrainingError(f"{text}. Nothing of this step was applied")
+        raise control.TrainingError(f"{text}. Nothing of this step was applied")
 
     def _count_tokens(self, batch: Mapping[str, Any]) -> int:
         """Latent tokens of a batch: frames x rows x columns of the image encoder's patches."""
@@ -297,13 +260,14 @@ class Trainer:
         return lr
 
     def _after_step(self, is_last: bool) -> None:
-        """Log, average and save as the intervals ask; the last step does whatever is still due."""
+        """Log, average, save and validate at their intervals; the first three also at the end."""
         experiment, ema = self.config.experiment, self.config.ema
         if is_last or (self.global_step - 1) % experiment.log_every == 0:
             self._look_at_open_step()
             self.reporter.report()
         if self.global_step % (10 * experiment.log_every) == 0:
-            self.logger.info(get_progress(self.timer, self.global_step, self.max_steps))
+            max_steps = self.config.training.max_train_steps
+            self.logger.info(get_progress(self.timer, self.global_step, max_steps))
         if ema is not None and (is_last or self.global_step % ema.params.update_every == 0):
             self.update_ema()
         if is_last or self.global_step % experiment.save_every == 0:
@@ -322,7 +286,7 @@ class Trainer:
         self.logger.info("Stopping at step %d: %s", self.global_step, reason)
         self.save()
         self.writer.wait()
-        raise TrainingStopped(f"stopped at step {self.global_step}: {reason}")
+        raise control.TrainingStopped(f"stopped at step {self.global_step}: {reason}")
 
     def update_ema(self) -> None:
         """Move the average toward the master weights; every process takes part."""
@@ -347,7 +311,7 @@ class Trainer:
     # Saving and resuming
 
     def save(self) -> None:
-        """Write the checkpoint of the current step, unless nothing is new; collective.
+        """Write the checkpoint of the current step, unless it is already written; collective.
 
         Raises:
             TrainingError: On every process, if any could not write.
@@ -366,28 +330,24 @@ class Trainer:
         engine = self.agreement.together(gather, "the state could not be gathered")
         average = None
         if self.ema is not None:
-            weights = trained_weights(self.config, self.ema.model.state_dict())
+            weights = run_parts.trained_weights(self.config, self.ema.model.state_dict())
             average = {n: v.detach().to("cpu", copy=is_async) for n, v in weights.items()}
+        state = describe_run(
+            self.config,
+            self.inputs,
+            step=self.global_step,
+            num_processes=self.accelerator.num_processes,
+            run_id=self.run_id,
+            wandb_run_id=self.wandb_run_id,
+        )
+        rank_state = {
+            "data": self.loader.state_dict(),
+            "random": engine_state.capture_random_state(self.accelerator.device),
+            "window": self.reporter.state_dict(),
+            "scaler": self.engine.scaler_state(),
+        }
         self.writer.write(
-            Snapshot(
-                trainer_state=describe_run(
-                    self.config,
-                    self.inputs,
-                    step=self.global_step,
-                    num_processes=self.accelerator.num_processes,
-                    run_id=self.run_id,
-                    wandb_run_id=self.wandb_run_id,
-                ),
-                rank=self.accelerator.process_index,
-                rank_state={
-                    "data": self.loader.state_dict(),
-                    "random": capture_random_state(self.accelerator.device),
-                    "window": self.reporter.state_dict(),
-                    "scaler": self.engine.scaler_state(),
-                },
-                engine=engine,
-                average=average,
-            )
+            Snapshot(state=state, rank_state=rank_state, engine=engine, average=average)
         )
         self._saved_step = self.global_step
 
@@ -395,35 +355,32 @@ class Trainer:
         """Restore engine, random states, data position and open reports as far as they fit.
 
         Raises:
-            DamagedCheckpoint: If a file does not hold what it should.
-            ValueError: If it is that of another model.
+            ValueError: If a file is damaged, or belongs to another model.
         """
-        engine = None if resume.state is None else snapshots.read_engine(resume.checkpoint)
-        if engine is None:
+        if resume.state is None:
+            self._draw_fresh_random_numbers()
             self.logger.warning(
                 "%s holds no optimizer state: continuing with its weights and step only. THE "
                 "OPTIMIZER STATE IS RESET, and so are the random states",
                 resume.checkpoint,
             )
-        else:
-            self.engine.load(engine)
-        num_saved = None if resume.state is None else resume.state.num_processes
-        is_same = num_saved == self.accelerator.num_processes
-        if engine is None or not is_same:
-            self._draw_fresh_random_numbers()
-        if num_saved is None:
             self.logger.warning("%s holds no data position: data restarts", resume.checkpoint)
             return
+        self.engine.load(snapshot.read_tensors(resume.checkpoint / snapshot.ENGINE))
+        num_saved = resume.state.num_processes
+        is_same = num_saved == self.accelerator.num_processes
         rank = self.accelerator.process_index if is_same else 0
-        saved = snapshots.read_rank(resume.checkpoint, rank)
+        saved = snapshot.read_rank(resume.checkpoint, rank)
         self._restore_data_position(saved["data"], num_saved)
-        if engine is not None and is_same:
-            restore_random_state(saved["random"], self.accelerator.device)
+        if is_same:
+            engine_state.restore_random_state(saved["random"], self.accelerator.device)
             self.reporter.load_state_dict(saved["window"])
+        else:
+            self._draw_fresh_random_numbers()
         self.engine.load_scaler_state(saved["scaler"])
 
     def _draw_fresh_random_numbers(self) -> None:
-        """Seed anew, so that the numbers of the first steps are not drawn once more."""
+        """Seed anew: the numbers of the first steps must not be drawn again."""
         seeds = np.random.SeedSequence([self.config.training.seed, self.global_step])
         seed = int(seeds.generate_state(1)[0])
         manual_seed(seed, (self.accelerator.device, seed))

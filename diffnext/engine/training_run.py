@@ -1,13 +1,12 @@
-"""One run of training, from a configuration to its end, whichever way it ends."""
+"""One run of training, from the command line to its end."""
 
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import secrets
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,13 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from diffnext.config.load import Draft, parse_for_rank, read_config, save_config
 from diffnext.config.schema import TrainConfig
 from diffnext.config.targets import ConfigError
-from diffnext.engine.control import (
-    EXIT_STOPPED,
-    Agreement,
-    StopRequests,
-    TrainingError,
-    TrainingStopped,
-)
+from diffnext.engine.control import EXIT_STOPPED, Agreement, StopRequests, TrainingStopped
 from diffnext.engine.dry_run import dry_run
 from diffnext.engine.engine_utils import count_params, manual_seed
 from diffnext.engine.output_lock import locked
@@ -33,7 +26,6 @@ from diffnext.engine.run_inputs import RunInputs, open_inputs
 from diffnext.engine.snapshot import STATUS_FILE, RunFolder
 from diffnext.engine.train_engine import Trainer
 from diffnext.utils.accelerate_utils import (
-    RankLogger,
     build_accelerator,
     build_trackers,
     set_logger,
@@ -50,7 +42,7 @@ class Start:
     Attributes:
         inputs: What the run reads.
         resume: Where it continues; None for a fresh start.
-        run_id: Tells its checkpoints from those of other runs.
+        run_id: Id of the run, by which it finds its own checkpoints.
         notes: Warnings.
     """
 
@@ -58,11 +50,6 @@ class Start:
     resume: ResumePoint | None
     run_id: str
     notes: tuple[str, ...]
-
-    @property
-    def step(self) -> int:
-        """Steps that are done already."""
-        return 0 if self.resume is None else self.resume.step
 
 
 def train(argv: Sequence[str]) -> None:
@@ -74,31 +61,32 @@ def train(argv: Sequence[str]) -> None:
     Raises:
         ConfigError: Naming everything that keeps the run from starting.
         TrainingStopped: If asked to stop early.
-        TrainingError: If the run cannot go on.
+        TrainingError: If the run cannot continue.
     """
     user_config, config = load(argv)
     if config.training.dry_run:
         accelerator = build_accelerator(config)
-        report = print if accelerator.is_main_process else _report_nothing
-        sys.exit(0 if dry_run(config, accelerator, report) else 1)
+        sys.exit(0 if dry_run(config, accelerator, print) else 1)
     with contextlib.ExitStack() as stack:
-        stop = stack.enter_context(StopRequests(parse_duration(config.training.time_limit)))
+        time_limit = parse_duration(config.training.time_limit)
+        stop = stack.enter_context(StopRequests(time_limit).listening())
         accelerator = build_accelerator(config, log_with="wandb")
         agreement = Agreement(accelerator)
         start = agreement.decide(lambda: _decide(config, accelerator, stack))
         if accelerator.process_index:
             config = parse_for_rank(user_config, accelerator.process_index)
-        _train(config, user_config, accelerator, start, stop)
+        with _leaving_word(Path(config.experiment.output_dir), start.run_id, accelerator):
+            _train(config, user_config, accelerator, start, stop)
 
 
 def load(argv: Sequence[str]) -> tuple[DictConfig, TrainConfig]:
-    """Merge file and command line, parse the result, and find everything that is wrong.
+    """Merge file and command line, and parse the result.
 
-    If the sections are sound that say what a run reads, that is looked at, too, so that all errors
-    come at once.
+    If it has errors, but not in the sections that name the inputs, the inputs are checked as well:
+    all errors are printed at once.
 
     Raises:
-        ConfigError: Naming each.
+        ConfigError: Naming each error.
     """
     user_config, origins = read_config(argv)
     draft = Draft(user_config, TrainConfig, origins)
@@ -109,7 +97,7 @@ def load(argv: Sequence[str]) -> tuple[DictConfig, TrainConfig]:
         stand_ins={"experiment.output_dir": ".", "training.max_train_steps": 1},
     )
     problems = list(draft.problems)
-    if sound is not None and os.environ.get("RANK", "0") == "0":  # which prints them
+    if sound is not None and os.environ.get("RANK", "0") == "0":  # the one that prints them
         try:
             open_inputs(sound, int(os.environ.get("WORLD_SIZE", 1)))
         except ConfigError as error:
@@ -119,10 +107,10 @@ def load(argv: Sequence[str]) -> tuple[DictConfig, TrainConfig]:
 
 
 def _decide(config: TrainConfig, accelerator: Accelerator, stack: contextlib.ExitStack) -> Start:
-    """Take the output folder, open what the run reads and choose where it continues.
+    """Open what the run reads, take the output folder and choose where to continue.
 
     Raises:
-        ConfigError: If the run cannot be begun.
+        ConfigError: If the run cannot begin.
     """
     output_dir = Path(config.experiment.output_dir)
     inputs = open_inputs(config, accelerator.num_processes)
@@ -140,7 +128,7 @@ def _decide(config: TrainConfig, accelerator: Accelerator, stack: contextlib.Exi
     elif run.steps():
         notes.append(
             f"{output_dir} has checkpoints of another run, up to step {run.steps()[-1]}: this one "
-            "starts afresh and leaves them alone; of the same step, they are moved away"
+            "starts afresh and leaves them alone, but moves away those in its way"
         )
     run_id = None
     if resume is not None and config.experiment.resume_from_checkpoint == LATEST:
@@ -151,6 +139,31 @@ def _decide(config: TrainConfig, accelerator: Accelerator, stack: contextlib.Exi
     return Start(inputs=inputs, resume=resume, run_id=run_id, notes=tuple(notes))
 
 
+@contextlib.contextmanager
+def _leaving_word(output_dir: Path, run_id: str, accelerator: Accelerator) -> Iterator[None]:
+    """Say in ``status.json`` how the run ends: launchers turn every exit code but 0 into 1."""
+
+    def write(status: str, message: str = "", exit_code: int = 0) -> None:
+        if accelerator.is_main_process:
+            content = {"run": run_id, "status": status, "message": message}
+            with contextlib.suppress(OSError):
+                write_json(output_dir / STATUS_FILE, {**content, "exit_code": exit_code})
+
+    write("running")
+    try:
+        yield
+    except BaseException as error:
+        is_stop = isinstance(error, TrainingStopped)
+        write("stopped" if is_stop else "failed", str(error), EXIT_STOPPED if is_stop else 1)
+        # Leave the process group alone: other processes may be waiting in it.
+        for tracker in accelerator.trackers:
+            with contextlib.suppress(Exception):
+                tracker.finish()
+        raise
+    write("finished")
+    accelerator.end_training()
+
+
 def _train(
     config: TrainConfig,
     user_config: DictConfig,
@@ -158,61 +171,31 @@ def _train(
     start: Start,
     stop: StopRequests,
 ) -> None:
-    """Train, and leave word of how it ended."""
-    status = Status(Path(config.experiment.output_dir), start.run_id, accelerator)
-    try:
-        logger = set_logger(config.experiment.output_dir, accelerator=accelerator)
-        for note in start.notes:
-            logger.warning("%s", note)
-        rank_seed = config.training.seed
-        seed = rank_seed - accelerator.process_index
-        manual_seed(seed, (accelerator.device, rank_seed))
-        saved = None if start.resume is None else start.resume.state
-        wandb_run_id = None if saved is None else saved.wandb_run_id
-        wandb_run_id = build_trackers(config, accelerator, wandb_run_id, first_step=start.step)
-        logger.info("Config:\n%s", OmegaConf.to_yaml(user_config))
-        if accelerator.is_main_process:
-            with warn_on_error(logger, "config.yaml is not written"):
-                save_config(user_config, Path(config.experiment.output_dir) / "config.yaml")
-        status.write("running")
-        _step_to_the_end(config, user_config, accelerator, logger, start, stop, wandb_run_id)
-    except BaseException as error:
-        is_stop = isinstance(error, TrainingStopped)
-        code = EXIT_STOPPED if is_stop else 1
-        status.write("stopped" if is_stop else "failed", str(error), code)
-        # Leave the process group alone: other processes may be waiting in it.
-        for tracker in accelerator.trackers:
-            with contextlib.suppress(Exception):
-                tracker.finish()
-        raise
-    status.write("finished")
-    accelerator.end_training()
-
-
-def _step_to_the_end(
-    config: TrainConfig,
-    user_config: DictConfig,
-    accelerator: Accelerator,
-    logger: logging.Logger | RankLogger,
-    start: Start,
-    stop: StopRequests,
-    wandb_run_id: str | None,
-) -> None:
-    max_steps = config.training.max_train_steps
-    if start.resume is not None and start.step >= max_steps:
-        logger.info(
-            "Nothing to do: %s is at step %d and training.max_train_steps is %d",
-            start.resume.checkpoint,
-            start.step,
-            max_steps,
-        )
+    """Set up log, seeds and trackers, and step to the end."""
+    output_dir, max_steps = config.experiment.output_dir, config.training.max_train_steps
+    resume = start.resume
+    first_step = 0 if resume is None else resume.step
+    logger = set_logger(output_dir, accelerator=accelerator)
+    for note in start.notes:
+        logger.warning("%s", note)
+    rank_seed = config.training.seed
+    manual_seed(rank_seed - accelerator.process_index, (accelerator.device, rank_seed))
+    saved_id = None if resume is None or resume.state is None else resume.state.wandb_run_id
+    wandb_run_id = build_trackers(config, accelerator, saved_id, first_step=first_step)
+    logger.info("Config:\n%s", OmegaConf.to_yaml(user_config))
+    if accelerator.is_main_process:
+        with warn_on_error(logger, "config.yaml is not written"):
+            save_config(user_config, Path(output_dir) / "config.yaml")
+    if resume is not None and first_step >= max_steps:
+        text = "Nothing to do: %s is at step %d and training.max_train_steps is %d"
+        logger.info(text, resume.checkpoint, first_step, max_steps)
         return
     trainer = Trainer(
         config,
         accelerator,
         logger,
         inputs=start.inputs,
-        resume=start.resume,
+        resume=resume,
         run_id=start.run_id,
         wandb_run_id=wandb_run_id,
         user_config=user_config,
@@ -220,42 +203,7 @@ def _step_to_the_end(
     )
     with contextlib.closing(trainer):
         logger.info("#Params: %.2fM", count_params(trainer.bare_model))
-        if start.resume is not None:
-            logger.info("Resume from %s at step %d", start.resume.checkpoint, start.step)
+        if resume is not None:
+            logger.info("Resume from %s at step %d", resume.checkpoint, resume.step)
         logger.info("Start training...")
         trainer.train_loop()
-
-
-@dataclass(frozen=True)
-class Status:
-    """Leaves word of how a run ended: launchers turn every exit code but 0 into 1.
-
-    Attributes:
-        output_dir: Gets ``status.json`` from the main process.
-        run_id: Of the run.
-        accelerator: Knows the processes.
-    """
-
-    output_dir: Path
-    run_id: str
-    accelerator: Accelerator
-
-    def write(self, status: str, message: str = "", exit_code: int = 0) -> None:
-        """Write it down; a file that cannot be written is no reason to end a run.
-
-        Args:
-            status: "running", "finished", "stopped" or "failed".
-            message: Details.
-            exit_code: Of the process.
-        """
-        if self.accelerator.is_main_process:
-            content = {"run": self.run_id, "status": status, "message": message}
-            with contextlib.suppress(OSError):
-                write_json(self.output_dir / STATUS_FILE, {**content, "exit_code": exit_code})
-
-
-def _report_nothing(text: str) -> None:
-    """Keep ranks other than 0 silent."""
-
-
-__all__ = ["Start", "TrainingError", "load", "train"]

@@ -1,8 +1,8 @@
-"""Looking at a run while it goes on: samples of fixed prompts, and the loss on held-out examples.
+"""Watching a run: samples of fixed prompts, and the loss on held-out examples.
 
 Samples go to ``<output_dir>/validation/step-<N>/``: ``raw`` and ``ema``, as ``.png`` or, for
-videos, ``.mp4``; rows are prompts, columns are seeds. Nothing here moves the random states of the
-run, and no failure of the samples ends it.
+videos, ``.mp4``; rows are prompts, columns are seeds. The random states of the run stay as they
+are, and no failure of the samples ends it.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ import contextlib
 import copy
 import functools
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from diffnext.config.schema import TrainConfig
@@ -29,7 +29,7 @@ from diffnext.engine.engine_state import preserved_random_state
 from diffnext.engine.engine_utils import manual_seed
 from diffnext.engine.model_ema import copy_module
 from diffnext.engine.run_inputs import RunInputs
-from diffnext.engine.step_values import mean_of
+from diffnext.engine.stepping import detach_metrics, mean_by_name
 from diffnext.utils.accelerate_utils import Logger, precision_to_dtype, warn_on_error
 from diffnext.utils.export_utils import export_to_image, export_to_video
 
@@ -44,8 +44,8 @@ class Validator:
 
     Args:
         config: Training configuration; its ``validation`` section has the settings.
-        inputs: The datasets, and what of them is held out.
-        accelerator: Knows processes and trackers.
+        inputs: The datasets with their held-out examples.
+        accelerator: Has the processes and trackers.
         pipeline: The training pipeline, whose components are used. Its model is not yet prepared
             for the engine, which may shard it.
         logger: Where to report.
@@ -74,7 +74,7 @@ class Validator:
             self._whole = copy_module(pipeline.model, with_weights=False)
 
     def is_due(self, step: int) -> bool:
-        """Whether to validate after so many steps."""
+        """Whether to validate after a step."""
         return self.options.every is not None and step % self.options.every == 0
 
     def run(self, step: int, model: nn.Module, average: nn.Module | None) -> dict[str, float]:
@@ -90,55 +90,43 @@ class Validator:
         """
         with (
             preserved_random_state(self.accelerator.device),
-            torch.no_grad(),  # without which nothing compiled for training is run
+            torch.no_grad(),  # so that the parts compiled for training are not used
         ):
-            weights = self._gather(model) if self._is_sharded else {}
+            weights: dict[str, Any] = {}
+            if self._is_sharded:  # whole in the main memory of the main process; collective
+                options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+                weights = get_model_state_dict(model, options=options)
             if self.accelerator.is_main_process:
                 self._sample(step, model, weights, average)
-            self.agreement.collect(None)  # meet: no collective of the training waits meanwhile
+            self.agreement.collect(None)  # wait here, where there is no time limit
             return self._holdout_losses(model)
 
-    # Samples: the main process draws alone, so that a failure leaves nobody waiting
-
-    def _gather(self, model: nn.Module) -> dict[str, Any]:
-        """The weights of a sharded model in the main memory of the main process; collective."""
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        return get_model_state_dict(model, options=options)
+    # Samples: only the main process draws, so a failure leaves no process waiting
 
     def _sample(
         self, step: int, model: nn.Module, weights: dict[str, Any], average: nn.Module | None
     ) -> None:
         with warn_on_error(self.logger, "no samples at step %d", step):
             if self._prompts:
-                drawn = model if self._whole is None else self._assemble(self._whole, weights)
-                self._save(step, "raw", self._draw(drawn))
+                if self._whole is not None:
+                    model = self._place(self._whole, weights, self.dtype)
+                self._save(step, "raw", self._draw(model))
         with warn_on_error(self.logger, "no samples of the average at step %d", step):
             if self._prompts and average is not None:
-                with self._on_device(average):
-                    self._save(step, "ema", self._draw(average))
+                placed = self._place(average, average.state_dict())
+                self._save(step, "ema", self._draw(placed))
 
-    def _assemble(self, structure: nn.Module, weights: dict[str, Any]) -> nn.Module:
-        """A whole model with gathered weights, in the training dtype."""
-        whole = copy_module(structure)
-        whole.load_state_dict(weights, assign=True)
-        return whole.to(self.accelerator.device, self.dtype)
-
-    @contextlib.contextmanager
-    def _on_device(self, average: nn.Module) -> Iterator[None]:
-        """Move the average, which may be kept in main memory, to where it draws."""
-        home = next(average.parameters()).device
-        weights = [parameter.data for parameter in average.parameters()]  # may be in pinned memory
-        try:
-            average.to(self.accelerator.device)
-            yield
-        finally:
-            for parameter, data in zip(average.parameters(), weights, strict=True):
-                parameter.data = data
-            average.to(home)
+    def _place(
+        self, model: nn.Module, weights: dict[str, Any], dtype: torch.dtype | None = None
+    ) -> nn.Module:
+        """A model with these weights on the device; weights that are there already are shared."""
+        placed = copy_module(model, with_weights=False)
+        placed.load_state_dict(weights, assign=True)
+        return placed.to(self.accelerator.device, dtype)
 
     @functools.cached_property
     def _prompts(self) -> Sequence[Any]:
-        """The configured prompts, or the first different ones of the (first) dataset."""
+        """The configured prompts, or the first distinct ones of the (first) dataset."""
         if self.options.prompts is not None:
             return self.options.prompts
         with contextlib.closing(self.inputs.datasets[0].open()) as records:
@@ -164,7 +152,8 @@ class Validator:
             "disable_progress_bar": True,
             "output_type": "np",
         }
-        num_latents = self.options.max_latent_length or self._video_length
+        video_length = self.pipeline.model.config.video_base_size[0]
+        num_latents = self.options.max_latent_length or video_length
         if num_latents > 1:
             arguments["max_latent_length"] = num_latents
         columns = []
@@ -175,10 +164,6 @@ class Validator:
             drawn = output.frames if output.images is None else output.images[:, None]
             columns.append(np.asarray(drawn))  # (prompts, F, H, W, 3)
         return make_grid(np.stack(columns, axis=1))
-
-    @property
-    def _video_length(self) -> int:
-        return self.pipeline.model.config.video_base_size[0]
 
     @functools.cached_property
     def _decoder(self) -> nn.Module:
@@ -202,7 +187,7 @@ class Validator:
     def _holdout_losses(self, model: nn.Module) -> dict[str, float]:
         """Losses on held-out examples, the same noise and masks each time."""
         try:
-            # All that a process may fail at alone comes first: then the model may be sharded.
+            # Reading may fail on one process; the model, which may be sharded, comes after it.
             batches = self.agreement.together(self._read_holdout, "no held-out loss")
         except TrainingError as error:
             self.logger.warning("%s", error)
@@ -210,22 +195,20 @@ class Validator:
         if not batches:
             return {}
         manual_seed(0, (self.accelerator.device, self.accelerator.process_index))
-        found: dict[str, list[Tensor]] = {}  # one frame has another loss than several
+        found = []
         for batch in batches:
             with self.accelerator.autocast():
                 outputs = model(self.pipeline.preprocess(batch))
-            for name, value in outputs.items():
-                if "loss" in name:
-                    found.setdefault(name, []).append(value.detach().float().mean())
-        means = torch.stack([mean_of(values) for values in found.values()])
-        means = self.accelerator.reduce(means, reduction="mean")
-        losses = dict(zip(found, means.tolist(), strict=True))
+            found.append(detach_metrics(outputs, self.accelerator.device))
+        means = mean_by_name(found)
+        reduced = self.accelerator.reduce(torch.stack(list(means.values())), reduction="mean")
+        losses = dict(zip(means, reduced.tolist(), strict=True))
         for name, value in losses.items():
             self.logger.info("    Validation(%s): %.4f", name, value)
         return {f"{FOLDER}/{name}": value for name, value in losses.items()}
 
     def _read_holdout(self) -> list[dict[str, Any]]:
-        """The held-out examples of this process, or the first of them; as many on every process."""
+        """The first held-out examples of this process; as many on every process."""
         parts = [(facts, 0, facts.num_examples) for facts in self.inputs.holdout] or [
             (facts, facts.num_train, facts.num_examples)
             for facts in self.inputs.datasets

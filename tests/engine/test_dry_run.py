@@ -15,7 +15,6 @@ from diffnext.engine.dry_run import (
     checkpoints_kept,
     dry_run,
     optimizer_states,
-    shard_sizes,
 )
 from diffnext.engine.run_inputs import inspect_inputs
 from tests.engine.conftest import TinyRun
@@ -58,7 +57,7 @@ def test_a_run_that_can_start_is_reported_and_timed(ready_run):
     assert ready_run.is_ready, text
     assert "12 examples; moments (8, 8, 8) float16; captions as text" in text
     assert "1 shards of 12 examples" in text
-    assert "6 steps an epoch" in text
+    assert "6 steps per epoch" in text
     assert "4 in the video encoder and 16 in the image encoder, 8 of condition; 64 in the" in text
     assert "| ZeRO-2 | 128 |" in text
     assert "samples/s" in text
@@ -154,13 +153,6 @@ def test_frozen_components_are_counted_unless_left_out(tiny_run, overrides, comp
     frozen = plan(configure(tiny_run.arguments(*overrides))).frozen_parameters
     assert set(frozen) == components
     assert all(0 < count < 1e6 for count in frozen.values())  # the tiny ones, not assumed ones
-
-
-def test_the_last_shard_is_smaller():
-    assert shard_sizes(103, 4) == (26, 25)
-    assert shard_sizes(100, 4) == (25, 25)
-    with pytest.raises(ValueError, match="empty"):
-        shard_sizes(3, 8)
 
 
 @pytest.mark.parametrize(

@@ -87,6 +87,17 @@ def test_stopped_and_continued_equals_straight(tiny_run, tmp_path):
         torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 
+def test_adapters_of_a_checkpoint_load_onto_its_weights(tiny_run, tmp_path):
+    tiny_run.train("training.max_train_steps=2", "optimizer.params.lr=0.01")
+    base = tiny_run.checkpoint(2)
+    later = type(tiny_run)(base, tiny_run.dataset, tmp_path / "later")
+    later.train(*LORA, "training.max_train_steps=1")
+    pipe = NOVAPipeline.from_pretrained(later.checkpoint(1))
+    pipe.unload_lora_weights()
+    expected = draw(NOVAPipeline.from_pretrained(base))
+    torch.testing.assert_close(draw(pipe), expected, rtol=0, atol=0)
+
+
 def test_wrong_layer_is_named_with_those_that_exist(tiny_run):
     error = tiny_run.fail("model.lora.target_modules=[attn.q]", STEPS, code=2)
     assert "model.lora.target_modules: no linear layer is named 'attn.q'" in error

@@ -382,17 +382,23 @@ def test_the_dry_run_tells_of_another_holdout(tiny_run, capsys):
     with pytest.raises(SystemExit) as ended:
         tiny_run.train("training.dry_run=true", "validation.holdout=0.25")
     assert ended.value.code == 1
-    assert "  - validation.holdout keeps the share 0.25 from training" in capsys.readouterr().out
+    assert "  - validation.holdout keeps the share 0.25 of " in capsys.readouterr().out
 
 
-def test_a_checkpoint_that_does_not_tell_its_holdout_is_continued(tiny_run):
+def test_a_share_of_another_dataset_is_refused(tiny_run, tmp_path):
+    """The end of a longer or shorter dataset may have been trained on."""
+    options = ["training.max_train_steps=1", "validation.holdout=0.25"]
+    tiny_run.train(*options)
+    other = write_records(tmp_path / "other", 8, (8, 8))
+    error = TinyRun(tiny_run.base, other, tiny_run.output).fail(*options, code=2)
+    assert error.startswith("error: validation.holdout keeps the share 0.25 of ")
+
+
+def test_weights_that_do_not_tell_their_holdout_are_not_validated(tiny_run):
     tiny_run.train("training.max_train_steps=1")
-    path = tiny_run.checkpoint(1) / "state" / "trainer_state.json"
-    state = json.loads(path.read_text())
-    assert state.pop("holdout") == {}
-    path.write_text(json.dumps({**state, "format": 2, "files": {}}))
-    tiny_run.train("training.max_train_steps=2", "validation.holdout=0.25")
-    assert tiny_run.checkpoint(2).is_dir()
+    shutil.rmtree(tiny_run.checkpoint(1) / "state")
+    error = tiny_run.fail("training.max_train_steps=2", "validation.holdout=0.25", code=2)
+    assert "checkpoint-1 it was nothing" in error
 
 
 # What must fit, and what is told
@@ -407,7 +413,7 @@ def test_the_dry_run_tells_share_size_and_tokens_of_each(run, capsys):
     for expected in (
         f"Data, 50.00% of the batches from {square}: 12 examples; moments (8, 8, 8) float16",
         f"Data, 25.00% of the batches from {tall}: 6 examples; moments (8, 12, 4) float16",
-        "12 steps an epoch; 8 steps are 0.67 epochs",
+        "12 steps per epoch; 8 steps are 0.67 epochs",
         f"A sample of {wide}: 1 x 8 x 12 latents",
         "6 in the video encoder and 24 in the image encoder, 8 of condition; 96 in the loss",
         "2 samples (2 x 1 micro-batches x 1 processes), 34 image tokens",
@@ -463,7 +469,7 @@ def test_each_dataset_is_checked_and_named(run, folders, tmp_path, change, messa
 def test_a_table_of_positions_takes_one_size(run, folders, tmp_path):
     overrides = [f"{MODEL}.rotary_pos_embed=false"]
     problems = problems_of(run, *overrides)
-    named = [problem for problem in problems if "rotary_pos_embed learns" in problem]
+    named = [problem for problem in problems if "it needs rotary_pos_embed" in problem]
     assert [problem.split(": ")[0] for problem in named] == [f"{DATA}, {f}" for f in folders[1:]]
 
 

@@ -14,6 +14,7 @@ from torch._dynamo.utils import counters
 from diffnext.pipelines import NOVAPipeline
 from diffnext.utils.accelerate_utils import build_accelerator, set_logger
 from diffnext.utils.omegaconf_utils import get_config, save_config
+from tests.engine.conftest import TinyRun
 from tests.tiny import make_vae
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
@@ -89,21 +90,6 @@ def test_last_checkpoint_is_complete_when_it_coincides_with_an_interval(tiny_run
         torch.testing.assert_close(average[name], 0.95 * start[name] + 0.05 * end[name])
 
 
-def test_checkpoints_generate_as_they_are(tiny_run):
-    tiny_run.train("training.max_train_steps=2", "training.mixed_precision=bf16")
-    for folder in (tiny_run.checkpoint(2), tiny_run.ema_checkpoint(2)):
-        pipeline = NOVAPipeline.from_pretrained(folder)
-        images = pipeline(
-            "a red star", num_inference_steps=2, num_diffusion_steps=2, output_type="np"
-        ).images
-        assert images.shape == (1, 64, 64, 3)
-    assert load_file(tiny_run.checkpoint(2) / WEIGHTS)["mask_embed.mask_token"].dtype == (
-        torch.bfloat16
-    )
-    average = load_file(tiny_run.ema_checkpoint(2) / WEIGHTS)
-    assert average["mask_embed.mask_token"].dtype == torch.float32
-
-
 def test_autoencoder_from_elsewhere_is_remembered(tiny_run, tmp_path):
     vae = make_vae(seed=5)
     vae.save_pretrained(tmp_path / "other-vae")
@@ -134,29 +120,44 @@ def test_small_updates_survive_mixed_precision(tiny_run):
     assert moved.abs().median() > 1e-6
 
 
-def test_frozen_weights_do_not_move(tiny_run):
-    tiny_run.train("training.max_train_steps=2")
-    start = load_file(tiny_run.base / WEIGHTS)
-    end = load_file(tiny_run.checkpoint(2) / WEIGHTS)
+@pytest.fixture(scope="module")
+def short_run(tiny_base, tiny_dataset, tmp_path_factory):
+    """A run of two steps that no test changes."""
+    run = TinyRun(tiny_base, tiny_dataset, tmp_path_factory.mktemp("short") / "run")
+    run.train("training.max_train_steps=2", "training.mixed_precision=bf16")
+    return run
+
+
+def test_checkpoints_generate_as_they_are(short_run):
+    for folder in (short_run.checkpoint(2), short_run.ema_checkpoint(2)):
+        pipeline = NOVAPipeline.from_pretrained(folder)
+        images = pipeline(
+            "a red star", num_inference_steps=2, num_diffusion_steps=2, output_type="np"
+        ).images
+        assert images.shape == (1, 64, 64, 3)
+    for folder, dtype in (("checkpoint", torch.bfloat16), ("ema_checkpoint", torch.float32)):
+        weights = load_file(getattr(short_run, folder)(2) / WEIGHTS)
+        assert weights["mask_embed.mask_token"].dtype == dtype
+
+
+def test_frozen_weights_do_not_move(short_run):
+    start = load_file(short_run.base / WEIGHTS)
+    end = load_file(short_run.checkpoint(2) / "state" / "engine.safetensors")
     for name in ("text_embed.norm.weight", "video_encoder.patch_embed.proj.weight"):
-        torch.testing.assert_close(end[name], start[name], rtol=0, atol=0)
+        torch.testing.assert_close(end[f"model.{name}"], start[name], rtol=0, atol=0)
 
 
-def test_saved_configuration_is_the_users(tiny_run):
-    tiny_run.train("training.max_train_steps=1")
-    for path in (tiny_run.output, tiny_run.checkpoint(1) / "state"):
+def test_saved_configuration_is_the_users_and_can_be_used_again(short_run):
+    for path in (short_run.output, short_run.checkpoint(2) / "state"):
         saved = OmegaConf.load(path / "config.yaml")
         assert saved.training.seed == 1337
         assert saved.experiment.resume_from_checkpoint == "latest"
         assert "gpu_id" not in saved.training
         assert "max_examples" not in saved.train_dataloader.params
-    assert "${training.batch_size}" in (tiny_run.output / "config.yaml").read_text()
-
-
-def test_saved_configuration_can_be_used_again(tiny_run):
-    tiny_run.train("training.max_train_steps=1")
-    config = get_config([f"config={tiny_run.output / 'config.yaml'}", "training.max_train_steps=2"])
-    assert config.training.max_train_steps == 2
+    file = short_run.output / "config.yaml"
+    assert "${training.batch_size}" in file.read_text()
+    config = get_config([f"config={file}", "training.max_train_steps=3"])
+    assert config.training.max_train_steps == 3
 
 
 def test_resume_from_an_explicit_path(tiny_run):
