@@ -186,12 +186,11 @@ def find_mismatches(
                 "weights in a new folder",
                 False,
             )
-    for key, old, new in (
-        ("lr_scheduler", saved.schedule, _describe_schedule(config)),
-        ("the dataset", saved.dataset, joint_fingerprint(inputs.datasets)),
-    ):
-        if old != new:
-            yield f"{key} was {old}, from here on it is {new}", True
+    schedule, dataset = _describe_schedule(config), joint_fingerprint(inputs.datasets)
+    if saved.schedule != schedule:
+        yield f"lr_scheduler was {saved.schedule}, from here on it is {schedule}", True
+    if saved.dataset != dataset:
+        yield f"the dataset was {saved.dataset}, from here on it is {dataset}", True
 
 
 def _other_model(config: TrainConfig, inputs: RunInputs, resume: ResumePoint) -> Iterator[str]:

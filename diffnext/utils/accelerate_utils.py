@@ -382,10 +382,11 @@ def _start(tracker: GeneralTracker, accelerator: Accelerator) -> bool:
 
 def _describe(config: TrainConfig | DictConfig) -> dict[str, Any]:
     """A whole configuration as dotted keys and values that every tracker takes."""
-    if isinstance(config, TrainConfig):
-        tree = asdict(config, dict_factory=_without_keep)
-        config = OmegaConf.create(json.loads(json.dumps(tree)))  # with lists for tuples
-    leaves = flatten_omega_conf(config, resolve=True)
+    merged = config
+    if isinstance(merged, TrainConfig):
+        tree = asdict(merged, dict_factory=_without_keep)
+        merged = OmegaConf.create(json.loads(json.dumps(tree)))  # with lists for tuples
+    leaves = flatten_omega_conf(merged, resolve=True)
     return {key: str(value) if isinstance(value, list | dict) else value for key, value in leaves}
 
 
