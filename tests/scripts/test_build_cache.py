@@ -3,7 +3,6 @@
 import json
 import os
 import random
-import re
 import signal
 import subprocess
 import sys
@@ -176,23 +175,3 @@ def test_the_command_builds_a_table(tmp_path, capsys):
     assert "3 examples" in printed and "1 of 4 images left out" in printed
     with RecordDataset(tmp_path / "out") as dataset:
         assert [example["caption"] for example in dataset] == ["prompt 0", "prompt 1", "prompt 2"]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("document", ["cache.md", "data_format.md"])
-def test_the_blocks_of_the_documents_run(tmp_path, document):
-    text = (ROOT / "docs" / document).read_text()
-    blocks = re.findall(r"```(bash|python)\n(.*?)```", text, re.DOTALL)
-    assert blocks
-    for name in ("assets", "scripts", "configs"):
-        (tmp_path / name).symlink_to(ROOT / name)
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    for language, block in blocks:
-        run = [sys.executable, "-c", block] if language == "python" else ["bash", "-ec", block]
-        done = subprocess.run(
-            run, cwd=tmp_path, capture_output=True, text=True, env={**environment(), "PATH": path}
-        )
-        assert done.returncode == 0, f"{block}\n{done.stderr[-2000:]}"
-    if document == "cache.md":
-        assert (tmp_path / "sheet.png").stat().st_size > 0
-        assert {p.name for p in (tmp_path / "buckets").iterdir()} >= {"64x64", "manifest.json"}
