@@ -88,6 +88,7 @@ def test_options_that_cannot_work_are_refused(options, message):
         make_model().compile_drawing(**options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("level", [0, 3])
 def test_blocks_compile_without_graph_breaks_in_training(level):
     def gradients(model):

@@ -80,7 +80,7 @@ def test_prompts_that_are_not_strings_are_named(tokenizer, encoder, text):
 
 def test_tokens_that_the_encoder_does_not_know_are_named(tokenizer, encoder):
     tokenizer.add_tokens([f"word{i}" for i in range(20)])
-    with pytest.raises(ValueError, match=r"below 20 as the text encoder knows them; .* 'a word19'"):
+    with pytest.raises(ValueError, match=r"below 20, which the text encoder has; .* 'a word19'"):
         encode(tokenizer, encoder, ["a cat", "a word19"])
 
 

@@ -173,7 +173,7 @@ def test_guidance_of_one_and_a_negative_prompt_work(page):
             "The prompt has 199 tokens, the model reads 24: shorten it.",
         ),
         ({"negative_prompt": "a red ring " * 9}, "The negative prompt has 28 tokens, the"),
-        ({"num_inference_steps": 0}, "num_inference_steps must be at least 1"),
+        ({"num_inference_steps": 0}, "num_inference_steps must be greater than or equal to 1"),
     ],
 )
 def test_wrong_requests_are_explained(page, options, text):
@@ -298,13 +298,19 @@ def test_who_leaves_the_queue_is_told(page):
     assert page.drawn not in shown
 
 
+def wait_until_idle(studio):
+    list(studio.draw("last", make_request(), [0]))
+
+
 def test_a_full_queue_is_told(page):
+    wait_until_idle(page.studio)  # a drawing that was left may still end its set
     request = make_request(num_inference_steps=64, num_diffusion_steps=50)
     waiting = [page.studio.draw("x", request, [0]) for _ in range(MAX_WAITING + 1)]
     for one in waiting:
         next(one)
     assert "20 others are waiting" in status(page, run(page))
     page.studio.stop("x")
+    wait_until_idle(page.studio)
 
 
 def test_a_drawing_that_nobody_follows_ends(studio):

@@ -61,6 +61,18 @@ def nearest_size(height: float, width: float, sizes: Sequence[Size]) -> Size:
     return min(sizes, key=lambda size: abs(math.log(size[1] / size[0]) - aspect))
 
 
+def check_pixels(height: int, width: int, settings: CacheSettings) -> None:
+    """Reject a picture without pixels, or with more than the build decodes.
+
+    Raises:
+        BadExample: If it is one.
+    """
+    if height < 1 or width < 1:
+        raise BadExample(f"is {height}x{width} pixels")
+    if height * width > settings.max_pixels:
+        raise BadExample(f"is {height}x{width} pixels, more than {settings.max_pixels}")
+
+
 def plan_crop(height: int, width: int, pixel_aspect: float = 1, *, settings: CacheSettings) -> Crop:
     """Choose the size of a picture, and the part that is kept.
 
@@ -73,11 +85,7 @@ def plan_crop(height: int, width: int, pixel_aspect: float = 1, *, settings: Cac
     Raises:
         BadExample: If the picture is too large or too small.
     """
-    pixels = height * width
-    if pixels < 1:
-        raise BadExample(f"is {height}x{width} pixels")
-    if pixels > settings.max_pixels:
-        raise BadExample(f"is {height}x{width} pixels, more than {settings.max_pixels}")
+    check_pixels(height, width, settings)
     size = nearest_size(height, width * pixel_aspect, settings.sizes)
     factors = (size[0] / height, size[1] / (width * pixel_aspect))
     if max(factors) > settings.max_upscale:

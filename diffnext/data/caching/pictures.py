@@ -14,7 +14,7 @@ from PIL import ExifTags, Image
 
 from diffnext.data.caching.colours import read_exif, to_srgb
 from diffnext.data.caching.errors import BadExample
-from diffnext.data.caching.geometry import Crop, plan_crop
+from diffnext.data.caching.geometry import Crop, check_pixels, plan_crop
 from diffnext.data.caching.settings import CacheSettings
 from diffnext.utils.json_files import FileError
 from diffnext.utils.pictures import open_picture
@@ -81,6 +81,7 @@ def _fit(picture: Image.Image, head: bytes, settings: CacheSettings) -> Picture:
     frames = getattr(picture, "n_frames", 1)
     if picture.format in ANIMATED and frames > 1:
         raise BadExample(f"is animated, with {frames} frames")
+    check_pixels(picture.height, picture.width, settings)  # before EXIF, which decodes a PNG
     # Pillow turns TIFFs by itself.
     orientation = (
         None if picture.format == "TIFF" else read_exif(picture, ExifTags.Base.Orientation)

@@ -105,6 +105,10 @@ class GenerationRequest:
 
     def __post_init__(self) -> None:
         """Check that the parts fit together."""
+        batch = self.latent_shape[0]
+        for name, values in (("motion_flow", self.motion_flow), ("fps", self.fps)):
+            if values is not None and len(values) not in (1, batch):
+                raise ValueError(f"{name} must be 1 or {batch} numbers, got {len(values)}")
         if len(self.latents) > self.max_latent_length:
             raise ValueError(
                 f"{len(self.latents)} latent frames are given, but max_latent_length is "

@@ -149,6 +149,7 @@ def test_a_video_fit_writes_a_loadable_model_and_a_comparison(video_config_file)
         assert sheet.size == (5 * 16, 2 * 16)  # five frames above their reconstructions
 
 
+@pytest.mark.slow
 def test_fitting_raises_the_quality_on_held_out_clips(video_config_file):
     arguments = ["data.crop_sizes=[16]", "data.clip_lengths=[5]", "data.shapes_fraction=0"]
     arguments += ["data.images=[]", "training.steps=30", "training.batch_size=2"]
@@ -161,6 +162,7 @@ def test_fitting_raises_the_quality_on_held_out_clips(video_config_file):
     assert trainer.evaluate() > before + 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["config_file", "video_config_file"])
 def test_a_killed_run_continues_exactly(name, request, monkeypatch):
     config_file = request.getfixturevalue(name)
@@ -247,6 +249,7 @@ def test_whitening_keeps_noisy_reconstructions(kind):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", MODELS)
 def test_latents_approach_those_of_an_image_autoencoder(
     config_file, video_config_file, kind
@@ -288,6 +291,7 @@ def test_a_narrower_posterior_has_the_same_means(kind):
     torch.testing.assert_close(after.std, before.std / 4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fixture", ["config_file", "video_config_file"])
 def test_a_decoder_fit_leaves_the_latents_alone(fixture, request):
     path = request.getfixturevalue(fixture)
