@@ -333,7 +333,10 @@ def set_level(plan: dry_run.ModelPlan, level: int) -> dry_run.ModelPlan:
 
 def count_flops(plan: dry_run.ModelPlan) -> int:
     """Floating-point operations of matrix products and attention, for one batch on one GPU."""
-    with FlopCounterMode(display=False, depth=0, custom_mapping=ATTENTION) as counter:
+    with (
+        mock.patch.dict(flop_registry, ATTENTION),
+        FlopCounterMode(display=False, depth=0) as counter,
+    ):
         memory.simulate_step(plan.make(), plan.batch_shape())
     return counter.get_total_flops()
 
