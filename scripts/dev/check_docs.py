@@ -258,7 +258,8 @@ def run_page(page: Page, folder: Path, stand_ins: StandIns) -> None:
     process.start()
     process.join()
     if process.exitcode:
-        raise DocsError(log.read_text(errors="replace")[-6000:])
+        output = log.read_text(errors="replace")[-6000:]
+        raise DocsError(output or f"{page.name}: the process ended with {process.exitcode}")
 
 
 @functools.cache
