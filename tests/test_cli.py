@@ -349,4 +349,7 @@ def test_a_launcher_starts_the_command(tmp_path):
         command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
     )
     assert result.returncode == 1
-    assert result.stderr.count("error: config is required") == 1
+    lines = result.stderr.splitlines()
+    assert [line for line in lines if line.startswith("error: ")] == [lines[0]]
+    assert "error: config is required" in lines[0]
+    assert "error: config is required" in lines[-2]  # below the launcher's own traceback
