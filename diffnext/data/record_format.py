@@ -83,9 +83,11 @@ MAX_KNOWN = 64  # bytes of a list of integers, such as a shape, that is remember
 CONTAINER_FIELD = 1
 KEY_FIELD = 1
 VALUE_FIELD = 2
-# Wire types of the fields of messages.
-CONTAINER_WIRE_TYPES = {CONTAINER_FIELD: DELIMITED}
-ENTRY_WIRE_TYPES = {KEY_FIELD: DELIMITED, VALUE_FIELD: DELIMITED}
+# A field begins with its number and its wire type.
+CONTAINER_KEY = CONTAINER_FIELD << 3 | DELIMITED
+KEY_KEY = KEY_FIELD << 3 | DELIMITED
+VALUE_KEY = VALUE_FIELD << 3 | DELIMITED
+MEMBER_KEYS = {field: field << 3 | wire_type for field, wire_type in FIELD_WIRE_TYPES.items()}
 
 
 class RecordError(FileError):
@@ -300,97 +302,123 @@ class _Decoder:
 
     def read_map(self, span: Span, features: Mapping[str, Descriptor], path: str) -> dict[str, Any]:
         """Decode a FeatureMap."""
-        values = {name: _default(kind) for name, kind in features.items()}
+        values = {}
         for entry in self._read_repeated(span):
             name, value_span = self._read_entry(entry)
             if name in features:
-                values[name] = self._read_feature(value_span, features[name], _join(path, name))
-        return values
-
-    def read_list(self, span: Span, kind: Descriptor, path: str) -> list[Any]:
-        """Decode a FeatureList."""
-        items = self._read_repeated(span)
-        return [self._read_feature(item, kind, f"{path}[{i}]") for i, item in enumerate(items)]
-
-    def _read_repeated(self, span: Span) -> list[Span]:
-        """The items of a FeatureList or the entries of a FeatureMap."""
-        found = self._read_fields(span, CONTAINER_WIRE_TYPES)
-        return [content for field, content in found if field == CONTAINER_FIELD]
+                place = f"{path}.{name}" if path else name
+                values[name] = self._read_feature(value_span, features[name], place)
+        return {
+            name: values[name] if name in values else _default(kind)
+            for name, kind in features.items()
+        }
 
     def _read_entry(self, span: Span) -> tuple[str, Span]:
-        name, value_span = "", (span[1], span[1])
-        for field, content in self._read_fields(span, ENTRY_WIRE_TYPES):
-            if field == KEY_FIELD:
-                name = self._read_text(content)
-            elif field == VALUE_FIELD:
-                value_span = content
+        name = ""
+        position, end = span
+        value_span = (end, end)
+        while position < end:
+            key, start, position = _read_field(self.buffer, position, end)
+            if key == KEY_KEY:
+                name = self._read_text((start, position))
+            elif key == VALUE_KEY:
+                value_span = (start, position)
+            elif key >> 3 in (KEY_FIELD, VALUE_FIELD):
+                raise RecordError(f"map field {key >> 3} has wire type {key & 7}")
         return name, value_span
 
     def _read_feature(self, span: Span, kind: Descriptor, path: str) -> Any:
         content = self._read_member(span, _field_of(kind), path)
         if content is None:
             return _default(kind)
-        start, end = content
         if kind == "BYTES":
-            content_bytes = memoryview(self.buffer)[start:end]
-            return bytes(content_bytes) if self.copies else content_bytes
+            return self._read_bytes(content)
         if kind == "STRING":
             return self._read_text(content)
         if kind == "INT64":
-            number, _ = _read_varint(self.buffer, start, end)
+            number, _ = _read_varint(self.buffer, *content)
             return number - 2**64 if number >= 2**63 else number
         if kind == "FLOAT32":
-            return struct.unpack_from("<f", self.buffer, start)[0]
+            return struct.unpack_from("<f", self.buffer, content[0])[0]
         if isinstance(kind, dict):
             return self.read_map(content, kind, path)
+        start, end = content
         if kind == ["INT64"] and end - start <= MAX_KNOWN:
             return list(_read_integers(bytes(self.buffer[start:end]), path))
         return self.read_list(content, kind[0], path)
 
+    def read_list(self, span: Span, kind: Descriptor, path: str) -> list[Any]:
+        """Decode a FeatureList."""
+        items = self._read_repeated(span)
+        return [self._read_feature(item, kind, f"{path}[{i}]") for i, item in enumerate(items)]
+
+    def _read_bytes(self, span: Span) -> bytes | memoryview:
+        start, end = span
+        if self.copies:
+            return bytes(self.buffer[start:end])
+        return memoryview(self.buffer)[start:end]
+
     def _read_member(self, span: Span, expected: int, path: str) -> Span | None:
         """The content of the one member that a Feature holds, None for an empty Feature."""
         member = None
-        for field, content in self._read_fields(span, FIELD_WIRE_TYPES):
-            if field == expected:
-                member = content
-            elif field in FIELD_NAMES:
+        position, end = span
+        while position < end:
+            key, start, position = _read_field(self.buffer, position, end)
+            if key == MEMBER_KEYS[expected]:
+                member = (start, position)
+            elif key >> 3 == expected:
+                raise RecordError(f"feature {path!r} has wire type {key & 7}")
+            elif key >> 3 in FIELD_NAMES:
                 raise RecordError(
-                    f"feature {path!r} holds {FIELD_NAMES[field]}, "
+                    f"feature {path!r} holds {FIELD_NAMES[key >> 3]}, "
                     f"but METADATA declares {FIELD_NAMES[expected]}"
                 )
         return member
 
-    def _read_text(self, span: Span) -> str:
-        try:
-            return bytes(self.buffer[span[0] : span[1]]).decode()
-        except UnicodeDecodeError as error:
-            raise RecordError(f"text is not UTF-8: {error}") from error
-
-    def _read_fields(self, span: Span, wire_types: Mapping[int, int]) -> Iterator[tuple[int, Span]]:
-        """Number and content of each field of a message whose known fields have these types."""
+    def _read_repeated(self, span: Span) -> Iterator[Span]:
+        """Yield the items of a FeatureList or the entries of a FeatureMap."""
         position, end = span
         while position < end:
-            key, start = _read_varint(self.buffer, position, end)
-            field, wire_type = key >> 3, key & 7
-            if wire_types.get(field, wire_type) != wire_type:
-                raise RecordError(f"field {field} has wire type {wire_type}")
-            size = FIXED_SIZES.get(wire_type, 0)
-            if wire_type == DELIMITED:
-                size, start = _read_varint(self.buffer, start, end)
-            elif wire_type == VARINT:
-                size = _read_varint(self.buffer, start, end)[1] - start
-            elif not size:
-                raise RecordError(f"unknown wire type {wire_type}")
-            position = start + size
-            if position > end:
-                raise RecordError(f"field {field} needs {size} bytes, {end - start} are left")
-            yield field, (start, position)
+            key, start, position = _read_field(self.buffer, position, end)
+            if key == CONTAINER_KEY:
+                yield start, position
+            elif key >> 3 == CONTAINER_FIELD:
+                raise RecordError(f"container item has wire type {key & 7}")
+
+    def _read_text(self, span: Span) -> str:
+        try:
+            return self.buffer[span[0] : span[1]].decode()
+        except UnicodeDecodeError as error:
+            raise RecordError(f"text is not UTF-8: {error}") from error
 
 
 @functools.lru_cache(maxsize=256)
 def _read_integers(content: bytes, path: str) -> tuple[int, ...]:
     """Decode a FeatureList of integers, most often the same shape in one record after the other."""
     return tuple(_Decoder(content, copies=True).read_list((0, len(content)), "INT64", path))
+
+
+def _read_field(buffer: Any, position: int, end: int) -> tuple[int, int, int]:
+    """The field at a position: its key (number and wire type), first byte and the one past it."""
+    key = buffer[position]
+    position += 1
+    if key > 0x7F:
+        key, position = _read_varint(buffer, position - 1, end)
+    wire_type = key & 7
+    if wire_type == DELIMITED and position < end and buffer[position] < 0x80:
+        size = buffer[position]  # most sizes take one byte, and are read most often
+        position += 1
+    elif wire_type == DELIMITED:
+        size, position = _read_varint(buffer, position, end)
+    elif wire_type == VARINT:
+        return key, position, _read_varint(buffer, position, end)[1]
+    elif wire_type in FIXED_SIZES:
+        size = FIXED_SIZES[wire_type]
+    else:
+        raise RecordError(f"unknown wire type {wire_type}")
+    if size > end - position:
+        raise RecordError(f"field {key >> 3} needs {size} bytes, {end - position} are left")
+    return key, position, position + size
 
 
 def _read_varint(buffer: Any, position: int, end: int) -> tuple[int, int]:
