@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from contextvars import ContextVar
-from dataclasses import replace
+from dataclasses import fields, replace
 from itertools import islice
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -398,14 +398,14 @@ class GenerationPipeline(AdapterLoading, PipelineMixin, DiffusionPipeline):
             raise ValueError("a video begins with an image or with a video, got both")
         if arguments.image is None and arguments.video is None:
             reason = "is for image or video, and none is given"
-            check_unused(arguments, reason, pixel_range=None, resize_mode="crop")
+            check_unused(arguments, reason, "pixel_range", "resize_mode")
         for name, wanted in zip(("height", "width"), self._pixel_size(), strict=True):
             value = getattr(arguments, name)
             if value not in (None, wanted):
                 raise ValueError(f"the model makes pictures of {name} {wanted}, got {value}")
         if self.transformer.motion_embed is None:
             reason = "is for models of videos, which this is not"
-            check_unused(arguments, reason, motion_flow=5, fps=None, max_context_frames=None)
+            check_unused(arguments, reason, "motion_flow", "fps", "max_context_frames")
         if self._comes_with_flow not in (None, predicts_flow(self.scheduler)):
             logger.warning(
                 "%s is for models that predict the %s, but this one came with another kind",
@@ -595,11 +595,12 @@ class GenerationPipeline(AdapterLoading, PipelineMixin, DiffusionPipeline):
         return "images" if x.ndim == 4 else "frames"
 
 
-def check_unused(arguments: CallArguments, reason: str, **defaults: Any) -> None:
+def check_unused(arguments: CallArguments, reason: str, *names: str) -> None:
     """Raise if an argument that nothing would use has another value than its default."""
-    for name, default in defaults.items():
+    defaults = {field.name: field.default for field in fields(arguments)}
+    for name in names:
         value = getattr(arguments, name)
-        if value != default:
+        if value != defaults[name]:
             raise ValueError(f"{name}={value!r} {reason}")
 
 
