@@ -20,7 +20,6 @@ No file holds code: only tensors and plain values are read.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import time
@@ -38,7 +37,7 @@ from torch import Tensor
 
 from diffnext.engine.engine_utils import read_weights
 from diffnext.pipelines.release_folder import LORA_FILE
-from diffnext.utils.json_files import FileError, read_json, write_json
+from diffnext.utils.json_files import FileError, as_text, read_json, write_json
 
 STATE_FORMAT = 3  # of trainer_state.json and the files beside it
 STATUS_FILE = "status.json"  # of the output folder
@@ -189,12 +188,12 @@ def write_component(
 
 def write_state(checkpoint: Path, state: TrainerState) -> None:
     """Write what a checkpoint is, and a hash over that; to be done last."""
-    content = asdict(state)
-    write_json(checkpoint / TRAINER_STATE, {**content, "seal": _seal_of(content)})
+    write_json(checkpoint / TRAINER_STATE, _seal(asdict(state)))
 
 
-def _seal_of(content: Mapping[str, Any]) -> str:
-    return xxhash.xxh3_128_hexdigest(json.dumps(content, indent=2).encode())
+def _seal(content: dict[str, Any]) -> dict[str, Any]:
+    """The content with a hash over it."""
+    return {**content, "seal": xxhash.xxh3_128_hexdigest(as_text(content).encode())}
 
 
 def mark_files(folder: Path) -> Iterator[tuple[str, FileMark]]:
@@ -267,10 +266,14 @@ def read_state(checkpoint: Path) -> TrainerState | None:
     if not path.parent.exists():
         return None
     content = read_json(path)
-    if content.get("format") in range(1, STATE_FORMAT):
+    is_sealed = content.pop("seal", None) is not None
+    is_earlier = content.get("format") in range(1, STATE_FORMAT)  # which had no seal
+    if is_sealed or not is_earlier:
+        # Written anew it is the same file, to the last byte.
+        if path.read_text(encoding="utf-8") != as_text(_seal(content)) + "\n":
+            raise FileError(f"{path} is not as it was written")
+    if is_earlier:
         return None
-    if content.pop("seal", None) != _seal_of(content):
-        raise FileError(f"{path} is not as it was written")
     try:
         return TypeAdapter(TrainerState).validate_python(content)
     except ValidationError as error:

@@ -47,7 +47,12 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
     A link in its place is replaced, and the file that it leads to stays as it is.
     """
-    _write_whole(path, [json.dumps(content, indent=2, ensure_ascii=False)])
+    _write_whole(path, [as_text(content)])
+
+
+def as_text(content: dict[str, Any]) -> str:
+    """A JSON object as :func:`write_json` writes it, without the line break at the end."""
+    return json.dumps(content, indent=2, ensure_ascii=False)
 
 
 def write_lines(path: Path, lines: Iterable[Any]) -> None:

@@ -247,7 +247,10 @@ def test_a_full_disk_names_the_file_and_leaves_a_build_that_goes_on(tmp_path, va
     assert build.wait(60) == 0, build.stderr.read()
     code = f'ulimit -f {blocks}; exec "$@"'
     command = [str(tmp_path / "two") if a == str(tmp_path / "one") else a for a in build.args]
-    result = subprocess.run(["sh", "-c", code, "sh", *command], capture_output=True, text=True)
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}  # Python would leave it cut off
+    result = subprocess.run(
+        ["sh", "-c", code, "sh", *command], capture_output=True, text=True, env=environment
+    )
     assert result.returncode == 1
     assert str(tmp_path / "two") in result.stderr.splitlines()[-1]
     assert "Traceback" not in result.stderr

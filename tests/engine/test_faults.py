@@ -203,8 +203,9 @@ def test_time_limit_stops_and_the_same_command_continues(tiny_run):
 
 
 @pytest.fixture
-def small_files():
+def small_files(monkeypatch):
     """No file may grow beyond 300 kB: writing more fails as on a full disk."""
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # Python would leave it cut off
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, hard))
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
