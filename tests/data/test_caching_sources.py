@@ -27,9 +27,11 @@ def picture_bytes(number=0):
     return buffer.getvalue()
 
 
-def add_member(archive, name, content):
+def add_member(archive, name, content, **attributes):
     member = tarfile.TarInfo(name)
     member.size = len(content)
+    for attribute, value in attributes.items():
+        setattr(member, attribute, value)
     archive.addfile(member, io.BytesIO(content))
 
 
@@ -138,6 +140,29 @@ def test_archives_are_read_in_place(tmp_path):
     ]
     assert items[3].media.read(10**6) == picture_bytes(3)
     assert annotation_of(items[3]).caption == "caption 1"
+
+
+def test_members_that_lead_out_or_are_no_files_have_a_problem(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        add_member(archive, "../../up.png", picture_bytes())
+        add_member(archive, "/tmp/absolute.png", picture_bytes())
+        add_member(archive, "link.png", b"", type=tarfile.SYMTYPE, linkname="/etc/passwd")
+        add_member(archive, "hard.png", b"", type=tarfile.LNKTYPE, linkname="up.png")
+        add_member(archive, "pipe.png", b"", type=tarfile.FIFOTYPE)
+        add_member(archive, "device.png", b"", type=tarfile.CHRTYPE)
+        add_member(archive, "twice.png", picture_bytes())
+        add_member(archive, "twice.png", picture_bytes())
+    problems = {item.name: item.problem for item in items_of(tmp_path / "a.tar")}
+    assert problems == {
+        "a.tar/../../up.png": "its name leads out of the archive",
+        "a.tar//tmp/absolute.png": "its name leads out of the archive",
+        "a.tar/link.png": "is a link",
+        "a.tar/hard.png": "is a link",
+        "a.tar/pipe.png": "is not a regular file",
+        "a.tar/device.png": "is not a regular file",
+        "a.tar/twice.png": None,
+        "a.tar/twice.png (2)": "the same name as an item before it",
+    }
 
 
 def test_a_missing_column_is_named_with_those_there_are(tmp_path):
