@@ -5,9 +5,9 @@
     python scripts/nova_tiny/compare_approximations.py --config configs/nova_d48w768_sdxl1024.yaml --size 256
 
 Every approximation is one that the pipeline offers, off by default. All draw the same prompts, turn
-by turn; the table has the median time beside that of exact sampling, and the score of
-evaluate_shapes.py with the same prompts and seeds. With `--config` weights are random, and only
-times are measured.
+by turn; the table has the median time beside that of exact sampling, how far the latents are from exact
+ones (root mean square, as a share of that of exact ones), and the score of evaluate_shapes.py with
+the same prompts and seeds. With `--config` weights are random, and nothing is scored.
 """
 
 from __future__ import annotations
@@ -88,12 +88,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_num_threads(args.threads)
     chosen = [EXACT, *(one for one in APPROXIMATIONS if one.group in args.only)]
     try:
-        seconds = time_in_turns(args, chosen)
+        seconds, latents = draw_in_turns(args, chosen)
         scores = {} if args.config else {one.name: score_one(args, one) for one in chosen}
     except (OSError, ValueError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(format_table(seconds, scores))
+    print(format_table(seconds, measure_errors(latents), scores))
     return 0
 
 
@@ -109,7 +109,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--guidance-scale", type=float, default=2.5, help="(2.5)")
     parser.add_argument("--num-inference-steps", type=int, default=16, help="sets per frame (16)")
     parser.add_argument("--num-diffusion-steps", type=int, default=25, help="steps per set (25)")
-    parser.add_argument("--num", type=int, default=48, help="prompts scored per category and split (48)")
+    parser.add_argument(
+        "--num", type=int, default=48, help="prompts scored per category and split (48)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of prompts and pictures (0)")
     parser.add_argument("--batch", type=int, default=1, help="pictures at once when timed (1)")
     parser.add_argument("--runs", type=int, default=5, help="timed runs of each (5)")
@@ -195,18 +197,27 @@ def random_states(pipe: NOVAPipeline, count: int) -> dict[str, list[Tensor]]:
     return {"prompt_embeds": list(states), "negative_prompt_embeds": [s[:0] for s in states]}
 
 
-def time_in_turns(
+def draw_in_turns(
     args: argparse.Namespace, chosen: Sequence[Approximation]
-) -> dict[str, list[float]]:
-    """Seconds of the runs of each; one run of each before is not measured."""
+) -> tuple[dict[str, list[float]], dict[str, Tensor]]:
+    """Seconds of the runs of each, and what it draws; one run before is not measured."""
     seconds: dict[str, list[float]] = {one.name: [] for one in chosen}
-    for run in range(args.runs + 1):
+    latents = {one.name: draw(args, one) for one in chosen}
+    for _ in range(args.runs):
         for one in chosen:
             begin = time.perf_counter()
             draw(args, one)
-            if run:
-                seconds[one.name].append(time.perf_counter() - begin)
-    return seconds
+            seconds[one.name].append(time.perf_counter() - begin)
+    return seconds, latents
+
+
+def measure_errors(latents: dict[str, Tensor]) -> dict[str, float]:
+    """How far each is from what exact sampling draws, as a share of its size."""
+    exact = latents[EXACT.name].float()
+    return {
+        name: ((drawn.float() - exact).norm() / exact.norm()).item()
+        for name, drawn in latents.items()
+    }
 
 
 def score_one(args: argparse.Namespace, one: Approximation) -> dict[str, float]:
@@ -219,18 +230,21 @@ def score_one(args: argparse.Namespace, one: Approximation) -> dict[str, float]:
 
 
 def format_table(
-    seconds: dict[str, list[float]], scores: dict[str, dict[str, float]]
+    seconds: dict[str, list[float]],
+    errors: dict[str, float],
+    scores: dict[str, dict[str, float]],
 ) -> str:
     """A Markdown table."""
     splits = list(SPLITS) if scores else []
-    header = ["", "s", "times as fast", *(f"{name}: right" for name in splits)]
+    header = ["", "s", "times as fast", "latents off by", *(f"{name}: right" for name in splits)]
     lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
     exact = statistics.median(seconds[EXACT.name])
     for name, values in seconds.items():
         median = statistics.median(values)
         span = f"{median:.3f} ({min(values):.3f}-{max(values):.3f})"
         right = [f"{scores[name][split]:.2f}" for split in splits]
-        lines.append(f"| {' | '.join([name, span, f'{exact / median:.2f}', *right])} |")
+        cells = [name, span, f"{exact / median:.2f}", f"{errors[name]:.2g}", *right]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

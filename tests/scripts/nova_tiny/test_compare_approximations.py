@@ -18,6 +18,7 @@ def test_times_and_scores_of_a_model(capsys):
     assert head[-2:] == ["seen: right", "held out: right |"]
     assert [row[0] for row in rows] == ["| exact", "| guidance_reuse=2", "| guidance_reuse=4"]
     assert all(0 <= float(row[-2]) <= 1 for row in rows)
+    assert [float(row[3]) > 0 for row in rows] == [False, True, True]
 
 
 def test_times_of_a_config(tmp_path, capsys):
