@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from diffnext.cli.parsing import command_parser
+from diffnext.cli.parsing import command_parser, quiet_imports
 
 DESCRIPTION = """\
 Draw in the browser; prints the address to open.
@@ -56,6 +56,7 @@ def run_script(
 
 def run(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:
     """Parse what is left of a command line, and open the page that it names."""
+    quiet_imports()
     add = parser.add_argument
     add("--device", type=int, default=0, metavar="N", help="index of the GPU, if any (0)")
     add(

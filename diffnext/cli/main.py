@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import logging
 import sys
 from collections.abc import Sequence
 
+from diffnext.cli.parsing import quiet_imports
 from diffnext.version import __version__
 
 COMMANDS = {  # name: (module, what it does)
@@ -36,8 +36,6 @@ examples:
 `diffnext COMMAND --help` says more. Exit codes: 0 done, 1 an error, told in one line, 2 a wrong
 command line, 130 interrupted.
 """
-# Loggers that warn, at import, of parts of other libraries that nothing here uses.
-CHATTY_LOGGERS = ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao")
 WRONG_USAGE = 2
 INTERRUPTED = 130
 
@@ -58,8 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv[0] not in COMMANDS:
         build_parser().parse_args(argv)  # --help, --version, or an error that names the commands
         return WRONG_USAGE
-    for name in CHATTY_LOGGERS:
-        logging.getLogger(name).setLevel(logging.ERROR)
+    quiet_imports()
     name, *arguments = argv
     module = importlib.import_module(COMMANDS[name][0])  # only this one: each takes its time
     try:

@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from collections.abc import Callable
 
-__all__ = ["add_device_options", "command_parser", "run"]
+__all__ = ["add_device_options", "command_parser", "quiet_imports", "run"]
+
+# Loggers that warn, at import, of parts of other libraries that nothing here uses.
+CHATTY_LOGGERS = ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao")
+
+
+def quiet_imports() -> None:
+    """Keep those loggers to errors; for programs, before they import what takes seconds."""
+    for name in CHATTY_LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def command_parser(

@@ -9,6 +9,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from diffnext.cli.parsing import quiet_imports
+
 PROGRAM = "diffnext train"
 LAUNCH = """
 On several devices or machines, a launcher starts the same command:
@@ -38,6 +40,7 @@ def main(argv: Sequence[str] | None = None, program: str = PROGRAM) -> int:
     if {"-h", "--help"} & set(argv):
         print_help(program)
         return 0
+    quiet_imports()
     # Here, because they take seconds that --help does not need.
     from diffnext.config.targets import ConfigError
     from diffnext.engine.control import (

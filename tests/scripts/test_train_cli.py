@@ -1,11 +1,14 @@
 """The command line of scripts/train.py: help, and all that is wrong in one go."""
 
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-MAIN = runpy.run_path(str(Path(__file__).parents[2] / "scripts" / "train.py"))["main"]
+SCRIPT = Path(__file__).parents[2] / "scripts" / "train.py"
+MAIN = runpy.run_path(str(SCRIPT))["main"]
 
 
 @pytest.fixture
@@ -68,3 +71,12 @@ def test_seven_mistakes_are_seven_lines(refuse, scratch_run):
     for start in mistakes.values():
         assert any(line.startswith(start) for line in lines)
     assert not scratch_run.output.exists()
+
+
+@pytest.mark.slow  # a new process, which imports everything
+def test_nothing_but_the_mistake_is_printed():
+    command = [sys.executable, SCRIPT, "config=/nowhere.yaml"]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr.startswith("error: ")
+    assert ended.stderr.count("\n") == 1
