@@ -19,7 +19,7 @@ from diffnext.cli.main import COMMANDS, main
 from diffnext.pipelines import NOVAPipeline
 from diffnext.utils import read_parameters
 from diffnext.utils.folders import newest_checkpoint
-from diffnext.utils.json_files import write_json
+from diffnext.utils.json_files import read_json, write_json
 from diffnext.version import __version__
 from tests.pipelines.conftest import make_class_pipeline, make_video_pipeline
 
@@ -314,6 +314,15 @@ def test_errors_are_one_line(video_model, tmp_path, capsys):
     make_class_pipeline().save_pretrained(tmp_path / "classes")
     message = refuse_generate(capsys, "--model", tmp_path / "classes", "a cat", *output)
     assert "draws classes and reads no prompts" in message
+    for name, change, words in (
+        ("model_index.json", {"transformer": [None, None]}, "transformer"),
+        ("scheduler/scheduler_config.json", {"num_train_timesteps": 10**13}, "allocate"),
+        ("scheduler/scheduler_config.json", {"shift": -1}, "shift must be greater than 0"),
+        ("transformer/config.json", {"arch": ["vit_d4w128", "vit_d6w128", "mlp_d3w192"]}, "do not fit"),
+    ):
+        folder = shutil.copytree(NOVA_TINY, tmp_path / "changed", dirs_exist_ok=True)
+        write_json(folder / name, {**read_json(folder / name), **change})
+        assert words in refuse_generate(capsys, "--model", folder, "a cat", *output)
     (tmp_path / "broken.jpg").write_bytes(b"no picture")
     video = ["--model", video_model, "a cat", "--num-frames", "5", "--output", tmp_path / "a.mp4"]
     message = refuse_generate(capsys, *video, "--image", tmp_path / "broken.jpg")

@@ -188,7 +188,7 @@ def load_pipeline(folder: Path, args: argparse.Namespace) -> NOVAPipeline:
     device = parse_device(args.device)
     dtype = parse_precision(args.precision, device)
     pipe = NOVAPipeline.from_pretrained(folder, dtype=dtype)
-    if pipe.transformer.text_embed is None:
+    if pipe.transformer is not None and pipe.transformer.text_embed is None:
         raise ValueError(f"{args.model} draws classes and reads no prompts")
     return pipe.to(device)
 

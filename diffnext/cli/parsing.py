@@ -53,7 +53,8 @@ def run(command: Callable[[], None]) -> int:
     """
     try:
         command()
-    except (OSError, RuntimeError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (OSError, RuntimeError, ValueError, MemoryError, ImportError) as error:
+        text = str(error) or type(error).__name__
+        print("error:", *text.splitlines(), file=sys.stderr)
         return 1
     return 0

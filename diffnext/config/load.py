@@ -41,7 +41,17 @@ __all__ = [
 
 T = TypeVar("T")
 
-_NO_JSON = (TypeError, ValueError, RecursionError)  # of json.dumps
+# Of OmegaConf, YAML and json.dumps; the tags of YAML, as in "!!bool maybe", raise any of the others.
+_UNREADABLE = (
+    OmegaConfBaseException,
+    YAMLError,
+    OSError,
+    TypeError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    RecursionError,
+)
 
 
 class OmegaConfEncoder(json.JSONEncoder):
@@ -137,11 +147,16 @@ def _parse_overrides(items: Sequence[str]) -> DictConfig:
             raise ConfigError(f"~key deletes a key other than config and has no value, got {item}")
         if not item.startswith("~") and ("=" not in item or not _key_of(item).strip("+.")):
             raise ConfigError(f"arguments are written key=value, got {item!r}")
-    settings = [item.removeprefix("+") for item in items if not item.startswith("~")]
-    try:
-        return OmegaConf.from_dotlist(settings)
-    except (OmegaConfBaseException, YAMLError, ValueError, RecursionError) as error:
-        raise ConfigError(f"cannot parse the arguments {settings}: {_reason(error)}") from error
+    config = OmegaConf.create()
+    for item in items:
+        if item.startswith("~"):
+            continue
+        try:
+            config.merge_with_dotlist([item.removeprefix("+")])
+            json.dumps(_plain(config), default=str)  # what the tree is made from
+        except _UNREADABLE as error:
+            raise ConfigError(f"cannot parse {one_line(item)}: {_reason(error)}") from error
+    return config
 
 
 def _apply_items(file_config: DictConfig, items: Sequence[str]) -> DictConfig:
@@ -153,7 +168,7 @@ def _apply_items(file_config: DictConfig, items: Sequence[str]) -> DictConfig:
             continue
         try:
             config.merge_with(_parse_overrides([item]))
-        except (OmegaConfBaseException, TypeError, ValueError) as error:
+        except _UNREADABLE as error:
             raise ConfigError(f"cannot apply {item!r} to the file: {_reason(error)}") from error
     return config
 
@@ -176,7 +191,7 @@ def _load_yaml(path: Any) -> DictConfig:
     try:
         config = OmegaConf.load(str(path))
         json.dumps(_plain(config), default=str)  # what the tree is made from
-    except (OmegaConfBaseException, YAMLError, OSError, *_NO_JSON) as error:
+    except _UNREADABLE as error:
         raise ConfigError(f"config={path} is not a readable YAML file: {_reason(error)}") from error
     if not isinstance(config, DictConfig):
         raise ConfigError(f"config={path} must hold key: value pairs at its top level")

@@ -198,6 +198,7 @@ def build_diffusion_scheduler(scheduler_path: Any, sample: bool = False, **kwarg
     if hasattr(scheduler_path, "config"):
         config = dict(scheduler_path.config)
         name: Any = type(scheduler_path).__name__
+        scheduler_path = "the scheduler"  # in messages
     else:
         file = Path(scheduler_path) / "scheduler_config.json"
         if not file.is_file():

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import ModelCard
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
 from diffnext.utils.component_files import own_path, read_base_reference
+from diffnext.utils.messages import one_line
 
 __all__ = ["Defaults", "Ranges", "merged_card", "read_defaults"]
 
@@ -83,11 +84,12 @@ def read_defaults(folder: Path, fallback: Defaults, ranges: Ranges) -> Defaults:
     if isinstance(parameters.get("negative_prompt"), str):
         recommended["negative_prompt"] = parameters["negative_prompt"]
     for name, (least, most) in vars(ranges).items():
-        value = parameters.get(name, getattr(fallback, name))
-        if type(value) in (int, float) and least <= value <= most:
+        default = getattr(fallback, name)
+        value = parameters.get(name, default)
+        if type(value) in (int, type(default)) and least <= value <= most:
             recommended[name] = value
         else:
-            logger.warning("%s: %s is %r, not %g to %g", card, name, value, least, most)
+            logger.warning("%s: %s is %s, not %g to %g", card, name, one_line(value), least, most)
     return replace(fallback, **recommended)
 
 
@@ -99,11 +101,25 @@ def find_card(folder: Path) -> Path | None:
 
 
 def read_header(card: Path) -> dict[str, Any]:
-    """What stands between the dashes at the top of a card."""
+    """What stands between the dashes at the top of a card.
+
+    Raises:
+        ValueError: If it cannot be read, or repeats parts by aliases, which may grow without end.
+    """
     try:
-        return ModelCard(card.read_text(encoding="utf-8")).data.to_dict()
-    except (yaml.YAMLError, ValueError) as error:
-        raise ValueError(f"the header of {card} cannot be read: {error}") from error
+        block = REGEX_YAML_BLOCK.search(card.read_text(encoding="utf-8"))
+        text = block[2] if block else ""
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
+            raise ValueError("it must not repeat parts by aliases")
+        header = yaml.safe_load(text) or {}
+        if not isinstance(header, dict):
+            raise ValueError("it must hold key: value pairs")
+    except OSError:
+        raise
+    except Exception as error:  # YAML's tags, as in "!!bool maybe", raise many
+        reason = " ".join(str(error).split())
+        raise ValueError(f"the header of {card} cannot be read: {reason}") from error
+    return header
 
 
 def merged_card(checkpoint: Path, name: str) -> str:

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from diffnext.schedulers.linear_update import LinearUpdate, linear_updates
+from diffnext.schedulers.scheduling_cfm import NoiseLevels
+from diffnext.utils.arguments import take_checked
 from diffnext.utils.messages import naming
 
 __all__ = ["DenoisingRun", "check_scheduler", "predicts_flow"]
@@ -38,13 +40,15 @@ def check_scheduler(scheduler: Any, flow_shift: float | None = None) -> None:
 
     Raises:
         ValueError: If it has another interface, takes another prediction than the noise or the
-            flow, or cannot be shifted.
+            flow, has a shift out of range, or cannot be shifted.
     """
     name = type(scheduler).__name__
     if not all(hasattr(scheduler, method) for method in ("set_timesteps", "step", "config")):
         raise ValueError(f"scheduler must have set_timesteps and step, got {name}")
     if "num_train_timesteps" not in scheduler.config:
         raise ValueError(f"{name} has no num_train_timesteps: it is not a diffusion scheduler")
+    with naming(name):
+        take_checked(NoiseLevels, dict(scheduler.config))
     required = {
         parameter.name
         for parameter in inspect.signature(type(scheduler).step).parameters.values()

@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from diffusers.schedulers import scheduling_flow_match_euler_discrete as euler
 from diffusers.schedulers.scheduling_utils import SchedulerMixin as SchedulerMixin
+from pydantic.dataclasses import dataclass
 from torch import Tensor
 
+from diffnext.utils.arguments import CHECKED, AtLeastOne, Positive, take_checked
 from diffnext.utils.host_data import send
 
 __all__ = ["FlowMatchEulerDiscreteScheduler", "FlowMatchEulerDiscreteSchedulerOutput"]
@@ -21,6 +23,14 @@ __all__ = ["FlowMatchEulerDiscreteScheduler", "FlowMatchEulerDiscreteSchedulerOu
 FlowMatchEulerDiscreteSchedulerOutput = euler.FlowMatchEulerDiscreteSchedulerOutput
 # Unknown to type checkers: its methods take some arguments at other places than those below.
 _EulerScheduler: Any = euler.FlowMatchEulerDiscreteScheduler
+
+
+@dataclass(config=CHECKED, frozen=True)
+class NoiseLevels:
+    """The numbers of a config that the noise levels are made of."""
+
+    num_train_timesteps: AtLeastOne = 1000
+    shift: Positive = 1.0
 
 
 # diffusers finds a class's loader by the name SchedulerMixin in the module of the class.
@@ -39,6 +49,15 @@ class FlowMatchEulerDiscreteScheduler(_EulerScheduler):
 
     timestep: Tensor | None = None
     sigma: Tensor | None = None
+
+    def register_to_config(self, **kwargs: Any) -> None:
+        """Keep the arguments as the config.
+
+        Raises:
+            ValueError: If one that noise levels are made of is not a number in range.
+        """
+        take_checked(NoiseLevels, dict(kwargs))
+        super().register_to_config(**kwargs)
 
     def set_timesteps(
         self, num_inference_steps: int | None = None, mu: float | None = None, **kwargs: Any

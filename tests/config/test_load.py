@@ -116,11 +116,17 @@ def test_interpolations_may_refer_to_keys_left_to_their_defaults():
         ([TINY, "training.seed"], "written key=value, got 'training.seed'"),
         ([TINY, "training=[1]"], "cannot apply"),
         ([TINY, "~training.seed.x"], "no such key"),
+        ([TINY, "training.seed=!!bool x"], "cannot parse 'training.seed=!!bool x'"),
+        ([TINY, "training.seed=!!int ''"], "cannot parse"),
+        ([TINY, "training.seed=!!timestamp x"], "cannot parse"),
+        ([TINY, f"training.seed=0x{'f' * 5000}"], "cannot parse"),
+        ([TINY, "training.seed=1", "training=[1]"], r"cannot parse 'training=\[1\]'"),
     ],
 )
 def test_malformed_command_line_is_explained(arguments, message):
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError, match=message) as caught:
         get_config(arguments)
+    assert len(str(caught.value)) < 300
 
 
 @pytest.mark.parametrize(
@@ -133,6 +139,9 @@ def test_malformed_command_line_is_explained(arguments, message):
         ("a: " + "{a: " * 400 + "1" + "}" * 400, "nested too deeply"),
         ("a: caf\udce9", "utf-8"),
         ("a: \0", "control characters"),
+        ("a: !!bool x", "not a readable YAML file"),
+        ("a: !!int '-'", "not a readable YAML file"),
+        ("a: !!timestamp x", "not a readable YAML file"),
         ("a: {b: 1, b: 2}", "duplicate key b"),
         ("!!binary aGk=: 1", "keys must be"),
         ("model: {name: '${eval:''__import__(1)''}'}", "name does not resolve: cannot evaluate"),

@@ -184,6 +184,11 @@ def texts(folder, path, text):
     value="four",
 )
 @case("layers in words", "vae", path="vae/config.json", key="block_out_channels", value="wide")
+@case("a scale in words", "vae", path="vae/config.json", key="scaling_factor", value="0.5")
+@case("a scale of 0", "vae", path="vae/config.json", key="scaling_factor", value=0)
+@case("no scale", "vae", path="vae/config.json", key="scaling_factor", value=None)
+@case("a scale of NaN", "vae", path="vae/config.json", key="scaling_factor", value=float("nan"))
+@case("a shift in words", "vae", path="vae/config.json", key="shift_factor", value="a")
 @case(
     "a width in words",
     "text_encoder",

@@ -1,5 +1,7 @@
 """Schedulers of diffusers through one interface."""
 
+import math
+
 import diffusers
 import pytest
 import torch
@@ -82,6 +84,9 @@ def test_an_exact_model_leads_every_flow_scheduler_to_the_data():
         (diffusers.RePaintScheduler(), r"it needs \['mask', .*'original_image'"),
         (diffusers.EDMEulerScheduler(), "preconditions its model"),
         (diffusers.DDPMScheduler(prediction_type="v_prediction"), "prediction_type 'v_prediction'"),
+        (diffusers.FlowMatchEulerDiscreteScheduler(shift=0.0), "shift must be greater than 0"),
+        (diffusers.FlowMatchEulerDiscreteScheduler(shift=-1), "Scheduler: shift must be greater"),
+        (diffusers.FlowMatchEulerDiscreteScheduler(shift=math.nan), "shift must be a finite"),
     ],
 )
 def test_schedulers_that_do_not_fit_are_refused(scheduler, message):

@@ -507,6 +507,13 @@ def test_defaults_follow_the_models_card(tmp_path, caplog):
     assert "num_diffusion_steps is 51, not 1 to 50" in caplog.text
 
 
+@pytest.mark.parametrize("value", ["4.0", "true", "'4'", ".nan", "0", "[4]"])
+def test_a_recommended_count_is_a_whole_number_in_range(tmp_path, caplog, value):
+    card = f"---\ninference: {{parameters: {{num_inference_steps: {value}}}}}\n---\n"
+    assert read_defaults(write_card(tmp_path, card), FALLBACK, Ranges()) == FALLBACK
+    assert "README.md: num_inference_steps is " in caplog.text
+
+
 @pytest.mark.parametrize(
     "text",
     ["# no header", "---\ninference: false\nwidget: none\n---\n", "---\nlicense: mit\n---\n"],
@@ -526,9 +533,31 @@ def test_a_checkpoint_takes_the_card_of_its_base_folder(tmp_path):
     assert defaults.guidance_scale == 3.5
 
 
-def test_a_broken_header_is_told(tmp_path):
-    with pytest.raises(ValueError, match="README.md cannot be read"):
-        read_defaults(write_card(tmp_path, "---\na: [\n---\n"), FALLBACK, Ranges())
+@pytest.mark.parametrize(
+    "header",
+    [
+        "a: [",
+        "- a",
+        "? [a]\n: b",
+        "a: !!bool x",
+        "a: !!timestamp x",
+        "a: " + "[" * 2000,
+        "a: &a [b]\nc: [*a, *a]",  # again and again, it would be longer than any memory
+        "a: &a [*a]",
+    ],
+)
+def test_a_broken_header_is_told_in_one_line(tmp_path, header):
+    with pytest.raises(ValueError, match="README.md cannot be read: .") as caught:
+        read_defaults(write_card(tmp_path, f"---\n{header}\n---\n"), FALLBACK, Ranges())
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "header", ["1: 2", "self: 1", "tags: 5", "model-index: a", "eval_results: 5", "~: ~", ""]
+)
+def test_other_parts_of_a_header_may_hold_anything(tmp_path, header):
+    card = f"---\n{header}\ninference: {{parameters: {{guidance_scale: 2}}}}\n---\n"
+    assert read_defaults(write_card(tmp_path, card), FALLBACK, Ranges()).guidance_scale == 2
 
 
 def test_nova_tiny_says_how_it_draws_best():

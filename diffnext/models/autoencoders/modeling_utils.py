@@ -12,10 +12,12 @@ import torch
 from diffusers.models.autoencoders import vae
 from diffusers.models.autoencoders.vae import DecoderOutput, IdentityDistribution
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
+from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from diffnext.models.autoencoders.tiling import TilingMixin
 from diffnext.models.modeling_utils import StrictLoadingMixin
+from diffnext.utils.arguments import CHECKED, Finite, Positive, take_checked
 from diffnext.utils.host_data import draw_normal
 
 __all__ = [
@@ -93,6 +95,14 @@ def return_input(self: Any, x: Tensor) -> Tensor:
     return x
 
 
+@dataclass(config=CHECKED, frozen=True)
+class LatentScale:
+    """The numbers of a config that :meth:`LatentsMixin.scale_` uses."""
+
+    scaling_factor: Positive = 1.0
+    shift_factor: Finite | None = None
+
+
 class LatentsMixin(StrictLoadingMixin):
     """Posteriors and scaled latents of an autoencoder; put before diffusers' classes.
 
@@ -109,6 +119,15 @@ class LatentsMixin(StrictLoadingMixin):
     )
     use_slicing: bool
     forward: Callable[..., Any] = return_input  # offload hooks attach here
+
+    def register_to_config(self, **kwargs: Any) -> None:
+        """Keep the arguments as the config.
+
+        Raises:
+            ValueError: If one that scales latents is not a number in range.
+        """
+        take_checked(LatentScale, dict(kwargs))
+        super().register_to_config(**kwargs)
 
     def scale_(self, x: Tensor) -> Tensor:
         """Raw to model latents: (x - shift) * scaling."""
