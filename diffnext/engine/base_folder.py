@@ -121,6 +121,8 @@ def open_base(config: TrainConfig, download: bool, problems: list[str]) -> BaseF
     for component in dict.fromkeys([*NEEDED, *given, *listed]):
         faulty.add(component)
         with _noting(lines, f"{COMPONENTS}.{component}" if component in given else key):
+            if index and component in NEEDED and component not in listed:
+                raise FileError(f"{index_file} lists no {component}, but training needs it")
             place = _find_place(folder, component, given)
             if place is not None:
                 components[component] = place

@@ -20,6 +20,7 @@ from diffnext.config.targets import (
     config_to_object,
     target_parameters,
 )
+from diffnext.engine.base_folder import BASE
 from diffnext.engine.model_ema import ModelEMA
 from diffnext.engine.resume import ResumePoint
 from diffnext.engine.run_inputs import RunInputs
@@ -27,6 +28,7 @@ from diffnext.engine.snapshot import COMPONENT, read_tensors
 from diffnext.models.transformers.transformer_nova import NOVATransformer3DModel
 from diffnext.pipelines.builder import build_pipeline, get_pipeline_path
 from diffnext.utils.accelerate_utils import get_ddp_shards, precision_to_dtype
+from diffnext.utils.component_files import reading
 from diffnext.utils.json_files import FileError
 
 logger = logging.getLogger(__name__)
@@ -40,17 +42,23 @@ def build_training_pipeline(
     The trained component is in float32, except under DeepSpeed, which keeps masters of its own.
 
     Raises:
-        ConfigError: If the checkpoint belongs to another model.
+        ConfigError: If the base folder cannot be loaded, or the checkpoint belongs to another
+            model.
     """
     dtypes = {"default": precision_to_dtype(config.training.mixed_precision)}
     if accelerator.distributed_type != DistributedType.DEEPSPEED:
         dtypes[COMPONENT] = torch.float32
-    pipeline = build_pipeline(
-        get_pipeline_path(**inputs.paths),
-        config_to_class(config.pipeline),
-        dtype=dtypes,
-        trust_remote_code=config.trust_remote_code,
-    )
+    cls = config_to_class(config.pipeline)
+    try:
+        with reading(inputs.base_folder, cls.__name__):
+            pipeline = build_pipeline(
+                get_pipeline_path(**inputs.paths),
+                cls,
+                dtype=dtypes,
+                trust_remote_code=config.trust_remote_code,
+            )
+    except (FileError, FileNotFoundError) as error:
+        raise ConfigError(f"{BASE}={config.pipeline.paths.pretrained_path}: {error}") from error
     lora = config.model.lora
     if lora is not None:
         from diffnext.engine.lora import add_lora

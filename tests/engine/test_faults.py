@@ -290,6 +290,30 @@ def test_impossible_output_folder_is_one_sentence(tiny_run, tmp_path, output):
     assert "\n" not in error
 
 
+@pytest.mark.parametrize(
+    "file, values, message",
+    [
+        ("model_index.json", {"vae": ["diffusers", "DDPMScheduler"]}, "no such component"),
+        ("model_index.json", {"vae": ["diffusers", "AutoencoderTiny"]}, "AutoencoderTiny"),
+        ("model_index.json", {"text_encoder": ["transformers", "AutoModel"]}, "AutoModel"),
+        ("model_index.json", {"scheduler": ["diffusers", "DDIMScheduler"]}, "got DDIMScheduler"),
+        ("scheduler/scheduler_config.json", {"shift": -1}, "shift must be greater than 0"),
+        ("vae/config.json", {"scaling_factor": "0.5"}, "scaling_factor must be a number"),
+        ("vae/config.json", {"layers_per_block": "two"}, "vae cannot be loaded"),
+        ("text_encoder/config.json", {"hidden_size": "wide"}, "text_encoder cannot be loaded"),
+        ("tokenizer/tokenizer_config.json", {"pad_token": [1]}, "tokenizer cannot be loaded"),
+    ],
+)
+def test_base_folder_that_cannot_be_loaded_is_one_line(tiny_run, tmp_path, file, values, message):
+    base = shutil.copytree(tiny_run.base, tmp_path / "base")
+    content = json.loads((base / file).read_text())
+    (base / file).write_text(json.dumps({**content, **values}))
+    run = TinyRun(base, tiny_run.dataset, tiny_run.output)
+    error = run.fail("training.max_train_steps=1", code=2)
+    assert error.startswith(f"error: pipeline.paths.pretrained_path={base}: ")
+    assert message in error and "\n" not in error
+
+
 FRESH = "experiment.resume_from_checkpoint="
 
 

@@ -144,6 +144,13 @@ FOLDERS = {
         change_json("model_index.json", vae=["os", "system"]),
         "names foreign code as vae",
     ),
+    **{
+        f"no {name} in the index": (
+            change_json("model_index.json", **{name: [None, None]}),
+            f"model_index.json lists no {name}, but training needs it",
+        )
+        for name in ("transformer", "vae", "scheduler")
+    },
     "a link": (link_out("text_encoder"), f"{PARTS}.text_encoder: {{base}}/text_encoder is a link"),
     "damaged config": (write("base/transformer/config.json", b"{"), "config.json is not JSON"),
     "wrong base reference": (write("base/base_folder.json", b"[]"), "base_folder.json must hold"),

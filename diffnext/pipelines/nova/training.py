@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffnext.models.autoencoders.modeling_utils import LatentsMixin
 from diffnext.models.text_encoders.encoding import encode_texts
 from diffnext.models.transformers.transformer_nova import NOVATransformer3DModel
 from diffnext.pipelines.builder import build_diffusion_scheduler
@@ -33,7 +34,14 @@ class TrainingPipelineMixin(ABC):
     loss_repeat = 4
 
     def _set_up(self) -> None:
-        """Make the scheduler that adds noise, at the end of the constructor."""
+        """Make the scheduler that adds noise, at the end of the constructor.
+
+        Raises:
+            ValueError: If diffnext has no such scheduler or autoencoder.
+        """
+        if not isinstance(self.vae, LatentsMixin | None):
+            name = type(self.vae).__name__
+            raise ValueError(f"training needs an autoencoder of this package as vae, got {name}")
         self.noise_scheduler = build_diffusion_scheduler(self.scheduler)
 
     @property
