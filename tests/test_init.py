@@ -157,3 +157,49 @@ def test_what_is_missing_or_does_not_fit_is_named(tmp_path, vae, capsys, argumen
     assert init("--config", SHAPES, "--output", tmp_path / "nova", *arguments) == 1
     assert message in capsys.readouterr().err
     assert not (tmp_path / "nova").exists()
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("a: [", "is not a readable YAML file: line 2"),
+        ("a: !!bool x", "is not a readable YAML file"),
+        ("- a", "must hold key: value pairs"),
+        ("hello", "hello"),
+        ("", "cannot be loaded as a training config"),
+        ("pipeline: {target: '${no.thing}'}", "pipeline.target"),
+        ("{pipeline: {paths: {module_config: {transformer: [1]}}}}", "transformer must hold key"),
+        ("{pipeline: {paths: {module_config: {transformer: {image_dim: x}}}}}", "image_dim must"),
+        ("{pipeline: {paths: {module_config: {transformer: {text_token_dim: a}}}}}", "_dim must"),
+    ],
+)
+def test_a_config_that_cannot_be_read_is_one_line(tmp_path, capsys, text, message):
+    (tmp_path / "config.yaml").write_text(text)
+    assert init("--config", tmp_path / "config.yaml", "--output", tmp_path / "new", "--tiny") == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and message in line
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--shift", "0"], "shift must be greater than 0"),
+        (["--shift", "nan"], "shift must be a finite number"),
+        (["--branch-gain", "inf"], "--branch-gain must be a finite number, got inf"),
+        (["--weights", "no/where"], "--weights no/where has no folder of a transformer"),
+    ],
+)
+def test_options_out_of_range_are_refused(tmp_path, capsys, vae, options, message):
+    words = ["--config", SHAPES, "--output", tmp_path / "new", "--tiny", "--vae", vae]
+    assert init(*words, *options) == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_config_may_calculate_as_in_a_training(tmp_path, vae):
+    config = OmegaConf.load(SHAPES)
+    config.pipeline.paths.module_config.transformer.image_stride = "${eval:'4 * 2'}"
+    OmegaConf.save(config, tmp_path / "config.yaml")
+    words = ["--config", tmp_path / "config.yaml", "--output", tmp_path / "new"]
+    assert init(*words, "--tiny", "--vae", vae) == 0

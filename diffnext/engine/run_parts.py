@@ -57,7 +57,7 @@ def build_training_pipeline(
                 dtype=dtypes,
                 trust_remote_code=config.trust_remote_code,
             )
-    except (FileError, FileNotFoundError) as error:
+    except (FileError, OSError, MemoryError) as error:
         raise ConfigError(f"{BASE}={config.pipeline.paths.pretrained_path}: {error}") from error
     lora = config.model.lora
     if lora is not None:

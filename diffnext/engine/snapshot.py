@@ -132,7 +132,8 @@ class RunFolder:
         """Steps that have a checkpoint folder, in order, damaged ones included."""
         folders = (self.output_dir / CHECKPOINTS).glob("checkpoint-*")
         numbers = [path.name.removeprefix("checkpoint-") for path in folders if path.is_dir()]
-        return sorted(int(number) for number in numbers if number.isdecimal())
+        steps = sorted(int(number) for number in numbers if number.isdecimal())
+        return [step for step in steps if f"{step}" in numbers]  # as written: 7, not 007
 
     def set_aside(self, path: Path) -> Path | None:
         """Move a damaged checkpoint, or another run's file, out of the way.

@@ -7,22 +7,30 @@ frozen components are copied, or small ones are made.
 from __future__ import annotations
 
 import argparse
+import math
 import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import DDPMScheduler
 from omegaconf import OmegaConf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from transformers import PhiConfig, PreTrainedTokenizerFast
 
+from diffnext.config.load import get_config
 from diffnext.models.text_encoders.phi import PhiEncoderModel
 from diffnext.models.transformers.transformer_nova import NOVATransformer3DModel
 from diffnext.models.vision_transformer import Block
-from diffnext.pipelines.release_folder import BASE_FOLDER_FILE, INDEX_FILE, write_shim
+from diffnext.pipelines.release_folder import (
+    BASE_FOLDER_FILE,
+    INDEX_FILE,
+    find_component,
+    write_shim,
+)
+from diffnext.schedulers.scheduling_cfm import FlowMatchEulerDiscreteScheduler
 from diffnext.utils.component_files import component_files, reading
 from diffnext.utils.json_files import read_json, write_json
 
@@ -60,10 +68,12 @@ def write_folder(args: argparse.Namespace) -> None:
     """
     if args.output.exists() and (not args.output.is_dir() or any(args.output.iterdir())):
         raise ValueError(f"--output {args.output} exists: name a new folder or remove it")
-    config: Any = OmegaConf.to_container(OmegaConf.load(args.config), resolve=True)
+    if not math.isfinite(args.branch_gain):
+        raise ValueError(f"--branch-gain must be a finite number, got {args.branch_gain}")
+    config: Any = OmegaConf.to_container(get_config([f"config={args.config}"]), resolve=True)
     with reading(args.config, "a training config"):
         pipeline = config["pipeline"]["target"].rpartition(".")[2]
-        model_config = config["pipeline"]["paths"]["module_config"]["transformer"]
+        model_config = dict(config["pipeline"]["paths"]["module_config"]["transformer"])
     args.output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.output.parent, prefix=".init-") as temporary:
         folder = Path(temporary) / args.output.name
@@ -214,9 +224,12 @@ def take_weights(model: NOVATransformer3DModel, source: Path) -> None:
         source: A release folder or checkpoint.
 
     Raises:
-        ValueError: If a weight has no place in the model, or another shape.
+        ValueError: If there are no weights, one has no place in the model, or another shape.
     """
-    trained = NOVATransformer3DModel.from_pretrained(source / "transformer").state_dict()
+    folder = find_component(source, "transformer")
+    if folder is None:
+        raise ValueError(f"--weights {source} has no folder of a transformer")
+    trained = NOVATransformer3DModel.from_pretrained(folder).state_dict()
     fresh = model.state_dict()
     for name, weight in trained.items():
         shape = tuple(fresh[name].shape) if name in fresh else None

@@ -91,7 +91,15 @@ def test_without_any_sound_checkpoint_the_run_is_refused(used):
 
 
 @pytest.mark.parametrize(
-    "name", ["checkpoint-best-9", "checkpoint-old-99", ".checkpoint-98.tmp", "checkpoint-7.bak"]
+    "name",
+    [
+        "checkpoint-best-9",
+        "checkpoint-old-99",
+        ".checkpoint-98.tmp",
+        "checkpoint-7.bak",
+        "checkpoint-0099",
+        "checkpoint--99",
+    ],
 )
 def test_other_names_are_neither_continued_nor_deleted(used, name):
     stranger = used.checkpoint(4).with_name(name)
