@@ -576,6 +576,14 @@ HOSTILE_ADAPTERS = {
     "a config that is not JSON": (lambda folder: change_metadata(folder, "{"), LORA_FILE),
     "a config that is a list": (lambda folder: change_metadata(folder, "[1]"), LORA_FILE),
     "a rank in words": (lambda folder: change_metadata(folder, {"r": "two"}), LORA_FILE),
+    "an alpha of NaN": (
+        lambda folder: change_metadata(folder, {"r": 2, "lora_alpha": float("nan")}),
+        LORA_FILE,
+    ),
+    "an endless alpha for one layer": (
+        lambda folder: change_metadata(folder, {"r": 2, "alpha_pattern": {"a": float("inf")}}),
+        LORA_FILE,
+    ),
     "a pattern of texts": (
         lambda folder: change_metadata(folder, {"r": 2, "rank_pattern": {"a": "b"}}),
         LORA_FILE,

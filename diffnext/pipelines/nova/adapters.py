@@ -8,7 +8,7 @@ from typing import Any
 
 from diffusers.loaders import CogVideoXLoraLoaderMixin
 from diffusers.loaders.lora_pipeline import require_peft_backend
-from pydantic import PositiveInt, TypeAdapter
+from pydantic import FiniteFloat, PositiveInt, TypeAdapter
 from torch import Tensor
 from typing_extensions import TypedDict
 
@@ -23,9 +23,9 @@ class AdapterConfig(TypedDict, total=False):
     """What is taken of the config in a file; peft would import modules that other keys name."""
 
     r: PositiveInt
-    lora_alpha: int | float
+    lora_alpha: int | FiniteFloat
     rank_pattern: dict[str, PositiveInt]
-    alpha_pattern: dict[str, int | float]
+    alpha_pattern: dict[str, int | FiniteFloat]
     target_modules: list[str] | str | None
     exclude_modules: list[str] | str | None
     use_rslora: bool
