@@ -41,7 +41,7 @@ __all__ = [
 
 T = TypeVar("T")
 
-# Of OmegaConf, YAML and json.dumps; the tags of YAML, as in "!!bool maybe", raise any of the others.
+# Of OmegaConf, YAML and json.dumps; tags of YAML, as in "!!bool maybe", raise the others.
 _UNREADABLE = (
     OmegaConfBaseException,
     YAMLError,

@@ -337,7 +337,7 @@ def read_to_draw(folder, capsys):
 
 
 def read_to_train(folder, capsys):
-    overlay = {"vae": {"scaling_factor": 2.0}}
+    overlay = {"vae": {"sample_size": 64}}
     assembled = get_pipeline_path(folder, {}, overlay, folder.parent / "temporary" / "assembled")
     build_pipeline(assembled, NOVATrainT2IPipeline, torch.float32)
 
