@@ -318,7 +318,7 @@ def test_errors_are_one_line(video_model, tmp_path, capsys):
         ("model_index.json", {"transformer": [None, None]}, "transformer"),
         ("scheduler/scheduler_config.json", {"num_train_timesteps": 10**13}, "allocate"),
         ("scheduler/scheduler_config.json", {"shift": -1}, "shift must be greater than 0"),
-        ("transformer/config.json", {"image_dim": 8}, "do not fit"),
+        ("transformer/config.json", {"video_mixer_rank": 8}, "do not fit"),
     ):
         folder = shutil.copytree(NOVA_TINY, tmp_path / "changed", dirs_exist_ok=True)
         write_json(folder / name, {**read_json(folder / name), **change})
