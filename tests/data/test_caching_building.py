@@ -254,6 +254,13 @@ def test_a_folder_with_other_files_is_not_touched(tmp_path, vae):
     assert os.listdir(tmp_path / "out") == ["thesis.txt"]
 
 
+def test_an_output_that_is_a_file_is_named(tmp_path, vae):
+    write_pictures(tmp_path / "in", 1)
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(NotADirectoryError, match=str(tmp_path / "out")):
+        build_cache(make_settings(tmp_path / "in", tmp_path / "out", vae))
+
+
 # --- errors ---------------------------------------------------------------------------------------
 
 

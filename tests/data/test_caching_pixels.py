@@ -209,6 +209,15 @@ def test_deep_colours_that_would_have_to_be_scaled_are_refused():
         read_picture(io.BytesIO(file), settings())
 
 
+@pytest.mark.parametrize("place", [60, 120, 180])
+def test_a_flipped_bit_in_the_colours_of_a_png_is_noticed(place):
+    noise = np.random.default_rng(0).integers(0, 256, (8, 16, 3), np.uint8)
+    file = bytearray(save(Image.fromarray(noise), "PNG"))
+    file[place] ^= 1
+    with pytest.raises(BadExample, match="cannot be decoded: broken PNG file"):
+        read_picture(io.BytesIO(bytes(file)), settings())
+
+
 @pytest.mark.parametrize("name", ["GIF", "PNG", "WEBP", "AVIF"])
 def test_animations_are_refused(name):
     frames = [Image.new("RGB", (16, 8), (100 * number, 0, 0)) for number in range(3)]

@@ -108,6 +108,8 @@ def test_decoders_that_hang_crash_or_take_all_memory_cost_one_item(tmp_path, mon
     report = build_cache(make_settings(source, tmp_path / "bad", video_vae, **changes))
     assert time.monotonic() - start < 60
     assert report.skipped == len(BAD_DECODERS) + 1 and report.examples == 3
+    with pytest.raises(CacheError, match=r"was built: 1 changed \(c\.mp4\);"):
+        build_cache(make_settings(source, tmp_path / "bad", video_vae, **changes))
     lines = map(json.loads, (tmp_path / "bad" / "skipped.jsonl").read_text().splitlines())
     reasons = {line["source"]: line["reason"] for line in lines}
     for number, (content, reason) in enumerate(BAD_DECODERS.items()):

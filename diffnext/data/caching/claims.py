@@ -141,7 +141,7 @@ class Claims:
         path = self._alive_file(self._owner)
         try:
             os.utime(path)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):  # the next line names the folder
             self._folder.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(self._identity), encoding="utf-8")
 

@@ -65,6 +65,7 @@ def read_picture(file: BinaryIO, settings: CacheSettings) -> Picture:
     head = file.read(HEAD)
     file.seek(0)
     try:
+        _verify(file, settings)
         with open_picture(file) as picture:
             return _fit(picture, head, settings)
     except (BadExample, MemoryError):
@@ -77,11 +78,19 @@ def read_picture(file: BinaryIO, settings: CacheSettings) -> Picture:
         raise BadExample(f"cannot be decoded: {error or type(error).__name__}") from error
 
 
+def _verify(file: BinaryIO, settings: CacheSettings) -> None:
+    """Compare a PNG with its checksums; decoding would take damaged bytes for colours."""
+    with open_picture(file) as picture:
+        check_pixels(picture.height, picture.width, settings)
+        if picture.format == "PNG":
+            picture.verify()
+    file.seek(0)
+
+
 def _fit(picture: Image.Image, head: bytes, settings: CacheSettings) -> Picture:
     frames = getattr(picture, "n_frames", 1)
     if picture.format in ANIMATED and frames > 1:
         raise BadExample(f"is animated, with {frames} frames")
-    check_pixels(picture.height, picture.width, settings)  # before EXIF, which decodes a PNG
     # Pillow turns TIFFs by itself.
     orientation = (
         None if picture.format == "TIFF" else read_exif(picture, ExifTags.Base.Orientation)

@@ -23,7 +23,7 @@ from typing import TypeVar
 from diffnext.data.caching.errors import CacheError, Skipped
 from diffnext.data.caching.examples import Reading, read_item
 from diffnext.data.caching.items import Item
-from diffnext.data.caching.provenance import ItemFacts
+from diffnext.data.caching.provenance import ItemFacts, stamp_item
 from diffnext.data.caching.settings import CacheSettings
 
 MEMORY_LIMIT = 3 * 2**30  # bytes of one process, beside the clips themselves
@@ -110,6 +110,7 @@ class _ReadingProcess:
         Raises:
             CacheError: If the build cannot go on.
         """
+        stamp = stamp_item(item)
         code = 0
         for _ in range(ATTEMPTS):
             self._wait_until_ready()
@@ -126,7 +127,8 @@ class _ReadingProcess:
                 return answer
             if code == -signal.SIGALRM:
                 break
-        return Reading(ItemFacts(item.name, skipped=[Skipped(item.name, self._explain(code))]))
+        skipped = [Skipped(item.name, self._explain(code))]
+        return Reading(ItemFacts(item.name, stamp, skipped=skipped))
 
     def _explain(self, code: int) -> str:
         if code == -signal.SIGALRM:
