@@ -258,7 +258,7 @@ class DataLoader(DataLoaderBase):
 
         Raises:
             ValueError: If the state belongs to another stream: other dataset sizes, weights, seed,
-                shard or shuffling.
+                shard or shuffling; or if it has no position.
         """
         saved = state.get("order", {})
         current = self._describe_order()
@@ -266,7 +266,10 @@ class DataLoader(DataLoaderBase):
         if differing:
             changes = ", ".join(f"{n} {saved.get(n)!r} -> {current[n]!r}" for n in differing)
             raise ValueError(f"cannot resume {self._name} in another order of examples: {changes}")
-        self._consumed = int(state["consumed"])
+        consumed = state["consumed"]
+        if type(consumed) is not int or consumed < 0:
+            raise ValueError(f"consumed must be a whole number, at least 0, got {consumed!r}")
+        self._consumed = consumed
         self._batches = None
 
     def last_examples(self, count: int) -> list[int]:

@@ -54,7 +54,12 @@ from diffnext.data.manifest import (
     read_manifest,
     write_manifest,
 )
-from diffnext.data.records import RecordDataset, normalize_features, write_metadata
+from diffnext.data.records import (
+    RecordDataset,
+    RecordError,
+    normalize_features,
+    write_metadata,
+)
 from diffnext.models.autoencoders.loading import read_autoencoder_config
 from diffnext.utils.weights_files import hash_weights
 
@@ -159,11 +164,15 @@ def _prepare(
     if manifest is not None:
         _check_plan(manifest.plan or {}, plan, settings.output)
         if not work.is_being_set_aside:
-            facts = list(read_facts(settings.output / SOURCES_NAME))
-            changes = find_changes([item.source for item in facts], facts, items)
-            if not changes:
-                return None
-            _check_update(settings, changes)
+            try:
+                facts = _read_finished(settings, manifest)
+            except (RecordError, OSError) as error:
+                _check_update(settings, f"{settings.output} is damaged: {error}")
+            else:
+                changes = find_changes([item.source for item in facts], facts, items)
+                if not changes:
+                    return None
+                _check_update(settings, _describe_changes(settings, changes))
     elif work.is_begun:
         begun = work.plan()
         if work.built_chunks():
@@ -172,18 +181,33 @@ def _prepare(
         if begun == plan and not changes:
             return Changes()
         if work.built_chunks():
-            _check_update(settings, changes)
+            _check_update(settings, _describe_changes(settings, changes))
     work.set_aside()
     work.begin(plan, [item.name for item in items])
     return changes
 
 
-def _check_update(settings: CacheSettings, changes: Changes) -> None:
+def _read_finished(settings: CacheSettings, manifest: Manifest) -> list[ItemFacts]:
+    """The facts about the items of a finished dataset, whose files are all there.
+
+    Raises:
+        RecordError: If a file is damaged.
+        OSError: If it is missing.
+    """
+    for folder, count in _count_examples(settings, manifest).items():
+        with RecordDataset(folder) as records:
+            if len(records) != count:
+                raise RecordError(f"{folder} has {len(records)} examples in place of {count}")
+    return list(read_facts(settings.output / SOURCES_NAME))
+
+
+def _describe_changes(settings: CacheSettings, changes: Changes) -> str:
+    return f"{settings.source} is not what it was when {settings.output} was built: {changes}"
+
+
+def _check_update(settings: CacheSettings, reason: str) -> None:
     if not settings.update:
-        raise CacheError(
-            f"{settings.source} is not what it was when {settings.output} was built: {changes}; "
-            "--update reads these items again and keeps the others"
-        )
+        raise CacheError(f"{reason}; --update reads these items again and keeps the others")
 
 
 def _check_plan(begun: dict[str, Any], wanted: dict[str, Any], output: Path) -> None:
@@ -401,8 +425,13 @@ def _read_report(settings: CacheSettings) -> CacheReport | None:
     if manifest is None:
         return None
     counts = manifest.counts
-    examples = manifest.datasets or {".": counts.examples or 0}
-    datasets = {settings.output / name: count for name, count in examples.items()}
+    datasets = _count_examples(settings, manifest)
     sources = read_facts(settings.output / SOURCES_NAME)
     notes = Counter(note for facts in sources for note in facts.notes)
     return CacheReport(datasets, counts.items or 0, counts.skipped or 0, notes=dict(notes))
+
+
+def _count_examples(settings: CacheSettings, manifest: Manifest) -> dict[Path, int]:
+    """Number of examples by folder."""
+    examples = manifest.datasets or {".": manifest.counts.examples or 0}
+    return {settings.output / name: count for name, count in examples.items()}

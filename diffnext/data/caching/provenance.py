@@ -179,7 +179,7 @@ def is_same(facts: ItemFacts, item: Item) -> bool:
 
 
 class PreviousRecords:
-    """Records of a build that is being updated; those of unchanged items are copied.
+    """Records of a build that is being updated; sound ones of unchanged items are copied.
 
     Args:
         parts: Folders with ``sources.jsonl`` and a dataset for each size.
@@ -188,10 +188,10 @@ class PreviousRecords:
     def __init__(self, parts: Iterable[Path]) -> None:
         self._by_name: dict[str, _Place] = {}
         self._by_hash: dict[str, _Place] = {}
-        self._open = functools.lru_cache(maxsize=16)(RecordDataset)  # one for each size
+        self._open = functools.lru_cache(maxsize=16)(open_records)  # one for each size
         for part in parts:
             first: dict[str, int] = {}
-            for facts in read_facts(part / SOURCES_NAME):
+            for facts in readable_facts(part / SOURCES_NAME):
                 if facts.examples:
                     place = _Place(part, facts, dict(first))
                     self._by_name[facts.source] = self._by_hash[facts.hash] = place
@@ -199,7 +199,7 @@ class PreviousRecords:
                     first[size] = first.get(size, 0) + count
 
     def find(self, item: Item) -> ItemFacts | None:
-        """The facts about an item whose records can be copied; None if there are none.
+        """The facts about an item whose records can be copied; None if it must be read again.
 
         The item may have another name with the same content, as a row that moved in its table.
         """
@@ -212,17 +212,43 @@ class PreviousRecords:
                 place = self._by_hash.get(hash_item(item))
             except (BadExample, OSError):
                 return None
-        return None if place is None else replace(place.facts, source=item.name, stamp=stamp)
+        if place is None:
+            return None
+        facts = replace(place.facts, source=item.name, stamp=stamp)
+        try:
+            for _ in self.read(facts):
+                pass
+        except RecordError:
+            return None
+        return facts
 
     def read(self, facts: ItemFacts) -> Iterator[tuple[str, dict[str, Any]]]:
         """The records of an item that :meth:`find` found, with the size of each."""
         place = self._by_hash[facts.hash]
         for size, count in place.facts.examples.items():
             dataset = self._open(place.part / size)
+            if dataset is None:
+                raise RecordError(f"{place.part / size} is damaged")
             for index in range(place.first.get(size, 0), place.first.get(size, 0) + count):
                 record = dataset[index]
                 ending = record["source"][len(place.facts.source) :]
                 yield size, {**record, "source": facts.source + ending}
+
+
+def readable_facts(path: Path) -> list[ItemFacts]:
+    """What a ``sources.jsonl`` says; nothing if it is damaged."""
+    try:
+        return list(read_facts(path))
+    except RecordError:
+        return []
+
+
+def open_records(folder: Path) -> RecordDataset | None:
+    """A dataset; None if it is damaged."""
+    try:
+        return RecordDataset(folder)
+    except (RecordError, OSError):
+        return None
 
 
 @dataclass(frozen=True)
