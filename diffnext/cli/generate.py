@@ -35,7 +35,7 @@ so you can draw each of them again. The parameters are written into each file.
 STEPS = ("num_inference_steps", "num_diffusion_steps")
 COUNTS = ("num_images", "num_frames", "max_context_frames", *STEPS)
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
-VIDEOS = (".mp4",)
+VIDEOS = (".mp4", ".webm", ".gif")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -82,8 +82,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--output",
         type=Path,
         metavar="FILE",
-        help="numbered if there are several samples; .png, .jpg and .webp are pictures, .mp4 is a "
-        "video (a new generated.png or generated.mp4)",
+        help="numbered if there are several samples; .png, .jpg and .webp are pictures; .mp4, "
+        ".webm and .gif are videos (a new generated.png or generated.mp4)",
     )
     add_device_options(parser)
     return parser

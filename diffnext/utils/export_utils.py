@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import PIL.Image
 
-from diffnext.utils.file_parameters import image_exif, video_comment
+from diffnext.utils.file_parameters import image_exif, to_json
 
-# What takes the codecs that imageio chooses.
-VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".avi", ".mpg", ".mpeg", ".wmv")
+VIDEO_SUFFIXES = (".mp4", ".webm", ".gif", ".mov", ".mkv", ".avi", ".mpg", ".mpeg", ".wmv")
+CODECS = {".webm": "libvpx-vp9"}  # imageio chooses the others
 
 
 def export_to_image(
@@ -67,8 +67,9 @@ def export_to_video(
 
     Args:
         video_frames: uint8 frames of one size, each (H, W, 3).
-        output_video_path: File to write; None makes a temporary ``.mp4``.
-        fps: Frames per second.
+        output_video_path: File to write; its ending chooses the format. None makes a temporary
+            ``.mp4``.
+        fps: Frames per second; a GIF shows each frame for a multiple of 10 ms.
         parameters: What the video was made with, written into the file; see ``read_parameters``.
 
     Returns:
@@ -94,14 +95,28 @@ def export_to_video(
         raise ValueError(f"video_frames must be at least one frame, all of one size, got {sizes}")
     if not isinstance(fps, Real) or not 0 < fps < float("inf"):
         raise ValueError(f"fps must be a positive number, got {fps!r}")
-    # Frames keep their size, but for odd ones, which H.264 in 4:2:0 does not take: by default
-    # imageio would scale them to a multiple of 16.
-    is_odd = any(length % 2 for length in sizes[0])
-    options: dict[str, Any] = {"fps": float(fps), "macro_block_size": 2 if is_odd else 1}
-    if parameters is not None:
-        options["output_params"] = video_comment(parameters)
+    comment = None if parameters is None else to_json(parameters)
     with _new_file("output_video_path", output_video_path, ".mp4", VIDEO_SUFFIXES) as path:
-        imageio.mimwrite(path, frames, format="FFMPEG", **options)
+        suffix = Path(path).suffix.lower()
+        if suffix == ".gif":
+            first, *others = map(PIL.Image.fromarray, frames)
+            options = {} if comment is None else {"comment": comment}
+            first.save(
+                path, save_all=True, append_images=others, duration=1000 / fps, loop=0, **options
+            )
+            return path
+        # Frames keep their size, but for odd ones, which H.264 in 4:2:0 does not take: by default
+        # imageio would scale them to a multiple of 16.
+        is_odd = any(length % 2 for length in sizes[0])
+        imageio.mimwrite(
+            path,
+            frames,
+            format="FFMPEG",
+            fps=float(fps),
+            codec=CODECS.get(suffix),
+            macro_block_size=2 if is_odd else 1,
+            output_params=[] if comment is None else ["-metadata", f"comment={comment}"],
+        )
     return path
 
 

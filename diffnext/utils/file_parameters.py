@@ -1,7 +1,7 @@
 """The parameters of a result, kept in the file itself.
 
-Pictures (PNG, WebP, JPEG, TIFF) carry them in the EXIF field ImageDescription, videos (MP4) in the
-metadata comment: as one JSON object of ASCII characters, which no reader mangles.
+Pictures (PNG, WebP, JPEG, TIFF) carry them in the EXIF field ImageDescription, videos (MP4, WebM)
+and GIF in the comment: as one JSON object of ASCII characters, which no reader mangles.
 
     exiftool -ImageDescription picture.webp
     ffprobe -show_entries format_tags=comment clip.mp4
@@ -22,7 +22,7 @@ from PIL import ExifTags, Image
 from diffnext.utils.json_files import FileError
 from diffnext.utils.pictures import open_picture
 
-__all__ = ["image_exif", "read_parameters", "video_comment"]
+__all__ = ["image_exif", "read_parameters", "to_json"]
 
 CONTAINERS = "mov,mp4,matroska,webm,avi,asf,mpeg"
 MAX_BYTES = 60_000  # JPEG takes 64 KiB of EXIF
@@ -38,20 +38,8 @@ def image_exif(parameters: Mapping[str, Any]) -> Image.Exif:
         ValueError: If JSON cannot hold a value, or the text is too long.
     """
     exif = Image.Exif()
-    exif[ExifTags.Base.ImageDescription] = _to_json(parameters)
+    exif[ExifTags.Base.ImageDescription] = to_json(parameters)
     return exif
-
-
-def video_comment(parameters: Mapping[str, Any]) -> list[str]:
-    """Options that make ffmpeg write the parameters.
-
-    Args:
-        parameters: As for :func:`image_exif`.
-
-    Raises:
-        ValueError: As for :func:`image_exif`.
-    """
-    return ["-metadata", f"comment={_to_json(parameters)}"]
 
 
 def read_parameters(path: str | os.PathLike) -> dict[str, Any]:
@@ -66,7 +54,7 @@ def read_parameters(path: str | os.PathLike) -> dict[str, Any]:
     """
     try:
         with open_picture(path) as image:
-            text = image.getexif().get(ExifTags.Base.ImageDescription)
+            text = image.getexif().get(ExifTags.Base.ImageDescription, image.info.get("comment"))
     except FileError:
         text = _read_comment(Path(path))
     try:
@@ -78,7 +66,12 @@ def read_parameters(path: str | os.PathLike) -> dict[str, Any]:
     return parameters
 
 
-def _to_json(parameters: Mapping[str, Any]) -> str:
+def to_json(parameters: Mapping[str, Any]) -> str:
+    """The text that a file carries.
+
+    Raises:
+        ValueError: As for :func:`image_exif`.
+    """
     try:
         text = json.dumps(dict(parameters), allow_nan=False)
     except TypeError as error:
@@ -103,6 +96,6 @@ def _read_comment(path: Path) -> str | None:
         raise ValueError(f"{path} is not a picture or video")
     for line in result.stdout.decode(errors="replace").splitlines():
         name, _, value = line.partition("=")
-        if name == "comment":
+        if name.lower() == "comment":  # Matroska and WebM write it in capitals
             return re.sub(r"\\(.)", r"\1", value)  # ffmetadata escapes = ; # and \
     return None

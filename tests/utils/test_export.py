@@ -50,16 +50,30 @@ def test_a_video_keeps_its_frames_and_its_rate(tmp_path, size):
     assert iio.immeta(path)["fps"] == 5
 
 
-@pytest.mark.parametrize("suffix", [".mp4", ".MOV", ".mkv", ".avi", ".mpg", ".mpeg", ".wmv"])
+@pytest.mark.parametrize(
+    "suffix", [".mp4", ".webm", ".MOV", ".mkv", ".avi", ".mpg", ".mpeg", ".wmv"]
+)
 def test_every_listed_video_format_is_written(tmp_path, suffix):
     path = export_to_video([PIXELS + 200] * 3, tmp_path / f"a{suffix}", fps=25)
     frames = iio.imread(path, plugin="FFMPEG")
     assert frames.shape[1:] == PIXELS.shape and abs(frames.mean() - 200) < 4
+    assert suffix != ".webm" or iio.immeta(path, plugin="FFMPEG")["codec"] == "vp9"
 
 
+def test_a_gif_keeps_its_frames_and_plays_for_ever(tmp_path):
+    path = export_to_video([PIXELS, PIXELS + 99, PIXELS + 200], tmp_path / "a.GIF", fps=10)
+    with PIL.Image.open(path) as picture:
+        assert (picture.format, picture.n_frames, picture.info["loop"]) == ("GIF", 3, 0)
+        assert picture.info["duration"] == 100
+        picture.seek(2)
+        assert np.array_equal(picture.convert("RGB"), PIXELS + 200)
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".webm", ".gif"])
 @pytest.mark.parametrize("size", [(1, 1), (2, 3), (17, 16)])
-def test_small_and_odd_frames_are_written(tmp_path, size):
-    assert Path(export_to_video([np.zeros((*size, 3), np.uint8)], tmp_path / "a.mp4")).is_file()
+def test_small_and_odd_frames_are_written(tmp_path, size, suffix):
+    frames = [np.zeros((*size, 3), np.uint8)]
+    assert Path(export_to_video(frames, tmp_path / f"a{suffix}")).is_file()
 
 
 @pytest.mark.parametrize(
@@ -113,7 +127,7 @@ def test_what_is_not_an_image_file_is_refused(tmp_path, temporary, arguments, me
         ({"video_frames": PIXELS[None, :, :0]}, "video_frames must be"),
         ({"video_frames": [PIXELS, PIXELS[1:]]}, r"video_frames .* one size, got \[\(31, 48\),"),
         ({"output_video_path": "a.png"}, "output_video_path must end in one of .* got .*a.png"),
-        ({"output_video_path": "a.webm"}, "output_video_path must end in"),
+        ({"output_video_path": "a.ogv"}, r"must end in one of .*'\.gif'.*'\.mp4'.*'\.webm'"),
         ({"output_video_path": ""}, "output_video_path must end in"),
     ],
 )

@@ -27,8 +27,9 @@ def test_parameters_leave_the_picture_as_it_is(tmp_path):
     assert np.array_equal(np.asarray(PIL.Image.open(path)), PIXELS)
 
 
-def test_videos_carry_parameters(tmp_path):
-    path = export_to_video([PIXELS] * 3, tmp_path / "-a b.mp4", parameters=PARAMETERS)
+@pytest.mark.parametrize("suffix", [".mp4", ".webm", ".gif", ".mkv"])
+def test_videos_carry_parameters(tmp_path, suffix):
+    path = export_to_video([PIXELS] * 3, tmp_path / f"-a b{suffix}", parameters=PARAMETERS)
     assert read_parameters(path) == PARAMETERS
 
 
