@@ -62,13 +62,13 @@ def render() -> str:
 def _table(title: str, summary: str, keys: Sequence[SchemaKey], configs: Sequence[Any]) -> str:
     lines = [f"## {title}", ""]
     lines += [summary, ""] if summary else []
-    lines += ["| Key | Type | Default | Meaning | T2I | T2V |", "|---|---|---|---|---|---|"]
+    lines += ["| Key | Meaning | Type | Default | T2I | T2V |", "|---|---|---|---|---|---|"]
     for item in keys:
         default = "required" if item.required else _code(item.default)
         if item.default is KEEP:
             default = str(KEEP)
         shipped = [_shipped(config, item.path) for config in configs]
-        cells = [f"`{item.path.rpartition('.')[2]}`", item.type_name, default, item.meaning]
+        cells = [f"`{item.path.rpartition('.')[2]}`", item.meaning, item.type_name, default]
         lines.append("| " + " | ".join(_escape(cell) for cell in [*cells, *shipped]) + " |")
     return "\n".join(lines) + "\n"
 

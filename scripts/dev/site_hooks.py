@@ -6,6 +6,7 @@ are made here.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,11 @@ def on_files(files: Files, *, config: MkDocsConfig) -> Files:
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Let links to notebooks lead to their pages."""
     return markdown.replace(".ipynb)", ".md)")
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Show names in docstrings without their Sphinx roles, such as :class:."""
+    return re.sub(r":(class|data|func|meth|mod):<code>~?", "<code>", html)
 
 
 def packages() -> list[str]:
