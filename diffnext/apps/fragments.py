@@ -20,7 +20,7 @@ from PIL import Image
 
 __all__ = ["Drawn", "gallery", "message", "preview_url", "progress", "results"]
 
-PREVIEW_SIDE = 512  # pixels at most
+PREVIEW_SIDE = 512  # pixels, at most
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Drawn:
 
     @property
     def alt(self) -> str:
-        """What it shows, for those who do not see it."""
+        """What it shows, for screen readers."""
         return f"{self.parameters['prompt']} (seed {self.parameters['seed']})"
 
 
@@ -60,7 +60,7 @@ def progress(text: str, done: int, total: int) -> str:
 
 
 def preview_url(picture: np.ndarray) -> str:
-    """A picture inside of its own address, made small: (H, W, 3) uint8."""
+    """A small copy of a picture, (H, W, 3) uint8, as a data URL."""
     image = Image.fromarray(picture)
     image.thumbnail((PREVIEW_SIDE, PREVIEW_SIDE))
     file = io.BytesIO()
@@ -69,12 +69,12 @@ def preview_url(picture: np.ndarray) -> str:
 
 
 def results(size: tuple[int, int], count: int, shown: Sequence[Drawn | str] = ()) -> str:
-    """The places of what is being drawn; they have their size from the start.
+    """A place for each result, which has its final size from the start.
 
     Args:
         size: Height and width of a picture or video.
         count: Number of places.
-        shown: What is there already: results, or addresses of previews.
+        shown: What to show so far: results, or URLs of previews.
     """
     places = []
     for number in range(count):

@@ -17,6 +17,7 @@ from diffnext.apps import fragments
 from diffnext.apps.fragments import Drawn, message
 from diffnext.apps.studio import Drawing, DrawRequest, Snapshot, Studio
 from diffnext.pipelines.model_card import Defaults, Ranges
+from diffnext.utils.arguments import build_checked
 
 __all__ = ["Page"]
 
@@ -34,10 +35,10 @@ element.addEventListener("click", (event) => {
   if (button) trigger("click", {index: Number(button.dataset.index)});
 })
 """
-SEED = "The same seed and settings draw the same again."
-GUIDANCE = "How closely to follow the prompt. Higher is closer, and less varied."
-SETS = "In how many sets a frame's tokens are drawn. More is finer and takes longer."
-STEPS = "Denoising steps for each set. More is cleaner and takes longer."
+SEED = "The same seed and settings give the same result."
+GUIDANCE = "How closely to follow the prompt. Higher is closer but less varied."
+SETS = "Sets of tokens that a frame is drawn in. More sets are finer and take longer."
+STEPS = "Denoising steps of each set. More steps are cleaner and take longer."
 
 Updates = dict[Component, Any]
 
@@ -48,7 +49,7 @@ class Page:
     Args:
         studio: Draws.
         defaults: What the form shows at first.
-        folder: Where results are written; gradio has to serve it.
+        folder: Where results are written; gradio must be allowed to serve it.
     """
 
     WHAT: str
@@ -56,7 +57,7 @@ class Page:
     RANGES = Ranges()
     NUM_SAMPLES = 1
     NEGATIVE_LINES = 5
-    NEGATIVE_HELP = "What should not be there."
+    NEGATIVE_HELP = "What to leave out."
     OPTIONS_ARE_OPEN = True
 
     def __init__(self, studio: Studio, defaults: Defaults, folder: Path) -> None:
@@ -86,7 +87,7 @@ class Page:
         Raises:
             ValueError: If something cannot be used.
         """
-        return DrawRequest(**values)
+        return build_checked(DrawRequest, values)
 
     def write(self, clip: np.ndarray, name: str, parameters: dict[str, Any]) -> str:
         """Write a sample to a file, which carries its parameters.
@@ -140,7 +141,7 @@ class Page:
         self._connect(generate)
 
     def _add_prompt(self, name: str, value: str, lines: int, help_text: str | None = None) -> None:
-        """Add a box for a prompt, with its length below; Enter draws, Shift and Enter too."""
+        """Add a box for a prompt, with its length below; Enter draws."""
         words = name.replace("_", " ")
 
         def tell_length(text: str) -> str:
@@ -165,7 +166,7 @@ class Page:
 
     def _add_advanced_options(self) -> None:
         with gr.Accordion("Advanced Options", open=self.OPTIONS_ARE_OPEN):
-            self.inputs["seed"] = gr.Slider(
+            self.inputs["seed"] = add_slider(
                 0, MAX_SEED, 0, step=1, label="Seed", info=SEED, elem_id="seed"
             )
             self.inputs["randomize_seed"] = gr.Checkbox(
@@ -177,7 +178,7 @@ class Page:
                 ("num_diffusion_steps", "Diffusion steps", 1, STEPS),
             ):
                 least, greatest = getattr(self.RANGES, name)
-                self.inputs[name] = gr.Slider(
+                self.inputs[name] = add_slider(
                     least,
                     greatest,
                     getattr(self.defaults, name),
@@ -281,6 +282,20 @@ class Page:
         return [parameters.get(name, gr.skip()) for name in self.inputs]
 
 
+def add_slider(least: float, greatest: float, value: float, **options: Any) -> gr.Slider:
+    """Add a slider; gradio would print a traceback for requests with numbers out of its range."""
+
+    def check(number: Any) -> float:
+        if not isinstance(number, int | float) or not least <= number <= greatest:
+            rule = f"{slider.label} must be {least} to {greatest}, got {number!r}"
+            raise gr.Error(rule, print_exception=False)
+        return number
+
+    slider = gr.Slider(least, greatest, value, **options)
+    vars(slider)["preprocess"] = check
+    return slider
+
+
 def add_html(value: str, kind: str = "", **options: Any) -> gr.HTML:
     """Add HTML that has the page's own style, in the classes "plain" and ``kind``."""
     return gr.HTML(value, apply_default_css=False, elem_classes=["plain", kind], **options)
@@ -292,7 +307,9 @@ def describe_end(drawing: Drawing) -> str:
         return "Done."
     text = f"Stopped after set {drawing.done} of {drawing.total}"
     frames = drawing.clips.shape[1]
-    return f"{text}: what is grey is not drawn." if frames == 1 else f"{text}: {frames} frames."
+    if frames == 1:
+        return f"{text}. Grey parts are not drawn yet."
+    return f"{text}. The first {frames} frames are kept."
 
 
 def read_examples(name: str) -> tuple[str, ...]:

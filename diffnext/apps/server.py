@@ -45,7 +45,7 @@ def serve(args: argparse.Namespace) -> int:
             folder = newest_checkpoint(find_folder(args.model))
             defaults = read_defaults(folder, page_class.DEFAULTS, page_class.RANGES)
             args.device = str(get_device(args.device))
-            # For the files: without the path, which is nobody's business.
+            # Files carry the name of the model without its path, which is private.
             path = Path(args.model).expanduser()
             name = path.resolve().name if path.is_dir() else args.model
             studio = Studio(load_pipeline(folder, args), name)

@@ -16,11 +16,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import dataclasses as checked
 from torch import Tensor
 
 from diffnext.models.text_encoders.encoding import tokenize
 from diffnext.pipelines import NOVAPipeline
 from diffnext.pipelines.pipeline_utils import cosine_set_sizes
+from diffnext.utils.arguments import CHECKED, AtLeastOne, Finite
 from diffnext.version import __version__
 
 __all__ = ["DrawRequest", "Drawing", "Snapshot", "Studio"]
@@ -28,11 +30,11 @@ __all__ = ["DrawRequest", "Drawing", "Snapshot", "Studio"]
 MOST_COUNTED = 10**6  # tokens; models read 256
 MAX_WAITING = 20
 PREVIEW_PAUSE = 0.3  # seconds
-PREVIEW_SHARE = 4  # drawing takes so many times as long as previews
+PREVIEW_SHARE = 4  # drawing takes at least this many times as long as previews
 NOT_DRAWN = 0.8  # light grey, where pixels are -1 to 1
 
 
-@dataclass(frozen=True, kw_only=True)
+@checked.dataclass(frozen=True, kw_only=True, config=CHECKED)
 class DrawRequest:
     """What a visitor asks for, by the names of the pipeline's arguments.
 
@@ -49,11 +51,11 @@ class DrawRequest:
 
     prompt: str
     negative_prompt: str
-    guidance_scale: float
-    num_inference_steps: int
-    num_diffusion_steps: int
-    max_latent_length: int = 1
-    motion_flow: float | None = None
+    guidance_scale: Finite
+    num_inference_steps: AtLeastOne
+    num_diffusion_steps: AtLeastOne
+    max_latent_length: AtLeastOne = 1
+    motion_flow: Finite | None = None
     image: np.ndarray | None = None
 
     def pipeline_arguments(self) -> dict[str, Any]:
@@ -63,7 +65,7 @@ class DrawRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class Snapshot:
-    """How far a drawing is.
+    """The progress of a drawing.
 
     Attributes:
         ahead: Drawings that come before it.
@@ -83,7 +85,7 @@ class Snapshot:
 
 @dataclass(frozen=True, kw_only=True)
 class Drawing:
-    """What came of a request.
+    """The result of a request.
 
     Attributes:
         done: Sets of tokens that are drawn, of all frames.
@@ -142,7 +144,7 @@ class Studio:
             name: For the message.
 
         Raises:
-            ValueError: If the prompt is longer than what the model reads.
+            ValueError: If the prompt is longer than the model reads.
         """
         vocabulary = self.pipe.text_encoder.config.vocab_size
         count = len(tokenize(self.pipe.tokenizer, [text], MOST_COUNTED, vocabulary)[0])
@@ -162,11 +164,11 @@ class Studio:
             seeds: One per sample.
 
         Yields:
-            How far it is, as that changes, and last what came of it; nothing came of it if it was
-            stopped while it waited.
+            Snapshots of its progress, and the result last; there is none if it was stopped while
+            it waited.
 
         Raises:
-            ValueError: If the model cannot do what is asked for, or too many visitors wait.
+            ValueError: If the model cannot draw this, or too many visitors are waiting.
         """
         if not request.prompt.strip():
             raise ValueError("The prompt is empty.")
@@ -216,7 +218,7 @@ class Studio:
         device = self.pipe._execution_device
         num_tokens = int(np.prod(self.pipe.transformer.config["image_base_size"]))
         sizes = cosine_set_sizes(request.num_inference_steps, num_tokens)
-        sets = int(np.count_nonzero(sizes))  # small frames have less of them than steps
+        sets = int(np.count_nonzero(sizes))  # small frames have fewer of them than steps
         total = sets * request.max_latent_length
         times: list[float] = []
         last = Snapshot()

@@ -12,19 +12,20 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from diffnext.apps.fragments import message
-from diffnext.apps.page import AT_ONCE, Page, add_html, read_examples
+from diffnext.apps.page import AT_ONCE, Page, add_html, add_slider, read_examples
 from diffnext.apps.studio import DrawRequest
 from diffnext.models.autoencoders.tiling import TilingMixin
 from diffnext.pipelines import NOVAPipeline
 from diffnext.pipelines.model_card import Defaults, Ranges
 from diffnext.utils import export_to_video
+from diffnext.utils.arguments import build_checked
 from diffnext.utils.pictures import load_picture, to_rgb
 
 __all__ = ["VideoPage", "crop_image", "make_presets"]
 
 FPS = 12
 LATENT_LENGTHS = (9, 5, 1)
-UPLOAD_HELP = "The video begins with its middle, in the size of the video."
+UPLOAD_HELP = "The video begins with the middle of this picture, scaled to its size."
 
 
 class VideoPage(Page):
@@ -36,7 +37,7 @@ class VideoPage(Page):
 
     WHAT = "video"
     NEGATIVE_LINES = 1
-    NEGATIVE_HELP = "What should not be there. Left empty, videos move better."
+    NEGATIVE_HELP = "What to leave out. Left empty, videos move better."
     OPTIONS_ARE_OPEN = False
     RANGES = Ranges(num_diffusion_steps=(1, 100))
     DEFAULTS = Defaults(
@@ -57,8 +58,8 @@ class VideoPage(Page):
             info="Frames x width x height. Fewer frames are drawn sooner.",
             elem_id="preset",
         )
-        self.inputs["motion_flow"] = gr.Slider(
-            1, 10, 5, step=1, label="Motion Flow", info="How much moves. 5 is usual."
+        self.inputs["motion_flow"] = add_slider(
+            1, 10, 5, step=1, label="Motion Flow", info="How much things move. 5 is usual."
         )
 
     def add_options(self) -> None:
@@ -83,7 +84,7 @@ class VideoPage(Page):
         """See :meth:`diffnext.apps.page.Page.make_request`."""
         file = values.pop("image")
         image = crop_image(read_upload(file), *self.studio.pixel_size) if file else None
-        return DrawRequest(**values, image=image)
+        return build_checked(DrawRequest, values | {"image": image})
 
     def write(self, clip: np.ndarray, name: str, parameters: dict[str, Any]) -> str:
         """See :meth:`diffnext.apps.page.Page.write`."""
@@ -95,12 +96,12 @@ def make_presets(pipe: NOVAPipeline, height: int, width: int) -> list[tuple[str,
     """The videos that the page offers: "frames x width x height", and their latent frames.
 
     Args:
-        pipe: Whose model tells how long videos may be.
-        height: Of its videos.
-        width: Of its videos.
+        pipe: Its model limits how long videos may be.
+        height: Of its videos, in pixels.
+        width: Of its videos, in pixels.
 
     Raises:
-        ValueError: If it draws pictures only.
+        ValueError: If the model draws pictures only.
     """
     longest = pipe.transformer.config["video_base_size"][0]
     if longest < 2 or not isinstance(pipe.vae, TilingMixin):
@@ -114,7 +115,7 @@ def make_presets(pipe: NOVAPipeline, height: int, width: int) -> list[tuple[str,
 
 
 def check_upload(path: str) -> tuple[Any, str]:
-    """Take back a picture that cannot be used, and say why."""
+    """Remove an upload that cannot be used, and say why."""
     try:
         read_upload(path)
     except ValueError as error:

@@ -173,13 +173,25 @@ def test_guidance_of_one_and_a_negative_prompt_work(page):
             "The prompt has 199 tokens, the model reads 24: shorten it.",
         ),
         ({"negative_prompt": "a red ring " * 9}, "The negative prompt has 28 tokens, the"),
-        ({"num_inference_steps": 0}, "num_inference_steps must be greater than or equal to 1"),
+        ({"num_inference_steps": 0}, "num_inference_steps must be greater than or equal to 1, got"),
+        ({"num_diffusion_steps": 2.5}, "num_diffusion_steps must be"),
+        ({"guidance_scale": None}, "guidance_scale must be"),
+        ({"guidance_scale": float("nan")}, "guidance_scale must be"),
+        ({"prompt": None}, "prompt must be"),
     ],
 )
+@pytest.mark.filterwarnings("error::RuntimeWarning")
 def test_wrong_requests_are_explained(page, options, text):
     shown = run(page, **options)
     assert text in status(page, shown) and 'class="wrong"' in shown[page.status]
     assert page.drawn not in shown
+
+
+@pytest.mark.parametrize("number", [0, 129, None, "4", float("nan")])
+def test_numbers_that_no_slider_sends_are_refused(page, number):
+    with pytest.raises(gr.Error, match=r"Inference steps must be 1 to 128, got") as refused:
+        page.inputs["num_inference_steps"].preprocess(number)
+    assert not refused.value.print_exception
 
 
 def test_a_model_of_videos_draws_their_first_frame(video_studio, tmp_path):
@@ -252,7 +264,7 @@ def test_a_stopped_picture_is_kept_with_what_is_not_drawn_in_grey(page):
         if "Set 2 of 13" in shown.get(page.status, ""):
             page.studio.stop("local")
     text = status(page, shown)
-    drawn = int(re.search(r"Stopped after set (\d+) of 13: what is grey is not drawn", text)[1])
+    drawn = int(re.search(r"Stopped after set (\d+) of 13\. Grey parts are not drawn yet", text)[1])
     assert 2 <= drawn < 13
     for one in shown[page.drawn]:
         assert read_parameters(one.path)["stopped_after_sets"] == drawn
