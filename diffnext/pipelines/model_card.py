@@ -84,9 +84,9 @@ def read_defaults(folder: Path, fallback: Defaults, ranges: Ranges) -> Defaults:
     if isinstance(parameters.get("negative_prompt"), str):
         recommended["negative_prompt"] = parameters["negative_prompt"]
     for name, (least, most) in vars(ranges).items():
-        default = getattr(fallback, name)
-        value = parameters.get(name, default)
-        if type(value) in (int, type(default)) and least <= value <= most:
+        value = parameters.get(name, getattr(fallback, name))
+        kinds = (int,) if name.startswith("num_") else (int, float)
+        if type(value) in kinds and least <= value <= most:
             recommended[name] = value
         else:
             logger.warning("%s: %s is %s, not %g to %g", card, name, one_line(value), least, most)
