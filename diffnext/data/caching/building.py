@@ -167,7 +167,8 @@ def _prepare(
             try:
                 facts = _read_finished(settings, manifest)
             except (RecordError, OSError) as error:
-                _check_update(settings, f"{settings.output} is damaged: {error}")
+                remedy = "--update builds again what cannot be read"
+                _check_update(settings, f"{settings.output} is damaged: {error}; {remedy}")
             else:
                 changes = find_changes([item.source for item in facts], facts, items)
                 if not changes:
@@ -202,12 +203,15 @@ def _read_finished(settings: CacheSettings, manifest: Manifest) -> list[ItemFact
 
 
 def _describe_changes(settings: CacheSettings, changes: Changes) -> str:
-    return f"{settings.source} is not what it was when {settings.output} was built: {changes}"
+    return (
+        f"{settings.source} is not what it was when {settings.output} was built: {changes}; "
+        "--update reads these items again and keeps the others"
+    )
 
 
 def _check_update(settings: CacheSettings, reason: str) -> None:
     if not settings.update:
-        raise CacheError(f"{reason}; --update reads these items again and keeps the others")
+        raise CacheError(reason)
 
 
 def _check_plan(begun: dict[str, Any], wanted: dict[str, Any], output: Path) -> None:
