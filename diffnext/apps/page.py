@@ -292,6 +292,7 @@ def add_slider(least: float, greatest: float, value: float, **options: Any) -> g
         return number
 
     slider = gr.Slider(least, greatest, value, **options)
+    # Not a subclass: gradio writes a .pyi file beside the module of every subclass of a component.
     vars(slider)["preprocess"] = check
     return slider
 
