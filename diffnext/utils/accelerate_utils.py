@@ -172,12 +172,24 @@ def _launch_arguments(
     if "LOCAL_RANK" in os.environ and not torch.accelerator.is_available():
         if _is_set("ACCELERATE_USE_DEEPSPEED"):
             group.backend = "gloo"
+            _skip_inference_kernel()
         else:
             kwargs = {"cpu": True, **kwargs}
     handlers = list(kwargs_handlers)
     if not any(isinstance(handler, InitProcessGroupKwargs) for handler in handlers):
         handlers.append(group)
     return {"kwargs_handlers": handlers, **kwargs}
+
+
+def _skip_inference_kernel() -> None:
+    """Keep DeepSpeed from compiling its all-reduce of a CPU, which only its inference calls.
+
+    PyTorch guards the compiler's folder by a file: a process that is killed meanwhile leaves it
+    behind, and every later run waits for it without end.
+    """
+    from deepspeed.ops import __compatible_ops__ as is_compatible
+
+    is_compatible["deepspeed_shm_comm"] = False
 
 
 def _supports_fp16(accelerator: Accelerator) -> bool:

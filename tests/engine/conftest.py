@@ -122,8 +122,7 @@ def launch(run: TinyRun, launcher: str, *overrides: str, script: str = "scripts/
     arguments = run.arguments("training.max_train_steps=6", "ema.params.update_every=2", *overrides)
     options = [option.format(port=free_port()) for option in LAUNCHERS[launcher]]
     command = [*options, str(ROOT / script), *arguments]
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # ninja for DeepSpeed
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": path, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     environment |= {
         "WARM_SOCKET": warm_socket("zero2" in launcher),
         "PYTHON_EXEC": str(WARM_PYTHON),

@@ -109,9 +109,7 @@ def write_records(folder: Path) -> None:
 @contextlib.contextmanager
 def started(launcher: str, options: Sequence[str], output: Path) -> Iterator[subprocess.Popen]:
     """A run that is killed at the end; its log goes to a file beside the output folder."""
-    bin_folder = str(Path(sys.executable).parent)  # DeepSpeed looks for ninja
-    environment = {**os.environ, "PATH": f"{bin_folder}{os.pathsep}{os.environ['PATH']}"}
-    environment.setdefault("OMP_NUM_THREADS", "1")
+    environment = {"OMP_NUM_THREADS": "1", **os.environ}
     script = str(ROOT / "scripts" / "train.py")
     place = f"experiment.output_dir={output.resolve()}"
     command = [sys.executable, *LAUNCHERS[launcher], script, place, *options]
