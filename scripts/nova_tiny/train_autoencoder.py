@@ -15,7 +15,6 @@ Shapes: B batch, C latent channels, F frames, H W pixels. Clips are (B, 3, F, H,
 
 from __future__ import annotations
 
-import copy
 import math
 import os
 import shutil
@@ -31,6 +30,7 @@ from PIL import Image
 from pydantic import BeforeValidator
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
 from tqdm import tqdm
 
 from autoencoder_data import EVALUATION, MEASUREMENT, TRAINING, DataSettings, Sampler
@@ -81,8 +81,11 @@ class LossSettings(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerSettings(Section):
-    """Adam with a linear warm-up and a cosine decay to zero."""
+    """Adam, or Muon and Adam, with a linear warm-up and a cosine decay to zero."""
 
+    kind: Literal["adam", "muon"] = key(
+        "adam, or muon: kernels between hidden channels by Muon, which needs far fewer steps.", "adam"
+    )
     learning_rate: Positive = key("Peak learning rate.", 1e-3)
     warmup_steps: Natural = key("Steps of the warm-up.", 100)
 
@@ -320,6 +323,63 @@ def scale_posterior(vae: Autoencoder, factor: float) -> None:
     log_variance += 2 * math.log(factor)
 
 
+# --- optimizers ---------------------------------------------------------------------------------
+
+
+class KernelOfMatrix(nn.Module):
+    """A kernel that is kept as a matrix, (out channels, in channels times places)."""
+
+    def __init__(self, shape: torch.Size) -> None:
+        super().__init__()
+        self.shape = shape
+
+    def forward(self, matrix: Tensor) -> Tensor:
+        """The kernel of a matrix."""
+        return matrix.view(self.shape)
+
+    def right_inverse(self, kernel: Tensor) -> Tensor:
+        """The matrix of a kernel."""
+        return kernel.flatten(1)
+
+
+def hidden_convolutions(vae: Autoencoder) -> list[nn.Conv2d | nn.Conv3d]:
+    """Convolutions from and to more channels than those of pixels."""
+    convolutions = [m for m in vae.modules() if isinstance(m, nn.Conv2d | nn.Conv3d)]
+    return [m for m in convolutions if min(m.in_channels, m.out_channels) > 3]
+
+
+def build_optimizers(vae: Autoencoder, kind: str) -> list[torch.optim.Optimizer]:
+    """Optimizers of all parameters; for Muon, kernels of the model become matrices, in place.
+
+    Source: Muon is scalable for LLM training, arXiv:2502.16982, whose steps are as large as Adam's.
+    """
+    matrices: list[nn.Parameter] = []
+    if kind == "muon":
+        for module in hidden_convolutions(vae):
+            parametrize.register_parametrization(
+                module, "weight", KernelOfMatrix(module.weight.shape)
+            )
+            matrices.append(module.parametrizations.weight.original)  # type: ignore[union-attr]
+    others = [p for p in vae.parameters() if all(p is not matrix for matrix in matrices)]
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(others, weight_decay=0.0)]
+    if matrices:
+        optimizers.append(
+            torch.optim.Muon(matrices, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+        )
+    return optimizers
+
+
+@torch.no_grad()
+def without_matrices(vae: Autoencoder) -> Autoencoder:
+    """A copy of the model whose kernels are plain parameters again."""
+    copied = type(vae).from_config(vae.config).to(vae.device)
+    weights = copied.state_dict()  # shares memory with the parameters
+    for name, value in vae.state_dict().items():
+        weight = weights[name.replace("parametrizations.weight.original", "weight")]
+        weight.copy_(value.view_as(weight))
+    return copied
+
+
 # --- files --------------------------------------------------------------------------------------
 
 
@@ -473,8 +533,7 @@ class AutoencoderTrainer:
         if settings.align_with and not settings.is_decoder_only:
             teacher = AutoencoderKL.from_pretrained(settings.align_with).float()
             self.teacher = teacher.to(self.device).eval().requires_grad_(False)
-        rate = settings.optimizer.learning_rate
-        self.optimizer = torch.optim.AdamW(self.vae.parameters(), lr=rate, weight_decay=0.0)
+        self.optimizers = build_optimizers(self.vae, settings.optimizer.kind)
         self.step = 0
 
     def run(self) -> None:
@@ -505,8 +564,8 @@ class AutoencoderTrainer:
             FloatingPointError: If the loss is not finite.
         """
         learning_rate = self.learning_rate(self.step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+        for optimizer in self.optimizers:
+            optimizer.param_groups[0]["lr"] = learning_rate
         seed = self.settings.training.seed
         generator = torch.Generator(self.device).manual_seed(seed * 1_000_003 + self.step)
         x = self.batch(TRAINING, self.step)
@@ -518,10 +577,11 @@ class AutoencoderTrainer:
                 f"the loss is {loss.item()} at step {self.step}; lower optimizer.learning_rate "
                 f"(now {learning_rate:g}) and run again to continue from the last saved state"
             )
-        self.optimizer.zero_grad(set_to_none=True)
+        self.vae.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(self.vae.parameters(), MAX_GRADIENT_NORM)
-        self.optimizer.step()
+        for optimizer in self.optimizers:
+            optimizer.step()
         self.step += 1
         return loss.item(), psnr(x, y)
 
@@ -561,7 +621,7 @@ class AutoencoderTrainer:
     def export(self) -> None:
         """Adjust the latents of a copy of the model, if they are its own, and write it."""
         settings = self.settings.export
-        vae = copy.deepcopy(self.vae).eval().requires_grad_(False)
+        vae = without_matrices(self.vae).eval().requires_grad_(False)
         if not self.settings.is_decoder_only:
             if settings.posterior_scale != 1:
                 scale_posterior(vae, settings.posterior_scale)
@@ -578,7 +638,7 @@ class AutoencoderTrainer:
         state = {
             "step": self.step,
             "model": self.vae.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "settings": {
                 name: getattr(self.settings, name)
                 for name in ("model_class", "model", "init_from", "align_with")
@@ -604,7 +664,8 @@ class AutoencoderTrainer:
                     "choose another output_dir"
                 )
         self.vae.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
         self.step = state["step"]
 
 

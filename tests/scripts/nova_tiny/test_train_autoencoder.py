@@ -125,8 +125,10 @@ def test_a_fit_writes_a_loadable_model_and_a_comparison(config_file):
     assert sorted(leftovers) == ["comparison.png", "training_state.pt", "vae"]
 
 
-def test_fitting_raises_the_quality_on_held_out_pictures(config_file):
+@pytest.mark.parametrize("kind", ["adam", "muon"])
+def test_fitting_raises_the_quality_on_held_out_pictures(config_file, kind):
     arguments = [f"config={config_file}", "data.crop_sizes=[16]", "data.shapes_fraction=0"]
+    arguments.append(f"optimizer.kind={kind}")
     trainer = script.AutoencoderTrainer(script.load_settings([*arguments, "training.steps=40"]))
     trainer.output_dir.mkdir()
     before = trainer.evaluate()
@@ -163,10 +165,13 @@ def test_fitting_raises_the_quality_on_held_out_clips(video_config_file):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["config_file", "video_config_file"])
-def test_a_killed_run_continues_exactly(name, request, monkeypatch):
+@pytest.mark.parametrize(
+    "name, kind", [("config_file", "adam"), ("config_file", "muon"), ("video_config_file", "muon")]
+)
+def test_a_killed_run_continues_exactly(name, kind, request, monkeypatch):
     config_file = request.getfixturevalue(name)
     arguments = [f"config={config_file}", "data.crop_sizes=[16]", "training.batch_size=2"]
+    arguments.append(f"optimizer.kind={kind}")
     whole = config_file.parent / "whole"
     script.main([*arguments, f"output_dir={whole}"])
     train_step = script.AutoencoderTrainer.train_step
