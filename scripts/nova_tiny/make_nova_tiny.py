@@ -76,7 +76,7 @@ ALL_KINDS = (*CATEGORIES, "colors", "attribution")
 COLORED_CLIPS = ("single", "two", "colors", "colors", "attribution", "attribution")
 PICTURE_LESSONS = (
     Lesson("named_colors", NAMED_COLORS, 80000, 1250, hides_all=True),
-    Lesson("all_kinds", ALL_KINDS, 200000, 30000),
+    Lesson("all_kinds", ALL_KINDS, 200000, 24000),
 )
 CLIP_LESSONS = (
     Lesson("clips", CLIP_CATEGORIES, 8000, 14000, is_clip=True),
