@@ -329,13 +329,12 @@ def format_cell(row: dict[str, float] | None, name: str) -> str:
 
 
 def make_sheet(drawings: Sequence[Drawing]) -> Image.Image:
-    """Some pictures of each category and split; the captions of wrong ones begin with a cross."""
+    """A row of pictures of each category and split; captions of wrong ones begin with a cross."""
     groups: dict[tuple[str, str], list[Image.Image]] = {}
     for drawing in drawings:
         cells = groups.setdefault((drawing.category, drawing.split), [])
         mark = "" if drawing.verdict.is_right else "x "
-        title = f"{mark}{drawing.category}, {drawing.split}: {write_prompt(drawing.description)}"
-        cells.append(draw_cell(drawing.frames, title))
+        cells.append(draw_cell(drawing.frames, mark + write_prompt(drawing.description)))
     shown = [cell for cells in groups.values() for cell in cells[:SHEET_COLUMNS]]
     return arrange(shown, SHEET_COLUMNS)
 
