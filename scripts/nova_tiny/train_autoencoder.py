@@ -57,6 +57,7 @@ from diffnext.models.autoencoders.autoencoder_kl_opensora import (
 MODEL_CLASSES = {cls.__name__: cls for cls in (AutoencoderKL, AutoencoderKLOpenSora)}
 FIRST_LOG_VARIANCE = -6.0
 MAX_GRADIENT_NORM = 1.0
+MATRIX = "parametrizations.weight.original"  # PyTorch's name of what a parametrization computes from
 
 Autoencoder = AutoencoderKL | AutoencoderKLOpenSora
 
@@ -353,14 +354,11 @@ def build_optimizers(vae: Autoencoder, kind: str) -> list[torch.optim.Optimizer]
 
     Source: Muon is scalable for LLM training, arXiv:2502.16982, whose steps are as large as Adam's.
     """
-    matrices: list[nn.Parameter] = []
-    if kind == "muon":
-        for module in hidden_convolutions(vae):
-            parametrize.register_parametrization(
-                module, "weight", KernelOfMatrix(module.weight.shape)
-            )
-            matrices.append(module.parametrizations.weight.original)  # type: ignore[union-attr]
-    others = [p for p in vae.parameters() if all(p is not matrix for matrix in matrices)]
+    for module in hidden_convolutions(vae) if kind == "muon" else ():
+        parametrize.register_parametrization(module, "weight", KernelOfMatrix(module.weight.shape))
+    named = list(vae.named_parameters())
+    matrices = [value for name, value in named if name.endswith(MATRIX)]
+    others = [value for name, value in named if not name.endswith(MATRIX)]
     optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(others, weight_decay=0.0)]
     if matrices:
         optimizers.append(
@@ -372,10 +370,10 @@ def build_optimizers(vae: Autoencoder, kind: str) -> list[torch.optim.Optimizer]
 @torch.no_grad()
 def without_matrices(vae: Autoencoder) -> Autoencoder:
     """A copy of the model whose kernels are plain parameters again."""
-    copied = type(vae).from_config(vae.config).to(vae.device)
-    weights = copied.state_dict()  # shares memory with the parameters
+    copied: Any = type(vae).from_config(vae.config)
+    weights = copied.to(vae.device).state_dict()  # shares memory with the parameters
     for name, value in vae.state_dict().items():
-        weight = weights[name.replace("parametrizations.weight.original", "weight")]
+        weight = weights[name.replace(MATRIX, "weight")]
         weight.copy_(value.view_as(weight))
     return copied
 
