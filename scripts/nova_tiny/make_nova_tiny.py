@@ -55,6 +55,7 @@ class Lesson:
         num_records: Pictures, or clips.
         steps: Of training.
         is_clip: Whether the examples are clips.
+        learning_rate: At its peak; default: the config's.
         hides_all: Whether all tokens are hidden in every step, so that only words explain a
             picture; else as many as the config says.
     """
@@ -64,6 +65,7 @@ class Lesson:
     num_records: int
     steps: int
     is_clip: bool = False
+    learning_rate: float | None = None
     hides_all: bool = False
 
 
@@ -71,12 +73,18 @@ class Lesson:
 # captions say most. Otherwise the model first learns from neighbouring tokens.
 NAMED_COLORS = ("colors", "attribution", "attribution", "position")
 ALL_KINDS = (*CATEGORIES, "colors", "attribution")
+COLORED_CLIPS = ("single", "two", "colors", "colors", "attribution", "attribution")
 PICTURE_LESSONS = (
     Lesson("named_colors", NAMED_COLORS, 80000, 1250, hides_all=True),
     Lesson("all_kinds", ALL_KINDS, 200000, 24000),
 )
-CLIP_LESSONS = (Lesson("clips", (*CLIP_CATEGORIES, "colors"), 60000, 24000, is_clip=True),)
-CLIP_DECODER_STEPS = 4000  # of one clip
+CLIP_LESSONS = (
+    Lesson("clips", CLIP_CATEGORIES, 8000, 14000, is_clip=True),
+    Lesson("more_clips", CLIP_CATEGORIES, 12000, 18000, is_clip=True),
+    Lesson("colored_clips", COLORED_CLIPS, 14000, 14000, is_clip=True),
+    Lesson("last_clips", COLORED_CLIPS, 10000, 9000, is_clip=True, learning_rate=3e-4),
+)
+CLIP_DECODER_STEPS = 6400  # of one clip
 HELD_OUT_PICTURES = Lesson("held_out", CATEGORIES, 512, steps=0)
 HELD_OUT_CLIPS = Lesson("held_out_clips", CLIP_CATEGORIES, 64, steps=0, is_clip=True)
 PRODUCTS = ("nova-tiny", "nova-tiny-video")
@@ -153,7 +161,7 @@ def make_clip_stages(args: argparse.Namespace) -> list[Stage]:
     widths = OmegaConf.load(VIDEO_AUTOENCODER_CONFIG).model.block_out_channels
     steps = scaled(OmegaConf.load(IMAGE_AUTOENCODER_CONFIG).training.steps // 2, args)
     overrides = [f"model.block_out_channels=[{','.join(map(str, widths))}]"]
-    overrides += [f"training.steps={steps}", like_pictures, "optimizer.kind=muon"]
+    overrides += [f"training.steps={steps}", like_pictures]
     start = fit_stage(args, "frame_autoencoder", IMAGE_AUTOENCODER_CONFIG, overrides)
     overrides = [f"init_from={start.result.parent / 'vae'}", like_pictures]
     fit = fit_stage(args, "clip_autoencoder", VIDEO_AUTOENCODER_CONFIG, overrides)
@@ -247,6 +255,7 @@ def train_stage(args: argparse.Namespace, lesson: Lesson, pretrained: Path) -> S
         f"lr_scheduler.params.warmup_steps={min(200, steps // 10)}",
         f"training.seed={1337 + args.seed}",
         "training.mixed_precision=bf16",
+        *([f"optimizer.params.lr={lesson.learning_rate}"] if lesson.learning_rate else []),
         *(["model.mask_ratios=[0.98,1.0,0.4]"] if lesson.hides_all else []),
     ]
     return Stage(output.name, output / "checkpoints" / f"checkpoint-{steps}", command)
