@@ -59,7 +59,7 @@ def read_clips(size: int) -> ndarray:
     balloon = [cut(frame, left, frame.height, size) for frame in video]
     picture = Image.open(ASSETS / "sample_image2.jpg").convert("RGB")
     side = picture.width * 5 // 8
-    places = np.linspace(0, (picture.width - side) / 2, NUM_FRAMES)
+    places = np.linspace(0, (picture.width - side) / 4, NUM_FRAMES)
     reef = [cut(picture, place, side, size, top=place) for place in places]
     return np.stack([balloon, reef])
 
@@ -101,17 +101,17 @@ class Demo:
 
 DEMOS = {
     "pictures": Demo(
-        config="nova_tiny_t2i",
+        config="nova_photos_t2i",
         kind="images",
         read=read_pictures,
         captions=("a mountain lake at sunset", "an orange fish above a coral reef"),
         size=256,
-        steps=500,
+        steps=600,
         overrides=("training.batch_size=4",),
         call={"num_inference_steps": 32},
     ),
     "clips": Demo(
-        config="nova_shapes_t2v",
+        config="nova_clips_t2v",
         kind="videos",
         read=read_clips,
         captions=("a red balloon rises above a lake", "a camera moves over a coral reef"),
@@ -119,7 +119,6 @@ DEMOS = {
         steps=700,
         latent_frames=5,
         cache=("--num-frames", str(NUM_FRAMES), "--stride", "1", "--flow", "5"),
-        overrides=("training.batch_size=2", "optimizer.params.lr=0.001", "ema.params.decay=0.95"),
         call={"num_inference_steps": 16, "num_frames": NUM_FRAMES, "motion_flow": 5.0},
     ),
 }
@@ -148,7 +147,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("what", nargs="?", choices=DEMOS, default="pictures", help="(pictures)")
     parser.add_argument("--output", type=Path, help="folder to write (demo, of clips demo_video)")
     parser.add_argument("--size", type=int, help="side in pixels (256, of clips 128)")
-    parser.add_argument("--steps", type=int, help="training steps (500, of clips 700)")
+    parser.add_argument("--steps", type=int, help="training steps (600, of clips 700)")
     parser.add_argument("--seed", type=int, default=0, help="of the drawings (0)")
     args = parser.parse_args(argv)
     demo = DEMOS[args.what]
@@ -214,7 +213,7 @@ def draw(originals: ndarray, demo: Demo, args: argparse.Namespace) -> None:
     drawn = sample(pipe, demo, list(demo.captions), generator=generator)
     word = args.what.removesuffix("s")
     for index, caption in enumerate(demo.captions):
-        own, other = (psnr(drawn[index], rebuilt[place]) for place in (index, 1 - index))
+        own, other = (psnr(drawn[index], originals[place]) for place in (index, 1 - index))
         limit = psnr(rebuilt[index], originals[index])
         print(
             f"{caption!r}: {own:.1f} dB from its own {word}, {other:.1f} dB from the other "

@@ -17,8 +17,8 @@ Write a release folder with a freshly initialised NOVA, ready to be trained from
 
 The transformer is built from `pipeline.paths.module_config.transformer` of the config; the frozen
 components are copied. With --tiny they are small: a random Phi and a byte-level tokenizer, which
-tell prompts apart, and the fitted autoencoder of assets/vae-tiny, or for videos of
-assets/vae-tiny-video. A class-conditional model has no text encoder and no tokenizer.
+tell prompts apart, and the fitted autoencoder of assets/ that has as many latent channels as the
+config asks for. A class-conditional model has no text encoder and no tokenizer.
 """
 
 

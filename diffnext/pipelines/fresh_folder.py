@@ -36,8 +36,8 @@ from diffnext.utils.json_files import read_json, write_json
 
 ASSETS = Path(__file__).resolve().parents[2] / "assets"  # of a clone
 TINY_VAES = {
-    "AutoencoderKL": ASSETS / "vae-tiny",
-    "AutoencoderKLOpenSora": ASSETS / "vae-tiny-video",
+    "AutoencoderKL": (ASSETS / "vae-tiny", ASSETS / "nova-tiny" / "vae"),
+    "AutoencoderKLOpenSora": (ASSETS / "vae-tiny-video", ASSETS / "nova-tiny-video" / "vae"),
 }
 PAD_TOKEN = "<|pad|>"
 
@@ -109,7 +109,8 @@ def write_vae(
 ) -> list[str]:
     """Copy the autoencoder that the training pipeline needs; returns its index entry."""
     class_name = "AutoencoderKLOpenSora" if "T2V" in pipeline else "AutoencoderKL"
-    source = args.vae or (TINY_VAES[class_name] if args.tiny else None)
+    channels, stride = model_config.get("image_dim"), model_config.get("image_stride")
+    source = args.vae or (find_tiny_vae(class_name, channels) if args.tiny else None)
     if source is None:
         raise ValueError(f"{pipeline} needs --vae, the folder of an {class_name}")
     vae_config = read_json(source / "config.json")
@@ -117,7 +118,6 @@ def write_vae(
         raise ValueError(
             f"{pipeline} needs an {class_name}, {source} is an {vae_config['_class_name']}"
         )
-    channels, stride = model_config.get("image_dim"), model_config.get("image_stride")
     wanted = {"latent_channels": channels, "stride": stride}
     with reading(source, class_name):
         halvings = len(vae_config["block_out_channels"]) - 1
@@ -126,6 +126,13 @@ def write_vae(
         raise ValueError(f"the config needs an autoencoder with {wanted}, {source} has {found}")
     copy_component(source, folder)
     return [write_shim(folder, "vae", class_name), class_name]
+
+
+def find_tiny_vae(class_name: str, latent_channels: int | None) -> Path:
+    """The shipped autoencoder with that many latent channels, or else the first of its class."""
+    folders = TINY_VAES[class_name]
+    channels = [read_json(folder / "config.json")["latent_channels"] for folder in folders]
+    return folders[channels.index(latent_channels) if latent_channels in channels else 0]
 
 
 def copy_component(source: Path, folder: Path) -> None:

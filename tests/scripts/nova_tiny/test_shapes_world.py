@@ -44,7 +44,7 @@ from shapes_world.scenes import (
 )
 
 ASSETS = Path(__file__).parents[3] / "assets"
-VAE_FOLDERS = {"image": ASSETS / "vae-tiny", "video": ASSETS / "vae-tiny-video"}
+VAE_FOLDERS = {"image": ASSETS / "nova-tiny" / "vae", "video": ASSETS / "nova-tiny-video" / "vae"}
 
 
 def draw_scenes(number, category):
