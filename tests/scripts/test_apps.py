@@ -49,7 +49,7 @@ def pipe():
 @pytest.fixture(scope="module")
 def video_pipe(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models") / "random-video"
-    config = ROOT / "configs" / "nova_shapes_t2v.yaml"
+    config = ROOT / "configs" / "nova_clips_t2v.yaml"
     assert init.main(["--config", str(config), "--output", str(folder), "--tiny"]) == 0
     return NOVAPipeline.from_pretrained(folder, dtype=torch.float32)
 

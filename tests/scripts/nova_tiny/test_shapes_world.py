@@ -278,7 +278,7 @@ def test_the_scorer_measures_autoencoders(tmp_path):
 @pytest.mark.parametrize("number", [1, 5])
 def test_the_scorer_has_models_continue_clips(number, tmp_path):
     base = tmp_path / "base"
-    config = ASSETS.parent / "configs" / "nova_shapes_t2v.yaml"
+    config = ASSETS.parent / "configs" / "nova_clips_t2v.yaml"
     assert init.main(["--config", str(config), "--output", str(base), "--tiny"]) == 0
     arguments = ["--model", str(base), "--clips", "--given-frames", str(number), "--num", "2"]
     sizes = ["--num-frames", "9", "--num-inference-steps", "1", "--num-diffusion-steps", "1"]
