@@ -11,7 +11,7 @@ from diffnext.cli.parsing import command_parser, run
 DESCRIPTION = """\
 Write a release folder with a freshly initialised NOVA, ready to be trained from scratch.
 
-  diffnext init --config configs/nova_tiny_t2i.yaml --output DIR --tiny
+  diffnext init --config configs/nova_photos_t2i.yaml --output DIR --tiny
   diffnext init --config configs/nova_d48w1024_sdxl1024.yaml --output DIR \\
     --vae SDXL_VAE --text-encoder PHI2 --tokenizer PHI2_TOKENIZER
 

@@ -27,7 +27,7 @@ examples:
   diffnext app image assets/nova-tiny
   diffnext cache images photos --output dataset --vae nova/vae --size 1024
   diffnext inspect show dataset
-  diffnext init --config configs/nova_tiny_t2i.yaml --output untrained --tiny
+  diffnext init --config configs/nova_photos_t2i.yaml --output untrained --tiny
   diffnext train config=configs/nova_d48w1024_sdxl1024.yaml experiment.output_dir=runs/first
   diffnext lora merge runs/lora/checkpoints/checkpoint-1000 merged
   diffnext encode --ckpt BAAI/nova-d48w1024-sdxl1024 --prompts prompts.json --output prompts.pth
