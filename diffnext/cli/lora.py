@@ -68,6 +68,9 @@ def merge(checkpoint: Path, output: Path, dtype: str) -> None:
     pipe = pipelines[name].from_pretrained(checkpoint, dtype=torch.float32)
     pipe.fuse_lora()
     pipe.unload_lora_weights()
-    pipe.to(dtype=getattr(torch, dtype)).save_pretrained(output)
+    for part in pipe.components.values():
+        if isinstance(part, torch.nn.Module):
+            torch.nn.Module.to(part, dtype=getattr(torch, dtype))  # diffusers' own warns of nothing
+    pipe.save_pretrained(output)
     (output / "README.md").write_text(card, encoding="utf-8")
     print(f"Wrote {output}")

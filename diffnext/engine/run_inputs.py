@@ -184,6 +184,9 @@ def _wrong_rates(config: TrainConfig) -> Iterator[str]:
 
 def _wrong_output_dir(output_dir: str) -> Iterator[str]:
     """Try in a temporary folder beside its place whether the output folder can be made."""
+    if "\0" in output_dir:
+        yield f"experiment.output_dir={output_dir!r} holds a NUL character"
+        return
     path = Path(output_dir).absolute()
     existing = next(parent for parent in (path, *path.parents) if os.path.lexists(parent))
     if not existing.is_dir():

@@ -42,8 +42,8 @@ def build_training_pipeline(
     The trained component is in float32, except under DeepSpeed, which keeps masters of its own.
 
     Raises:
-        ConfigError: If the base folder cannot be loaded, or the checkpoint belongs to another
-            model.
+        ConfigError: If the base folder cannot be loaded, its tokenizer is not its text encoder's,
+            or the checkpoint belongs to another model.
     """
     dtypes = {"default": precision_to_dtype(config.training.mixed_precision)}
     if accelerator.distributed_type != DistributedType.DEEPSPEED:
@@ -59,6 +59,7 @@ def build_training_pipeline(
             )
     except (FileError, OSError, MemoryError) as error:
         raise ConfigError(f"{BASE}={config.pipeline.paths.pretrained_path}: {error}") from error
+    _check_vocabulary(pipeline, config.pipeline.paths.pretrained_path)
     lora = config.model.lora
     if lora is not None:
         from diffnext.engine.lora import add_lora
@@ -71,6 +72,18 @@ def build_training_pipeline(
         # Adapters start at random, and FSDP2 would join the shards of different ones.
         broadcast([p.data for p in pipeline.model.parameters() if p.requires_grad])
     return pipeline
+
+
+def _check_vocabulary(pipeline: Any, base: str) -> None:
+    tokenizer, encoder = (getattr(pipeline, name, None) for name in ("tokenizer", "text_encoder"))
+    if tokenizer is None or encoder is None:
+        return
+    highest, size = max(tokenizer.get_vocab().values()), encoder.config.vocab_size
+    if highest >= size:
+        raise ConfigError(
+            f"{BASE}={base}: the tokenizer gives tokens up to {highest}, which its text encoder, "
+            f"of {size} tokens, does not have"
+        )
 
 
 def load_trained(model: nn.Module, file: Path, lora: LoraOptions | None) -> None:

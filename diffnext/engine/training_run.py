@@ -70,7 +70,7 @@ def train(argv: Sequence[str]) -> None:
     with contextlib.ExitStack() as stack:
         time_limit = parse_duration(config.training.time_limit)
         stop = stack.enter_context(StopRequests(time_limit).listening())
-        accelerator = build_accelerator(config, log_with="wandb")
+        accelerator = build_accelerator(config)
         agreement = Agreement(accelerator)
         start = agreement.decide(lambda: _decide(config, accelerator, stack))
         if accelerator.process_index:

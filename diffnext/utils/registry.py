@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -57,7 +58,7 @@ class Registry:
             default: Returned for unknown names when not None.
 
         Raises:
-            KeyError: If the name is unknown and there is no default.
+            KeyError: If the name is unknown and there is no default; it says the nearest one.
         """
         if name is None:
             return None
@@ -65,7 +66,9 @@ class Registry:
             return self.registry[name]
         if default is not None:
             return default
-        raise KeyError(f"`{name}` is not registered in <{self.name}>.")
+        nearest = difflib.get_close_matches(name, self.registry, n=1)
+        hint = f" Did you mean `{nearest[0]}`?" if nearest else ""
+        raise KeyError(f"`{name}` is not registered in <{self.name}>.{hint}")
 
     def try_get(self, name: str) -> Any:
         """The constructor, or None if unknown."""

@@ -110,6 +110,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.num < 1 or args.size < 16:
         parser.error("--num must be at least 1, --size at least 16")
+    if args.vae and args.num_frames % FRAMES_PER_LATENT != 1:
+        parser.error(f"--num-frames must be {FRAMES_PER_LATENT} m + 1, got {args.num_frames}")
     known = CLIP_CATEGORIES if args.clips else CATEGORIES
     args.categories = args.categories or list(known)
     if not set(args.categories) <= set(known):
@@ -134,12 +136,13 @@ def write_records(args: argparse.Namespace, folder: Path) -> None:
     vae = load_autoencoder(args.vae, device=args.device)
     if isinstance(vae, AutoencoderKLOpenSora) and not args.clips:
         raise ValueError(f"--vae {args.vae} is for clips: add --clips")
+    if is_framewise := args.clips and isinstance(vae, AutoencoderKL):
+        args.num_frames = (args.num_frames - 1) // FRAMES_PER_LATENT + 1
     features = {**FEATURES, "flow": "float64"} if args.clips else FEATURES
     with RecordWriter(folder, features) as writer:
         for examples in batches(args):
             frames = np.stack([example.frames for example in examples])
             with torch.autocast(vae.device.type, torch.bfloat16, enabled=args.bf16):
-                is_framewise = args.clips and isinstance(vae, AutoencoderKL)
                 moments = (encode_framewise if is_framewise else encode)(vae, frames)
             for example, values in zip(examples, moments, strict=True):
                 record: dict[str, Any] = {"caption": example.caption, "text": example.text}
@@ -194,21 +197,20 @@ def encode(vae: AutoencoderKL | AutoencoderKLOpenSora, frames: ndarray) -> ndarr
 
 @torch.no_grad()
 def encode_framewise(vae: AutoencoderKL, frames: ndarray) -> ndarray:
-    """Scaled moments of every fourth frame of clips, as an aligned video autoencoder has them.
+    """Scaled moments of frames, as an aligned video autoencoder has them for every fourth frame.
 
     Args:
         vae: An image autoencoder.
-        frames: (B, F, S, S, 3) of uint8.
+        frames: (B, T, S, S, 3) of uint8.
 
     Returns:
         (B, 2C, T, h, w) of float16; their scaling factor is 1.
     """
-    chosen = frames[:, ::FRAMES_PER_LATENT]
-    moments = torch.from_numpy(encode(vae, chosen.reshape(-1, 1, *chosen.shape[2:]))).float()
+    moments = torch.from_numpy(encode(vae, frames.reshape(-1, 1, *frames.shape[2:]))).float()
     mean, log_variance = moments.chunk(2, dim=1)
     log_variance = log_variance + 2 * math.log(vae.config["scaling_factor"])
     scaled = torch.cat([vae.scale_(mean), log_variance], dim=1)
-    return scaled.unflatten(0, chosen.shape[:2]).transpose(1, 2).half().contiguous().numpy()
+    return scaled.unflatten(0, frames.shape[:2]).transpose(1, 2).half().contiguous().numpy()
 
 
 if __name__ == "__main__":

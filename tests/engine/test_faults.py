@@ -24,6 +24,9 @@ from diffnext.engine.validation import Validator
 from diffnext.models.transformers.transformer_nova import NOVATransformer3DModel
 from tests.engine.conftest import TinyRun
 
+FLAGS = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+FOREIGN_TOKEN = {"id": 1000, "content": "[OTHER]", **FLAGS}
+
 
 def with_dataset(run, tmp_path, change):
     """The same run on a copy of its records in which ``change`` may alter each example."""
@@ -302,6 +305,7 @@ def test_impossible_output_folder_is_one_sentence(tiny_run, tmp_path, output):
         ("vae/config.json", {"layers_per_block": "two"}, "vae cannot be loaded"),
         ("text_encoder/config.json", {"hidden_size": "wide"}, "text_encoder cannot be loaded"),
         ("tokenizer/tokenizer_config.json", {"pad_token": [1]}, "tokenizer cannot be loaded"),
+        ("tokenizer/tokenizer.json", {"added_tokens": [FOREIGN_TOKEN]}, "which its text encoder"),
     ],
 )
 def test_base_folder_that_cannot_be_loaded_is_one_line(tiny_run, tmp_path, file, values, message):

@@ -244,6 +244,7 @@ MISFITS = [
     ("experiment.output_dir=/proc/run", "experiment.output_dir=/proc/run cannot be made"),
     (f"experiment.output_dir=/tmp/{'x' * 300}", "cannot be made or written to: File name too"),
     (f"experiment.output_dir={__file__}/run", f"{__file__} is not a folder"),
+    ('experiment.output_dir="a\\0b"', "experiment.output_dir='a\\x00b' holds a NUL character"),
 ]
 
 

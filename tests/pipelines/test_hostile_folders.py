@@ -588,6 +588,18 @@ HOSTILE_ADAPTERS = {
         lambda folder: change_metadata(folder, {"r": 2, "rank_pattern": {"a": "b"}}),
         LORA_FILE,
     ),
+    "names that take for ever to match": (
+        lambda folder: change_metadata(folder, {"r": 2, "target_modules": "(.*.*)*x"}),
+        LORA_FILE,
+    ),
+    "one name in a list that does": (
+        lambda folder: change_metadata(folder, {"r": 2, "target_modules": ["(.*.*)*x"]}),
+        LORA_FILE,
+    ),
+    "a rank for such names": (
+        lambda folder: change_metadata(folder, {"r": 2, "rank_pattern": {"(.*.*)*x": 2}}),
+        LORA_FILE,
+    ),
 }
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from diffusers.loaders import CogVideoXLoraLoaderMixin
 from diffusers.loaders.lora_pipeline import require_peft_backend
-from pydantic import FiniteFloat, PositiveInt, TypeAdapter
+from pydantic import FiniteFloat, PositiveInt, StringConstraints, TypeAdapter
 from torch import Tensor
 from typing_extensions import TypedDict
 
@@ -18,16 +18,19 @@ from diffnext.utils.folders import HUB_ARGUMENTS, find_folder
 
 __all__ = ["AdapterLoading"]
 
+# peft takes names for regular expressions, and a stranger's may run for ever.
+ModuleName = Annotated[str, StringConstraints(pattern=r"^[\w.]+$")]
+
 
 class AdapterConfig(TypedDict, total=False):
     """What is taken of the config in a file; peft would import modules that other keys name."""
 
     r: PositiveInt
     lora_alpha: int | FiniteFloat
-    rank_pattern: dict[str, PositiveInt]
-    alpha_pattern: dict[str, int | FiniteFloat]
-    target_modules: list[str] | str | None
-    exclude_modules: list[str] | str | None
+    rank_pattern: dict[ModuleName, PositiveInt]
+    alpha_pattern: dict[ModuleName, int | FiniteFloat]
+    target_modules: list[ModuleName] | None
+    exclude_modules: list[ModuleName] | None
     use_rslora: bool
     lora_bias: bool
 
