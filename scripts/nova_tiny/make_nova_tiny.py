@@ -89,6 +89,10 @@ HELD_OUT_PICTURES = Lesson("held_out", CATEGORIES, 512, steps=0)
 HELD_OUT_CLIPS = Lesson("held_out_clips", CLIP_CATEGORIES, 64, steps=0, is_clip=True)
 PRODUCTS = ("nova-tiny", "nova-tiny-video")
 
+CPU = torch.cpu.get_capabilities()
+HAS_BF16 = bool(torch.cuda.is_available() or CPU.get("amx_bf16") or CPU.get("avx512_bf16"))
+PRECISION = "bf16" if HAS_BF16 else "no"  # where it is emulated, it takes twice the time of float32
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -197,7 +201,8 @@ def fit_stage(
     output = args.work / name
     steps = scaled(OmegaConf.load(config).training.steps, args)
     settings = [f"config={config}", f"training.steps={steps}", f"training.seed={args.seed}"]
-    command = script("train_autoencoder", *settings, f"output_dir={output}", *overrides)
+    settings += [f"training.mixed_precision={PRECISION}", f"output_dir={output}"]
+    command = script("train_autoencoder", *settings, *overrides)
     return Stage(name, output / "done", command)
 
 
@@ -230,7 +235,8 @@ def render_stage(args: argparse.Namespace, lesson: Lesson, seed: int) -> Stage:
     command = script(
         *("make_shapes_dataset", "--output", output, "--vae", args.work / "autoencoder" / "vae"),
         *("--seed", 1000 * args.seed + seed, "--num", scaled(lesson.num_records, args)),
-        *("--categories", *lesson.categories, "--bf16"),
+        *("--categories", *lesson.categories),
+        *(["--bf16"] if HAS_BF16 else []),
         *(["--clips"] if lesson.is_clip else []),
     )
     return Stage(output.name, output, command)
@@ -254,7 +260,7 @@ def train_stage(args: argparse.Namespace, lesson: Lesson, pretrained: Path) -> S
         f"training.max_train_steps={steps}",
         f"lr_scheduler.params.warmup_steps={min(200, steps // 10)}",
         f"training.seed={1337 + args.seed}",
-        "training.mixed_precision=bf16",
+        f"training.mixed_precision={PRECISION}",
         *([f"optimizer.params.lr={lesson.learning_rate}"] if lesson.learning_rate else []),
         *(["model.mask_ratios=[0.98,1.0,0.4]"] if lesson.hides_all else []),
     ]

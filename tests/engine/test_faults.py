@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 from diffnext.data.records import RecordDataset, RecordWriter
-from diffnext.engine import snapshot
+from diffnext.engine import control, snapshot
 from diffnext.engine.control import EXIT_STOPPED
 from diffnext.engine.validation import Validator
 from diffnext.models.transformers.transformer_nova import NOVATransformer3DModel
@@ -195,14 +196,21 @@ def test_signal_ends_the_run_after_a_whole_step_with_a_checkpoint(tiny_run, numb
     assert status["status"] == "stopped" and status["exit_code"] == EXIT_STOPPED
 
 
-def test_time_limit_stops_and_the_same_command_continues(tiny_run):
-    options = ["training.max_train_steps=100000", "training.time_limit=6s"]
-    for _ in range(2):
-        tiny_run.fail(*options, code=EXIT_STOPPED)
-    assert tiny_run.log().count("training.time_limit of 6 s reached") == 2
+def test_time_limit_stops_and_the_same_command_continues(tiny_run, monkeypatch):
+    metrics = tiny_run.output / "metrics.jsonl"
+    clock = SimpleNamespace(monotonic=lambda: 0.0)  # an hour later once a run has done 4 steps
+    monkeypatch.setattr(control, "time", clock)
+    for last in (4, 8):
+        clock.monotonic = lambda last=last: 3600.0 * (count_lines(metrics) >= last)
+        tiny_run.fail("training.max_train_steps=100", "training.time_limit=1h", code=EXIT_STOPPED)
+    assert tiny_run.log().count("training.time_limit of 3600 s reached") == 2
     assert "Resume from" in tiny_run.log()
-    steps = [json.loads(line)["step"] for line in (tiny_run.output / "metrics.jsonl").open()]
-    assert steps == list(range(len(steps)))
+    steps = [json.loads(line)["step"] for line in metrics.open()]
+    assert steps == list(range(8))
+
+
+def count_lines(file):
+    return file.read_text().count("\n") if file.exists() else 0
 
 
 @pytest.fixture
