@@ -225,6 +225,16 @@ def test_the_newest_checkpoint_of_a_run_is_found(tmp_path, checkpoints, newest):
     assert newest_checkpoint(write_run(tmp_path, checkpoints)) == tmp_path / newest
 
 
+def test_checkpoints_of_an_earlier_run_in_the_folder_are_not_drawn_with(tmp_path):
+    folder = write_run(tmp_path, ["checkpoints/checkpoint-6", "checkpoints/checkpoint-4"])
+    write_json(folder / "status.json", {"run": "second"})
+    for step, run in ((6, "first"), (4, "second")):
+        state = folder / "checkpoints" / f"checkpoint-{step}" / "state"
+        state.mkdir()
+        write_json(state / "trainer_state.json", {"run": run})
+    assert newest_checkpoint(folder).name == "checkpoint-4"
+
+
 def test_a_run_draws_with_its_newest_checkpoint(tmp_path, capsys):
     run = write_run(tmp_path, ["checkpoints/checkpoint-1"])
     shutil.copytree(NOVA_TINY, run / "ema_checkpoints" / "checkpoint-1")

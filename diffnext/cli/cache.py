@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import MISSING, Field, fields
 from typing import TYPE_CHECKING, Any
 
@@ -157,7 +158,7 @@ def _run(args: argparse.Namespace) -> int:
     settings = make_settings(args, args.device or _choose_device())
     is_main = os.environ.get("RANK", "0") == "0"
     is_silent = args.quiet or not is_main
-    with _Progress(is_silent, args.kind) as progress, warnings.catch_warnings():
+    with _progress(is_silent, args.kind) as progress, warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="PIL")  # skipped.jsonl names the problems
         report = build_cache(settings, progress)
     if is_main:
@@ -210,34 +211,24 @@ def _choose_device() -> str:
     return f"{kind}:{int(os.environ.get('LOCAL_RANK', 0)) % torch.accelerator.device_count()}"
 
 
-class _Progress:
-    """A bar with the time that is left; the first call sets its length.
+@contextlib.contextmanager
+def _progress(is_silent: bool, unit: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar with the time that is left; the first call sets its length."""
+    from tqdm import tqdm
 
-    Args:
-        silent: Whether to show nothing.
-        unit: Name of the things that are counted.
-    """
+    bar: Any = None
 
-    def __init__(self, silent: bool, unit: str) -> None:
-        self._silent = silent
-        self._unit = unit
-        self._bar: Any = None
+    def show(done: int, total: int) -> None:
+        nonlocal bar
+        if bar is None:  # the items of an earlier run say nothing about the speed of this one
+            bar = tqdm(total=total, initial=done, unit=f" {unit}", disable=is_silent)
+        bar.update(done - bar.n)
 
-    def __enter__(self) -> _Progress:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-    def __call__(self, done: int, total: int) -> None:
-        """Show how far the build is."""
-        from tqdm import tqdm
-
-        if self._bar is None:
-            # The items of an earlier run say nothing about the speed of this one.
-            self._bar = tqdm(total=total, initial=done, unit=f" {self._unit}", disable=self._silent)
-        self._bar.update(done - self._bar.n)
+    try:
+        yield show
+    finally:
+        if bar is not None:
+            bar.close()
 
 
 def _print_report(report: CacheReport, settings: CacheSettings) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from diffnext.cli.parsing import command_parser
+from diffnext.cli.parsing import command_parser, run
 
 if TYPE_CHECKING:
     from diffnext.data.caching.inspection import Summary
@@ -41,11 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0, or 1 after an error or if a check finds something wrong.
     """
     args = build_parser().parse_args(argv)
-    try:
-        return args.run(args)
-    except (ValueError, OSError) as error:  # CacheError and RecordError are ValueErrors
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    return run(lambda: args.run(args))
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -191,8 +187,10 @@ def _print_problems(dataset: Path, find: Callable[[Path], Iterable[str]]) -> int
 
 def _sheet(args: argparse.Namespace) -> int:
     from diffnext.data.caching.contact_sheet import draw_contact_sheet
+    from diffnext.utils.device_utils import parse_device
 
-    picture = draw_contact_sheet(args.dataset, args.num, args.columns, args.vae, args.device)
+    device = str(parse_device(args.device))
+    picture = draw_contact_sheet(args.dataset, args.num, args.columns, args.vae, device)
     picture.save(args.picture)
     print(f"wrote {args.picture}")
     return 0

@@ -45,16 +45,15 @@ def add_device_options(parser: argparse.ArgumentParser) -> None:
     add("--precision", default="auto", help=precisions)
 
 
-def run(command: Callable[[], None]) -> int:
+def run(command: Callable[[], int | None]) -> int:
     """Do what a command line asks for.
 
     Returns:
-        The exit code: 0, or 1 after an error, which is printed as one line.
+        The exit code: the command's own or 0, or 1 after an error, which is printed as one line.
     """
     try:
-        command()
+        return command() or 0
     except (OSError, RuntimeError, ValueError, MemoryError, ImportError) as error:
         text = str(error) or type(error).__name__
         print("error:", *text.splitlines(), file=sys.stderr)
         return 1
-    return 0

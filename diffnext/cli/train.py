@@ -55,10 +55,11 @@ def main(argv: Sequence[str] | None = None, program: str = PROGRAM) -> int:
     try:
         train(argv)
     except ConfigError as error:
-        print_once([f"error: {problem}" for problem in error.problems], patience=60)
+        lines = [f"error: {problem}" for problem in error.problems]
+        print_once(lines, patience=60, is_common=False)
         sys.exit(EXIT_UNUSABLE)
     except TrainingStopped as stopped:
-        print_once([f"{stopped}; the same command continues"])
+        print_once([str(stopped)])
         sys.exit(EXIT_STOPPED)
     except ProcessLost as error:
         sys.exit(f"error: {error}")  # on every process: the main one may be the lost one
@@ -68,17 +69,19 @@ def main(argv: Sequence[str] | None = None, program: str = PROGRAM) -> int:
     return 0
 
 
-def print_once(lines: Sequence[str], patience: float = 1) -> None:
+def print_once(lines: Sequence[str], patience: float = 1, is_common: bool = True) -> None:
     """Print the message that all processes of a run have, on the main process only.
 
     Args:
         lines: What to print.
         patience: Seconds that the others wait. A launcher ends all processes with the first that
             ends, which should be the main one.
+        is_common: Whether all processes have it for sure; if not, the others print it then.
     """
     if os.environ.get("RANK", "0") != "0":
         time.sleep(patience)
-        return
+        if is_common:
+            return
     text = "\n".join(lines)
     print(text, file=sys.stderr, flush=True)
     # PyTorch's launcher ends with a traceback of its own, and below it what this file says.

@@ -9,6 +9,7 @@ configures, decides which keys it takes.
 from __future__ import annotations
 
 import inspect
+import os
 import textwrap
 import types
 import typing
@@ -105,6 +106,7 @@ Arch = Annotated[tuple[str, str, str], "list of 3 str"]
 Precision = Annotated[
     Literal["no", "fp16", "bf16"], BeforeValidator(precision_name), "no, fp16 or bf16"
 ]
+Folder = Annotated[str, AfterValidator(os.path.expanduser), "str"]
 Name = Annotated[str, Field(pattern=r"^\w[\w.-]*$"), "plain name"]
 Dataset = Annotated[
     str | list[Any], AfterValidator(_dataset), "str | list of str or {folder: str, weight: float}"
@@ -156,7 +158,7 @@ class WandbConfig(Section):
 class ExperimentConfig(Section):
     """Names, output folder and intervals of a run."""
 
-    output_dir: str = key("Folder for checkpoints, logs and the saved configuration.")
+    output_dir: Folder = key("Folder for checkpoints, logs and the saved configuration.")
     project: str | None = key("Project name shown by the tracker.", "diffnext")
     name: str | None = key("Run name shown by the tracker.", None)
     log_every: Count = key("Steps between two log entries.", 20)

@@ -83,17 +83,17 @@ def parse_folders(dataset: Folders) -> list[tuple[str, Fraction | None]]:
 
 def _parse_entry(entry: Any) -> tuple[str, Fraction | None]:
     if isinstance(entry, str | os.PathLike):
-        return os.fspath(entry), None
+        return os.path.expanduser(entry), None
     is_mapping = isinstance(entry, Mapping) and entry.keys() <= {"folder", "weight"}
     if not is_mapping or not isinstance(entry.get("folder"), str | os.PathLike):
         raise ValueError(f"must list folders, or {{folder: ..., weight: ...}}, not {entry!r:.80}")
     weight = entry.get("weight")
     if weight is None:
-        return os.fspath(entry["folder"]), None
+        return os.path.expanduser(entry["folder"]), None
     is_number = isinstance(weight, Real) and not isinstance(weight, bool)
     if not is_number or not 0 < weight < inf:
         raise ValueError(f"must have weights above 0, not {weight!r:.80} for {entry['folder']}")
-    return os.fspath(entry["folder"]), Fraction(str(weight))
+    return os.path.expanduser(entry["folder"]), Fraction(str(weight))
 
 
 def _find_sizes(folder: str) -> list[str]:

@@ -21,7 +21,7 @@ from diffnext.data.dataset_folders import Folders, batch_weights, list_folders
 from diffnext.data.example_order import BatchOrder, ExampleOrder, filled_shards
 from diffnext.data.flex_pipelines import FeatureWorker, Worker
 from diffnext.data.flex_transforms import check_features
-from diffnext.data.records import RecordDataset, RecordError
+from diffnext.data.records import MAX_OPEN_FILES, RecordDataset, RecordError
 
 logger = logging.getLogger(__name__)
 
@@ -202,6 +202,9 @@ class DataLoader(DataLoaderBase):
         self._paths = [folder.path for folder in folders]
         open_dataset = self.options.dataset_getter or RecordDataset
         self.datasets = [open_dataset(path=path) for path in self._paths]
+        for part in self.datasets:
+            if isinstance(part, RecordDataset):
+                part.max_open_files = max(1, MAX_OPEN_FILES // len(self.datasets))
         counts = [len(dataset) for dataset in self.datasets]
         self._order = BatchOrder(
             orders=self.options.make_orders(counts),
@@ -417,7 +420,7 @@ def _own_message(error: RecordError) -> str:
     text = str(error)
     if not text.startswith("Caught "):
         return text
-    return text.rstrip().splitlines()[-1].partition("RecordError: ")[2]
+    return text.rstrip().rpartition(f"{RecordError.__module__}.RecordError: ")[2]
 
 
 class _BatchDataset(torch.utils.data.Dataset):

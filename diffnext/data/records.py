@@ -45,7 +45,7 @@ from diffnext.data.shards import (
 )
 
 METADATA_NAME = "METADATA"
-MAX_OPEN_FILES = 256  # of a dataset; systems allow 1024 to a process
+MAX_OPEN_FILES = 256  # of datasets that are read together; systems allow 1024 to a process
 
 
 @dataclass(frozen=True)
@@ -298,6 +298,7 @@ class RecordDataset:
         self.shards = [open_shard(index_path) for index_path in _index_paths(self.path)]
         self._ends = list(itertools.accumulate(map(len, self.shards)))
         self._files: dict[int, BinaryIO] = {}  # open data files by number of the shard
+        self.max_open_files = MAX_OPEN_FILES
         self._cursor = 0
         self._closed = False
         self._check_entries()
@@ -450,7 +451,7 @@ class RecordDataset:
 
     def _open_file(self, shard_number: int) -> BinaryIO:
         if shard_number not in self._files:
-            if len(self._files) == MAX_OPEN_FILES:
+            if len(self._files) >= self.max_open_files:
                 self._close_files()
             self._files[shard_number] = self.shards[shard_number].open_data()
         return self._files[shard_number]

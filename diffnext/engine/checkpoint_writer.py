@@ -63,6 +63,7 @@ class CheckpointWriter:
         accelerator: Tells the process's rank. Building is collective.
         model: The model being trained, without wrappers.
         run_id: Id of this run; checkpoints of others are left alone.
+        first_step: Step that the run begins at; its own checkpoints of later ones are damaged.
         config_yaml: The configuration as the user gave it.
         logger: Where to report.
     """
@@ -74,6 +75,7 @@ class CheckpointWriter:
         accelerator: Accelerator,
         model: NOVATransformer3DModel,
         run_id: str,
+        first_step: int,
         config_yaml: str,
         logger: Logger,
     ) -> None:
@@ -89,7 +91,8 @@ class CheckpointWriter:
         self.run = RunFolder(Path(config.experiment.output_dir), config.model.name)
         self.rank = accelerator.process_index
         self.is_main = accelerator.is_main_process
-        self.steps = list(_find_own(self.run, run_id)) if self.is_main else []
+        own = _find_own(self.run, run_id) if self.is_main else ()
+        self.steps = [step for step in own if step <= first_step]
         # The thread has a group of its own, beside the collectives of the training.
         self._agreement = Agreement(accelerator)
         self._thread = ThreadPoolExecutor(1, "checkpoint")

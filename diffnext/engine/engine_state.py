@@ -18,7 +18,6 @@ from typing import Any, cast
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -126,7 +125,7 @@ class EngineState:
 
     def load_scaler_state(self, state: dict[str, Any] | None) -> None:
         """Continue with a scaler's state; None, or no scaler here, changes nothing."""
-        if state is not None and self.accelerator.scaler is not None:
+        if state is not None and "scale" in state and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state)
 
     def _own_values(self) -> Iterator[tuple[str, Tensor]]:
@@ -251,15 +250,6 @@ class ZeroState(EngineState):
                     if value.ndim:
                         whole = value.to(parameter.device, torch.float32)
                         safe_set_full_optimizer_state(parameter, whole, key)
-
-
-def make_engine_state(
-    accelerator: Accelerator, model: nn.Module, optimizer: Any, trained_only: bool
-) -> EngineState:
-    """The state that fits the engine."""
-    uses_deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
-    kind = ZeroState if uses_deepspeed else EngineState
-    return kind(accelerator, model, optimizer, trained_only)
 
 
 def _whole(value: Any) -> Any:

@@ -71,6 +71,7 @@ class Reporter:
         self.metrics_file = Path(config.experiment.output_dir) / METRICS_FILE
         self.curves_file = Path(config.experiment.output_dir) / CURVES_FILE
         self.window: list[StepResult] = []
+        self._num_restored = 0  # steps of the window that an earlier process did
         self._window_started = time.perf_counter()
         self._bar = tqdm(disable=True)  # outside of progress_bar()
 
@@ -116,7 +117,8 @@ class Reporter:
         if not self.window:
             return
         last = self.window[-1]
-        seconds = (time.perf_counter() - self._window_started) / len(self.window)
+        num_timed = max(len(self.window) - self._num_restored, 1)
+        seconds = (time.perf_counter() - self._window_started) / num_timed
         num_tokens = sum(result.num_tokens for result in self.window) / len(self.window)
         columns = self._reduce_window()
         self.logger.info("Iteration %d, lr = %.8f, time = %.2fs", last.step, last.lr, seconds)
@@ -135,6 +137,7 @@ class Reporter:
         self.track(values, last.step)
         self._show(values)
         self.window.clear()
+        self._num_restored = 0
         self._window_started = time.perf_counter()
 
     def track(self, values: Mapping[str, float], step: int) -> None:
@@ -158,7 +161,8 @@ class Reporter:
         return [vars(result) for result in self.window]
 
     def load_state_dict(self, state: list[dict[str, Any]]) -> None:
-        """Continue with the steps that were not yet reported."""
+        """Continue with the steps that were not yet reported; their time is not known."""
+        self._num_restored = len(state)
         device = self.accelerator.device
         for item in state:
             metrics = {name: value.to(device) for name, value in item["metrics"].items()}

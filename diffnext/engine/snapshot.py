@@ -20,6 +20,7 @@ No file holds code: only tensors and plain values are read.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import time
@@ -37,14 +38,13 @@ from torch import Tensor
 
 from diffnext.engine.engine_utils import read_weights
 from diffnext.pipelines.release_folder import LORA_FILE
+from diffnext.utils.folders import STATUS_FILE, TRAINER_STATE
 from diffnext.utils.json_files import FileError, as_text, read_json, write_json
 
 STATE_FORMAT = 3  # of trainer_state.json and the files beside it
-STATUS_FILE = "status.json"  # of the output folder
 CHECKPOINTS = "checkpoints"
 EMA_CHECKPOINTS = "ema_checkpoints"
 STATE = "state"
-TRAINER_STATE = f"{STATE}/trainer_state.json"
 CONFIG = f"{STATE}/config.yaml"
 ENGINE = f"{STATE}/engine.safetensors"
 COMPONENT = "transformer"  # name of the trained component in a pipeline
@@ -52,7 +52,6 @@ WEIGHTS_FILES = {
     "safetensors": "diffusion_pytorch_model.safetensors",
     "bin": "diffusion_pytorch_model.bin",
 }
-BLOCK = 2**22  # bytes read at a time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,11 +206,8 @@ def mark_files(folder: Path) -> Iterator[tuple[str, FileMark]]:
 
 def hash_file(path: Path) -> str:
     """XXH3 of a file, 128 bits in hexadecimal: it finds accidents, not forgery."""
-    digest = xxhash.xxh3_128()
     with path.open("rb") as file:
-        while block := file.read(BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
 
 
 def temporary_folder(final: Path) -> Path:

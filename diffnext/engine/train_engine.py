@@ -22,7 +22,7 @@ from diffnext.engine import control, engine_state, run_parts, snapshot
 from diffnext.engine.checkpoint_writer import CheckpointWriter, Snapshot
 from diffnext.engine.engine_utils import get_param_groups, manual_seed
 from diffnext.engine.reporting import Reporter, StepResult
-from diffnext.engine.resume import ResumePoint, describe_run
+from diffnext.engine.resume import LATEST, ResumePoint, describe_run
 from diffnext.engine.run_inputs import RunInputs, open_inputs
 from diffnext.engine.stepping import Outcome, Stepper, mean_by_name
 from diffnext.engine.validation import Validator
@@ -99,7 +99,14 @@ class Trainer:
         self._prepare_model(resume)
         config_yaml = "" if user_config is None else OmegaConf.to_yaml(user_config)
         self.writer = CheckpointWriter(
-            self.config, self.inputs, accelerator, self.bare_model, run_id, config_yaml, logger
+            self.config,
+            self.inputs,
+            accelerator,
+            self.bare_model,
+            run_id,
+            self.global_step,
+            config_yaml,
+            logger,
         )
         self.timer = Timer()
         self.reporter = Reporter(self.config, accelerator, logger)
@@ -129,10 +136,9 @@ class Trainer:
         if self.stepper.uses_deepspeed:
             # It would check gradients in fp16 only.
             self.model.optimizer.check_grad_overflow = True
+        kind = engine_state.ZeroState if self.stepper.uses_deepspeed else engine_state.EngineState
         is_lora = config.model.lora is not None
-        self.engine = engine_state.make_engine_state(
-            accelerator, self.model, self.optimizer, trained_only=is_lora
-        )
+        self.engine = kind(accelerator, self.model, self.optimizer, trained_only=is_lora)
 
     @property
     def bare_model(self) -> NOVATransformer3DModel:
@@ -286,7 +292,11 @@ class Trainer:
         self.logger.info("Stopping at step %d: %s", self.global_step, reason)
         self.save()
         self.writer.wait()
-        raise control.TrainingStopped(f"stopped at step {self.global_step}: {reason}")
+        key = "experiment.resume_from_checkpoint"
+        is_latest = self.config.experiment.resume_from_checkpoint == LATEST
+        command = "the same command" if is_latest else f"the same command with {key}={LATEST}"
+        text = f"stopped at step {self.global_step}: {reason}; {command} continues"
+        raise control.TrainingStopped(text)
 
     def update_ema(self) -> None:
         """Move the average toward the master weights; every process takes part."""

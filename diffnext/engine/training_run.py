@@ -22,8 +22,8 @@ from diffnext.engine.engine_utils import count_params, manual_seed
 from diffnext.engine.output_lock import locked
 from diffnext.engine.reporting import METRICS_FILE
 from diffnext.engine.resume import LATEST, ResumePoint, find_mismatches, find_resume_point
-from diffnext.engine.run_inputs import RunInputs, open_inputs
-from diffnext.engine.snapshot import STATUS_FILE, RunFolder
+from diffnext.engine.run_inputs import RunInputs, inspect_inputs, open_inputs
+from diffnext.engine.snapshot import COMPONENT, RunFolder
 from diffnext.engine.train_engine import Trainer
 from diffnext.utils.accelerate_utils import (
     build_accelerator,
@@ -31,6 +31,7 @@ from diffnext.utils.accelerate_utils import (
     set_logger,
     warn_on_error,
 )
+from diffnext.utils.folders import STATUS_FILE
 from diffnext.utils.json_files import write_json
 from diffnext.utils.profiler import parse_duration
 
@@ -98,11 +99,9 @@ def load(argv: Sequence[str]) -> tuple[DictConfig, TrainConfig]:
     )
     problems = list(draft.problems)
     if sound is not None and os.environ.get("RANK", "0") == "0":  # the one that prints them
-        try:
-            open_inputs(sound, int(os.environ.get("WORLD_SIZE", 1)))
-        except ConfigError as error:
-            sections = {path.partition(".")[0] for path in draft.unsound}
-            problems += [p for p in error.problems if p.partition(".")[0] not in sections]
+        found = inspect_inputs(sound, int(os.environ.get("WORLD_SIZE", 1))).problems
+        sections = {path.partition(".")[0] for path in draft.unsound}
+        problems += [p for p in found if p.partition(".")[0] not in sections]
     raise ConfigError(*problems)
 
 
@@ -130,6 +129,12 @@ def _decide(config: TrainConfig, accelerator: Accelerator, stack: contextlib.Exi
             f"{output_dir} has checkpoints of another run, up to step {run.steps()[-1]}: this one "
             "starts afresh and leaves them alone, but moves away those in its way"
         )
+    for name, values in (inputs.paths["module_config"] or {}).items():
+        if values and name != COMPONENT:
+            notes.append(
+                f"pipeline.paths.module_config.{name} holds for this run only: whoever draws with "
+                f"its checkpoints gets the {name} of the base folder as it is there"
+            )
     run_id = None
     if resume is not None and config.experiment.resume_from_checkpoint == LATEST:
         run_id = run.read_id() or (resume.state and resume.state.run)

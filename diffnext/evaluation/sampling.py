@@ -147,7 +147,9 @@ def draw_benchmark(
     for group, clips in draw_groups(pipe, groups, states, options, is_silent=shard.rank > 0):
         if not (layout.outdir / SETTINGS_FILE).is_file():
             layout.outdir.mkdir(parents=True, exist_ok=True)
-            write_json(layout.outdir / SETTINGS_FILE, settings)
+            own = layout.outdir / f"{SETTINGS_FILE}.{shard.rank}"  # all processes write the same
+            write_json(own, settings)
+            os.replace(own, layout.outdir / SETTINGS_FILE)
         written += write_group(group, clips, layout, options)
     return written
 

@@ -105,7 +105,7 @@ def _link_component(source: Path, target: Path, overlay: dict[str, Any]) -> None
     Args:
         source: Folder of one component.
         target: Folder to fill; files that exist stay, links are made again.
-        overlay: Values to lay over config.json.
+        overlay: Values to lay over config.json, or a scheduler's scheduler_config.json.
     """
     files = component_files(source)
     if target.is_symlink():
@@ -120,9 +120,11 @@ def _link_component(source: Path, target: Path, overlay: dict[str, Any]) -> None
             link.symlink_to(file)
     write_base_reference(target, source.absolute(), {})
     if overlay:
-        config = read_json(source / "config.json") if "config.json" in files else {}
-        _report_differences(target.name, source / "config.json", config, overlay)
-        write_json(target / "config.json", {**config, **overlay})
+        is_scheduler = "scheduler_config.json" in files
+        name = "scheduler_config.json" if is_scheduler else "config.json"
+        config = read_json(source / name) if name in files else {}
+        _report_differences(target.name, source / name, config, overlay)
+        write_json(target / name, {**config, **overlay})
 
 
 def _temporary_folder() -> Path:

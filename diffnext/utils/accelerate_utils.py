@@ -130,10 +130,10 @@ def build_accelerator(
     precision = normalize_precision(training.mixed_precision)
     accelerator = Accelerator(
         mixed_precision=precision,
-        gradient_accumulation_steps=training.gradient_accumulation_steps,
         log_with=log_with,
         **_launch_arguments(training.process_group_timeout, **kwargs),
     )
+    accelerator.gradient_accumulation_steps = training.gradient_accumulation_steps
     # On a CPU accelerate would silently train in float32 instead.
     if precision == "fp16" and not _supports_fp16(accelerator):
         raise ConfigError(
@@ -211,6 +211,7 @@ def _configure_deepspeed(
     deepspeed_logger.setLevel(log_level)
     # DeepSpeed asks for this number, but only derives a global batch size that nothing here reads.
     plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = 1
+    plugin.deepspeed_config["gradient_accumulation_steps"] = accelerator.gradient_accumulation_steps
     # Accelerate drops the 0.0 of a launch file, and DeepSpeed would then clip to 1.0 by default.
     plugin.deepspeed_config.setdefault("gradient_clipping", 0.0)
     if max_grad_norm is not None:

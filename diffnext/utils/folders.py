@@ -6,12 +6,14 @@ import os
 from pathlib import Path
 from typing import Any
 
+from diffnext.utils.json_files import read_json
 from diffnext.utils.messages import did_you_mean
 
 __all__ = ["HUB_ARGUMENTS", "INDEX_FILE", "find_folder", "newest_checkpoint"]
 
 INDEX_FILE = "model_index.json"  # of a release folder or checkpoint
 STATUS_FILE = "status.json"  # of the output folder of a training
+TRAINER_STATE = "state/trainer_state.json"  # of a checkpoint
 CHECKPOINT_FOLDERS = ("checkpoints", "ema_checkpoints")  # in it: raw, then averaged weights
 
 HUB_ARGUMENTS = (
@@ -63,22 +65,32 @@ def find_folder(path_or_id: str | os.PathLike, **hub_kwargs: Any) -> Path:
 
 
 def newest_checkpoint(folder: Path) -> Path:
-    """The newest checkpoint in the output folder of a training, averaged weights before raw ones.
+    """The newest checkpoint of the last training in a folder, averaged weights before raw ones.
 
     Args:
         folder: Of a model; one that is not the output of a training is returned as it is.
 
     Raises:
         FileNotFoundError: If the training has not written a checkpoint yet.
+        FileError: If a file that says which training it was is damaged.
     """
     if (folder / INDEX_FILE).is_file() or not (folder / STATUS_FILE).is_file():
         return folder
+    run = read_json(folder / STATUS_FILE).get("run")
     steps = {
         path.parent: path.parent.name.removeprefix("checkpoint-")
         for kind in CHECKPOINT_FOLDERS
         for path in (folder / kind).glob(f"checkpoint-*/{INDEX_FILE}")
+        if _is_of(run, folder / "checkpoints" / path.parent.name)
     }
     found = sorted((int(step), path) for path, step in steps.items() if step.isdecimal())
     if not found:
         raise FileNotFoundError(f"the training in {folder} has not written a checkpoint yet")
     return found[-1][1]
+
+
+def _is_of(run: str | None, checkpoint: Path) -> bool:
+    """Whether a training has written a checkpoint, as far as both say which one it was."""
+    state = checkpoint / TRAINER_STATE
+    owner = read_json(state).get("run") if state.is_file() else None
+    return None in (run, owner) or run == owner

@@ -7,7 +7,6 @@ import os
 from pathlib import Path
 
 WEIGHTS_SUFFIXES = (".safetensors", ".bin")
-BLOCK_SIZE = 1 << 20
 
 
 def weights_files(folder: Path) -> list[Path]:
@@ -28,6 +27,5 @@ def hash_weights(folder: str | os.PathLike[str]) -> str:
     digest = hashlib.sha256()
     for path in weights_files(Path(folder)):
         with path.open("rb") as file:
-            while block := file.read(BLOCK_SIZE):
-                digest.update(block)
+            hashlib.file_digest(file, lambda: digest)
     return digest.hexdigest()

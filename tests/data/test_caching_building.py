@@ -457,6 +457,14 @@ def save_hostile_pictures(folder):
     return expected
 
 
+def test_folders_need_not_have_names_in_utf_8(tmp_path, vae):
+    folder = tmp_path / os.fsdecode(b"ph\xffotos")
+    write_pictures(folder / "in", 3)
+    settings = make_settings(folder / "in", folder / "out", vae)
+    assert build_cache(settings).examples == 3
+    build_cache(settings)  # which finds the same plan
+
+
 def test_hostile_pictures_are_left_out_with_a_reason_or_read_right(tmp_path, vae):
     (tmp_path / "in").mkdir()
     expected = save_hostile_pictures(tmp_path / "in")

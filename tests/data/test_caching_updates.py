@@ -7,6 +7,7 @@ import tarfile
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -341,6 +342,49 @@ def test_an_update_with_other_settings_is_refused(tmp_path, vae):
     build_cache(make_settings(source, tmp_path / "out", vae, workers=1))
     with pytest.raises(CacheError, match="flip False -> True"):
         build_cache(make_settings(source, tmp_path / "out", vae, flip=True, update=True))
+
+
+@pytest.mark.parametrize("function", ["make_records", "ItemReaders", "WorkFolder.begin"])
+@pytest.mark.parametrize("state", ["finished", "killed"])
+def test_an_update_that_was_cut_short_goes_on_with_the_same_settings_only(
+    tmp_path, vae, monkeypatch, state, function
+):
+    source = write_folder(tmp_path / "in")
+    settings = make_settings(source, tmp_path / "out", vae, workers=1, update=True)
+    if state == "killed":
+        build_half(settings, monkeypatch)
+    else:
+        build_cache(settings)
+    add_picture(source, "new")
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(f"{building.__name__}.{function}", Mock(side_effect=Killed))
+        build_cache(settings)
+    with pytest.raises(CacheError, match="flip False -> True"):
+        build_cache(replace(settings, flip=True))
+    build_cache(settings)
+    build_cache(make_settings(source, tmp_path / "fresh", vae, workers=1))
+    assert read_files(tmp_path / "out") == read_files(tmp_path / "fresh")
+
+
+def test_a_build_does_not_begin_anew_while_another_process_works(tmp_path, vae, monkeypatch):
+    source = write_folder(tmp_path / "in")
+    settings = make_settings(source, tmp_path / "out", vae, workers=1)
+    refused = []
+    make = building.make_records
+
+    def meanwhile(*args):
+        if not refused:
+            with pytest.raises(CacheError, match="is being built by another process") as error:
+                build_cache(replace(settings, flip=True))
+            refused.append(error)
+        return make(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(building, "make_records", meanwhile)
+        build_cache(settings)
+    assert refused
+    build_cache(make_settings(source, tmp_path / "fresh", vae, workers=1))
+    assert read_files(tmp_path / "out") == read_files(tmp_path / "fresh")
 
 
 def test_sources_lists_every_item_with_its_hash(tmp_path, vae):

@@ -289,17 +289,23 @@ def test_a_dataset_of_codes_is_refused_at_construction(make_dataset):
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_corrupt_record_is_an_error_of_next(make_dataset, two_cpus, num_workers):
-    folder = make_dataset(5, max_examples=3)
+def test_a_corrupt_record_is_an_error_of_next(make_dataset, tmp_path, two_cpus, num_workers):
+    folder = Path(make_dataset(5, max_examples=3)).rename(tmp_path / "two\nlines")
     data_path = Path(folder) / "00001.data"
     content = bytearray(data_path.read_bytes())
     content[len(content) // 2 : len(content) // 2 + 8] = b"\xff" * 8  # start of example 4
     data_path.write_bytes(content)
     with FeatureDataLoader(folder, shuffle=False, num_workers=num_workers) as loader:
         take(loader, 4)
+        message = r"^example 4 \(number 1 in .*\n.*00001.data\) is"
         for _ in range(2):
-            with pytest.raises(RecordError, match=r"^example 4 \(number 1 in .*00001.data\) is"):
+            with pytest.raises(RecordError, match=message):
                 loader.next()
+
+
+def test_datasets_share_the_files_that_a_process_may_open(make_dataset):
+    with FeatureDataLoader([make_dataset(2), make_dataset(3)]) as loader:
+        assert [part.max_open_files for part in loader.datasets] == [128, 128]
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

@@ -82,6 +82,13 @@ def test_recovered_run_equals_an_undisturbed_one(finished, used):
         torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 
+def test_a_damaged_checkpoint_is_not_kept_in_place_of_sound_ones(used):
+    (used.checkpoint(4) / "state" / "rank_0.pt").unlink()
+    used.train("training.max_train_steps=3", *SCHEDULE, "checkpoint.keep_last=1")
+    assert latest(used).step == 3
+    assert used.checkpoint(4).is_dir() and not used.checkpoint(2).exists()
+
+
 def test_without_any_sound_checkpoint_the_run_is_refused(used):
     for step in (2, 4):
         (used.checkpoint(step) / "state" / "rank_0.pt").unlink()

@@ -1,9 +1,11 @@
 """Whole runs of scripts/train.py on a tiny model, in this process."""
 
 import json
+import logging
 import re
 import shutil
 import statistics
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +13,12 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from torch._dynamo.utils import counters
 
+from diffnext.config.load import parse, read_config
+from diffnext.config.schema import TrainConfig
+from diffnext.config.targets import config_to_class
+from diffnext.engine import reporting
 from diffnext.pipelines import NOVAPipeline
+from diffnext.pipelines.builder import build_pipeline, get_pipeline_path
 from diffnext.utils.accelerate_utils import build_accelerator, set_logger
 from diffnext.utils.omegaconf_utils import get_config, save_config
 from tests.engine.conftest import TinyRun
@@ -103,6 +110,33 @@ def test_autoencoder_from_elsewhere_is_remembered(tiny_run, tmp_path):
     later.train("training.max_train_steps=1")
     pipe = NOVAPipeline.from_pretrained(later.checkpoint(1))
     torch.testing.assert_close(pipe.vae.state_dict(), vae.state_dict(), rtol=0, atol=0)
+
+
+def test_values_laid_over_other_components_hold_for_the_run_and_are_named(tiny_run):
+    config = parse(read_config(tiny_run.arguments("training.max_train_steps=1"))[0], TrainConfig)
+    folder = get_pipeline_path(tiny_run.base, None, {"scheduler": {"shift": 3.5}})
+    assert build_pipeline(folder, config_to_class(config.pipeline)).scheduler.config.shift == 3.5
+    key = "pipeline.paths.module_config.scheduler"
+    tiny_run.train("training.max_train_steps=1", f"{key}.shift=3.5")
+    assert f"{key} holds for this run only" in tiny_run.log()
+
+
+def test_steps_of_an_earlier_process_do_not_count_in_the_time(tiny_run, monkeypatch):
+    config = parse(read_config(tiny_run.arguments("training.max_train_steps=4"))[0], TrainConfig)
+    tiny_run.output.mkdir()
+    clock = SimpleNamespace(perf_counter=lambda: 0.0)
+    monkeypatch.setattr(reporting, "time", clock)
+    accelerator = build_accelerator(config)
+    before, after = (reporting.Reporter(config, accelerator, logging.getLogger()) for _ in range(2))
+    one = torch.tensor(1.0)
+    steps = [reporting.StepResult(number, 1e-3, {"loss": one}, one, 8) for number in range(4)]
+    for step in steps[:3]:
+        before.add(step)
+    after.load_state_dict(before.state_dict())
+    after.add(steps[3])
+    clock.perf_counter = lambda: 2.0
+    after.report()
+    assert tiny_run.metrics("time") == [2.0]
 
 
 def test_small_updates_survive_mixed_precision(tiny_run):

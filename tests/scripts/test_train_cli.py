@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from diffnext.cli.train import print_once
+
 SCRIPT = Path(__file__).parents[2] / "scripts" / "train.py"
 MAIN = runpy.run_path(str(SCRIPT))["main"]
 
@@ -80,3 +82,10 @@ def test_nothing_but_the_mistake_is_printed():
     assert (ended.returncode, ended.stdout) == (2, "")
     assert ended.stderr.startswith("error: ")
     assert ended.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(("is_common", "printed"), [(True, ""), (False, "error: only here\n")])
+def test_a_process_prints_what_the_main_one_may_not_know(monkeypatch, capsys, is_common, printed):
+    monkeypatch.setenv("RANK", "1")
+    print_once(["error: only here"], patience=0, is_common=is_common)
+    assert capsys.readouterr().err == printed

@@ -88,6 +88,11 @@ def test_accelerator_takes_precision_and_accumulation_from_the_configuration():
     assert get_ddp_shards(built) == {"shard_id": 0, "num_shards": 1}
 
 
+def test_accumulation_of_a_launch_file_gives_way_to_the_configuration(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    assert build_accelerator(config(gradient_accumulation_steps=3)).gradient_accumulation_steps == 3
+
+
 def test_further_arguments_reach_the_accelerator():
     built = build_accelerator(config(), cpu=True, step_scheduler_with_optimizer=False)
     assert built.device.type == "cpu"

@@ -119,7 +119,9 @@ def build_cache(settings: CacheSettings, on_progress: Progress | None = None) ->
     work = WorkFolder(settings, len(items))
     with work.claims() as claims:
         with claims.alone("plan"):
-            changes = _prepare(settings, items, plan, work)
+            changes = _prepare(settings, items, plan, work, claims)
+            if changes is not None:
+                claims.join()
         if changes is not None:
             _build_chunks(settings, items, work, claims, on_progress or (lambda done, total: None))
             with claims.alone("plan"):
@@ -151,13 +153,17 @@ def make_plan(settings: CacheSettings) -> dict[str, Any]:
 
 
 def _prepare(
-    settings: CacheSettings, items: list[Item], plan: dict[str, Any], work: WorkFolder
+    settings: CacheSettings,
+    items: list[Item],
+    plan: dict[str, Any],
+    work: WorkFolder,
+    claims: Claims,
 ) -> Changes | None:
     """Begin or continue a build; returns None if it is finished and nothing changed.
 
     Raises:
-        CacheError: If it was begun with other settings, or the source changed and ``update`` is
-            False.
+        CacheError: If it was begun with other settings, the source changed and ``update`` is
+            False, or another process builds something else there.
     """
     manifest = read_manifest(settings.output)
     changes = Changes()
@@ -183,6 +189,14 @@ def _prepare(
             return Changes()
         if work.built_chunks():
             _check_update(settings, _describe_changes(settings, changes))
+    previous = work.previous_plan()
+    if previous is not None:
+        _check_plan(previous, plan, settings.output)
+    if not claims.is_alone():
+        raise CacheError(
+            f"{settings.output} is being built by another process, with other settings or from "
+            "other files: wait until it is through"
+        )
     work.set_aside()
     work.begin(plan, [item.name for item in items])
     return changes

@@ -24,6 +24,7 @@ import psutil
 
 RENEWAL = 10.0  # seconds
 DEAD_AFTER = 120.0  # seconds without a renewal, by the clock of the file system
+BUILDER = "builder-"  # begins the claim that a process joins with
 POLL = 0.5  # seconds between two looks at a claim that another process holds
 
 
@@ -37,8 +38,8 @@ class Claims:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         process = psutil.Process()
-        self._host = socket.gethostname()
-        self._owner = f"{self._host}-{process.pid}-{uuid.uuid4().hex[:8]}"
+        self._host = _machine()
+        self._owner = f"{socket.gethostname()}-{process.pid}-{uuid.uuid4().hex[:8]}"
         self._identity = {"host": self._host, "pid": process.pid, "started": process.create_time()}
         self._held: set[str] = set()
         self._ended = threading.Event()
@@ -76,6 +77,15 @@ class Claims:
             else:
                 self._held.add(name)
                 return True
+
+    def join(self) -> None:
+        """Let others know that this process builds."""
+        self.take(f"{BUILDER}{self._owner}")
+
+    def is_alone(self) -> bool:
+        """Whether no other living process has joined."""
+        joined = [path.stem for path in self._folder.glob(f"{BUILDER}*.claim")]
+        return all(name in self._held or self.take(name) for name in joined)
 
     @contextlib.contextmanager
     def alone(self, name: str) -> Iterator[None]:
@@ -157,6 +167,15 @@ def _read(path: Path) -> str | None:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         return None
+
+
+def _machine() -> str:
+    """What processes that can see each other's numbers have in common: no container's are."""
+    name = socket.gethostname()
+    with contextlib.suppress(OSError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        name += f"-{boot}-{os.stat('/proc/self/ns/pid').st_ino}"
+    return name
 
 
 def _runs(identity: dict) -> bool:

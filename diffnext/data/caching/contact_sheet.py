@@ -45,9 +45,12 @@ def draw_contact_sheet(
         device: Device that decodes.
 
     Raises:
-        CacheError: If there is no autoencoder, or it is not the one of the latents.
+        CacheError: If there is no autoencoder, or it is not the one of the latents, or nothing is
+            asked for.
         RecordError: If a record is damaged.
     """
+    if min(count, columns) < 1:
+        raise CacheError(f"a sheet has 1 example and 1 column at least, got {count} and {columns}")
     model = load_autoencoder(find_vae(folder, vae), torch.float32, device)
     with RecordDataset(folder) as dataset:
         check_features(dataset.features, str(folder))

@@ -189,9 +189,18 @@ def make_records(
 
     Returns:
         For each example its record, or the reason why it has none.
+
+    Raises:
+        CacheError: If the batch does not fit in the memory of a GPU.
     """
-    latents = encoder.encode([example.pixels for example in examples])
-    captions = _make_captions(examples, settings, text_states)
+    try:
+        latents = encoder.encode([example.pixels for example in examples])
+        captions = _make_captions(examples, settings, text_states)
+    except torch.OutOfMemoryError as error:
+        raise CacheError(
+            f"{settings.batch_size} examples at once do not fit in the memory of "
+            f"{settings.device}: use a smaller --batch-size"
+        ) from error
     records: list[dict[str, Any] | Skipped] = []
     for example, moments, texts in zip(examples, latents, captions, strict=True):
         if not np.isfinite(moments).all():

@@ -20,6 +20,7 @@ from diffnext.data.caching.pictures import read_picture
 from diffnext.data.caching.provenance import ItemFacts, hash_item, stamp_item
 from diffnext.data.caching.settings import CacheSettings, Size
 from diffnext.data.caching.video_decoding import read_clips
+from diffnext.utils.messages import printable
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,8 @@ def read_item(item: Item, settings: CacheSettings) -> Reading:
         problem = f"cannot be read: {error.strerror or error}"
     except MemoryError:
         problem = "needs too much memory to be decoded"
-    return Reading(ItemFacts(item.name, stamp, skipped=[Skipped(item.name, problem)]))
+    skipped = Skipped(item.name, printable(problem))
+    return Reading(ItemFacts(item.name, stamp, skipped=[skipped]))
 
 
 def _read_examples(item: Item, settings: CacheSettings) -> tuple[list[Example], tuple[str, ...]]:

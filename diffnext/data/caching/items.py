@@ -84,8 +84,3 @@ def side_suffixes(names: Iterable[str]) -> dict[str, tuple[str, ...]]:
 def side_files(path: str, suffixes: tuple[str, ...] | None) -> Mapping[str, Media]:
     """Side files of a file with the given suffixes."""
     return SideFiles(path, suffixes) if suffixes else _NOTHING
-
-
-def printable(name: str) -> str:
-    """A name that can be written as UTF-8; names of files need not be."""
-    return name.encode("utf-8", "backslashreplace").decode()

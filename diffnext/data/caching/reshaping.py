@@ -17,6 +17,7 @@ import numpy as np
 from diffnext.data.caching.errors import CacheError
 from diffnext.data.manifest import Counts, Manifest, read_manifest, write_manifest
 from diffnext.data.records import RecordDataset, copy_records
+from diffnext.utils.messages import printable
 
 SAME = ("vae_hash", "dtype", "shape", "size", "kind", "flow_unit", "text_encoder")
 
@@ -53,10 +54,17 @@ def merge(sources: Sequence[Path], output: Path) -> int:
         datasets = [stack.enter_context(RecordDataset(source)) for source in sources]
         _check_alike(datasets)
         folder = stack.enter_context(_new_folder(output))
-        order = ((dataset, index) for dataset in datasets for index in range(len(dataset)))
+        order = _closing(datasets)
         count = copy_records(order, folder)
         _write_manifest(folder, sources, count)
         return count
+
+
+def _closing(datasets: Sequence[RecordDataset]) -> Iterator[tuple[RecordDataset, int]]:
+    """All examples; each dataset is closed after its last, as few files may be open at once."""
+    for dataset in datasets:
+        yield from ((dataset, index) for index in range(len(dataset)))
+        dataset.close()
 
 
 def split(source: Path, outputs: Sequence[Path], share: float, seed: int = 0) -> tuple[int, int]:
@@ -129,7 +137,7 @@ def _write_manifest(folder: Path, sources: Sequence[Path], count: int) -> None:
     if not manifests:
         return
     made_of = [
-        {"folder": str(source), "plan": manifest.plan, "sources": manifest.sources}
+        {"folder": printable(str(source)), "plan": manifest.plan, "sources": manifest.sources}
         for source, manifest in zip(sources, manifests, strict=True)
     ]
     counts = Counts(examples=count)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from diffnext.data.caching.errors import CacheError
+from diffnext.utils.messages import printable
 
 Size = tuple[int, int]  # height, width in pixels
 
@@ -203,7 +204,8 @@ class CacheSettings:
         left_out = [*_FREE, *(("frames", "decoder", "flow") if self.kind == "images" else ())]
         values = {name: value for name, value in asdict(self).items() if name not in left_out}
         values["sizes"] = [list(size) for size in self.sizes]
-        values["root"] = None if self.root is None else str(self.root)
+        values["source"] = printable(self.source)
+        values["root"] = None if self.root is None else printable(str(self.root))
         return values
 
 

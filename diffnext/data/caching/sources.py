@@ -16,7 +16,6 @@ from diffnext.data.caching.items import (
     Item,
     Listing,
     SideFinder,
-    printable,
     side_files,
     side_suffixes,
 )
@@ -33,6 +32,7 @@ from diffnext.data.caching.media import (
 )
 from diffnext.data.caching.settings import CacheSettings
 from diffnext.data.caching.tables import folder_of, read_csv, read_jsonl, row_items
+from diffnext.utils.messages import printable
 
 FOLDER_TABLES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 HUGGINGFACE_FILES = ("dataset_dict.json", "dataset_info.json")

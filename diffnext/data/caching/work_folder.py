@@ -32,7 +32,7 @@ from diffnext.data.caching.claims import Claims
 from diffnext.data.caching.errors import CacheError
 from diffnext.data.caching.provenance import SOURCES_NAME, ItemFacts, read_facts, write_facts
 from diffnext.data.caching.settings import CacheSettings, format_size
-from diffnext.data.manifest import MANIFEST_NAME
+from diffnext.data.manifest import MANIFEST_NAME, read_manifest
 from diffnext.data.plain_files import read_typed
 from diffnext.data.records import METADATA_NAME, RecordDataset, RecordWriter, copy_records
 from diffnext.data.shards import INDEX_SUFFIX, SUFFIXES
@@ -112,12 +112,18 @@ class WorkFolder:
         """Move all built records to ``previous``, to copy from; may be repeated after a kill."""
         previous = self.path / "previous"
         previous.mkdir(parents=True, exist_ok=True)
+        chunks = sorted(self.built_chunks())
         with contextlib.suppress(FileNotFoundError):
-            os.remove(self.path / "plan.json")
-        for chunk in sorted(self.built_chunks()):
+            if chunks:
+                os.replace(self.path / "plan.json", previous / "plan.json")
+            else:
+                os.remove(self.path / "plan.json")
+        for chunk in chunks:
             os.rename(self.chunk_folder(chunk), previous / f"{len(os.listdir(previous)):08d}")
-        if not (self.output / MANIFEST_NAME).is_file():
+        manifest = read_manifest(self.output)
+        if manifest is None:
             return
+        write_json(previous / "plan.json", manifest.plan or {})
         part = previous / "dataset"  # after a kill, the same
         part.mkdir(exist_ok=True)
         for name, folder in self.datasets.items():
@@ -137,6 +143,11 @@ class WorkFolder:
     def is_being_set_aside(self) -> bool:
         """Whether a kill ended :meth:`set_aside` of a finished dataset."""
         return (self.path / "previous" / "dataset").is_dir()
+
+    def previous_plan(self) -> dict[str, Any] | None:
+        """The plan of the build that is being updated; None if there is none."""
+        file = self.path / "previous" / "plan.json"
+        return read_typed(file, TypeAdapter(dict[str, Any])) if file.is_file() else None
 
     def previous_parts(self) -> list[Path]:
         """Folders of the build that is being updated, with the same content as chunks."""
