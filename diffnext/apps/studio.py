@@ -121,9 +121,15 @@ class Studio:
     Args:
         pipe: The pipeline.
         model_name: For the files.
+
+    Raises:
+        ValueError: If the pipeline lacks a component.
     """
 
     def __init__(self, pipe: NOVAPipeline, model_name: str) -> None:
+        missing = [name for name, part in pipe.components.items() if part is None]
+        if missing:
+            raise ValueError(f"{model_name} has no {' and no '.join(missing)} to draw with")
         self.pipe = pipe
         self.model_name = model_name
         self._worker = ThreadPoolExecutor(1, "studio")

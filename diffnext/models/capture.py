@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from diffnext.models.compilation import FEWEST_TOKENS
+from diffnext.models.quantization import is_quantized
 
 __all__ = ["Programs", "Recorded", "TracedPrograms", "record_calls", "record_cuda_graph"]
 
@@ -233,6 +234,10 @@ class TracedPrograms(Programs):
 
     fewest_tokens = 1
     most_rows = {"encoder": MOST_TRACED_ROWS, "head": MOST_TRACED_ROWS}
+
+    def fit(self, model: nn.Module, device: torch.device) -> bool:
+        """The same; quantised weights cannot be traced."""
+        return super().fit(model, device) and not is_quantized(model)
 
     def _runs_on(self, device: torch.device) -> bool:
         return device.type == "cpu"

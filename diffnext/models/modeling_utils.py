@@ -107,6 +107,20 @@ def load_strictly(load: Callable[..., Any], path: Any, *args: Any, **kwargs: Any
     return (model, info) if wants_info else model
 
 
+def check_savable(model: nn.Module) -> None:
+    """Check that a model can be loaded again once it is saved.
+
+    Raises:
+        ValueError: If its weights are quantised, or adapters change the names of its weights.
+    """
+    check_not_quantized(model, "saved")
+    if any(hasattr(module, "base_layer") for module in model.modules()):
+        raise ValueError(
+            "a model with adapters cannot be saved: call unload_lora_weights(), after fuse_lora() "
+            "if they are to stay in its weights"
+        )
+
+
 class StrictLoadingMixin(ModelMixin, ConfigMixin):
     """diffusers' base of networks; weights that do not fit, or cannot be saved, are an error."""
 
@@ -126,9 +140,9 @@ class StrictLoadingMixin(ModelMixin, ConfigMixin):
             **kwargs: As for diffusers' method.
 
         Raises:
-            ValueError: If the weights are quantised.
+            ValueError: If the weights are quantised, or there are adapters.
         """
-        check_not_quantized(self, "saved")
+        check_savable(self)
         super().save_pretrained(save_directory, *args, **kwargs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:

@@ -68,6 +68,13 @@ class PackedLinear(nn.Linear):
         return packed
 
 
+def forget_packed(model: nn.Module) -> None:
+    """Pack a model's weights again when they are next used: they were changed out of sight."""
+    for module in model.modules():
+        if isinstance(module, PackedLinear):
+            module._packed = None
+
+
 def prepack_linears(model: nn.Module) -> None:
     """Pack the linear layers of a model, in place; parameters and their names stay.
 

@@ -26,12 +26,15 @@ def quantize_blocks(model: nn.Module, kind: str) -> None:
             "int8_dynamic" activations are rounded as well, and products are of integers.
 
     Raises:
-        ValueError: If the kind is unknown, or the model is quantised already.
+        ValueError: If the kind is unknown, or the model is quantised already or offloaded layer by
+            layer.
         ImportError: If torchao is not installed.
     """
     if kind not in QUANTIZATIONS:
         raise ValueError(f"kind must be one of {sorted(QUANTIZATIONS)}, got {kind!r}")
     check_not_quantized(model, "quantised again")
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError("a model offloaded layer by layer cannot be quantised: quantise it first")
     try:
         from torchao import quantization
     except ImportError as error:

@@ -7,14 +7,14 @@ import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils import BaseOutput
 from torch import nn
 
-from diffnext.models.modeling_utils import StrictLoadingMixin
-from diffnext.models.quantization import check_not_quantized
+from diffnext.models.modeling_utils import StrictLoadingMixin, check_savable
 from diffnext.pipelines.release_folder import (
     INDEX_FILE,
     LIBRARIES,
@@ -45,14 +45,8 @@ class NOVAPipelineOutput(BaseOutput):
     frames: Any = None
 
 
-if TYPE_CHECKING:
-    from diffusers.pipelines.pipeline_utils import DiffusionPipeline as _Base
-else:
-    _Base = object
-
-
-class PipelineMixin(_Base):
-    """Loads release folders; put before diffusers' ``DiffusionPipeline``."""
+class PipelineMixin(DiffusionPipeline):
+    """diffusers' base of pipelines; loads release folders."""
 
     @classmethod
     def from_pretrained(
@@ -72,6 +66,7 @@ class PipelineMixin(_Base):
             FileNotFoundError: If the folder or one of its components is missing.
             FileError: If a file of it is damaged, leads elsewhere, or would run code.
             RuntimeError: If weights do not fit their model; the message lists them.
+            ValueError: If it holds adapters, and the pipeline is one that trains.
         """
         hub_kwargs = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
         folder = find_folder(pretrained_model_name_or_path, **hub_kwargs)
@@ -94,6 +89,8 @@ class PipelineMixin(_Base):
             pipeline = super().from_pretrained(assembled, **kwargs)
         pipeline.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
         if (folder / LORA_FILE).is_file():
+            if not hasattr(pipeline, "load_lora_weights"):
+                raise ValueError(f"{folder} holds adapters: merge them first (diffnext lora merge)")
             pipeline.load_lora_weights(folder, weight_name=LORA_FILE)
         return pipeline
 
@@ -106,11 +103,11 @@ class PipelineMixin(_Base):
             **kwargs: As for diffusers' method.
 
         Raises:
-            ValueError: If a model is quantised.
+            ValueError: If a model is quantised or has adapters.
         """
         for component in self.components.values():
             if isinstance(component, StrictLoadingMixin):
-                check_not_quantized(component, "saved")
+                check_savable(component)
         super().save_pretrained(save_directory, *args, **kwargs)
 
     @classmethod

@@ -63,6 +63,11 @@ def _ddpm_updates(scheduler: Any) -> list[LinearUpdate]:
     for timestep in scheduler.timesteps.tolist():
         previous = int(scheduler.previous_timestep(timestep))
         abar = float(scheduler.alphas_cumprod[timestep])
+        if abar == 0:
+            raise ValueError(
+                "timestep_spacing 'leading' is needed with rescale_betas_zero_snr: at the last "
+                "timestep the noise hides everything, and nothing can be predicted from it"
+            )
         abar_previous = float(scheduler.alphas_cumprod[previous]) if previous >= 0 else 1.0
         alpha = abar / abar_previous
         sample_weight = 1 / math.sqrt(alpha)

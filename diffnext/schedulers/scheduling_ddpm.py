@@ -5,7 +5,11 @@ Shapes: B batch, N tokens; samples are (B, ...), channels second.
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 import torch
+from diffusers.configuration_utils import FrozenDict
 from diffusers.schedulers import scheduling_ddpm
 from diffusers.schedulers.scheduling_ddpm import (
     DDPMSchedulerOutput,
@@ -15,7 +19,7 @@ from diffusers.schedulers.scheduling_ddpm import (
 from diffusers.schedulers.scheduling_utils import SchedulerMixin as SchedulerMixin
 from torch import Tensor
 
-from diffnext.utils.host_data import draw_normal, send
+from diffnext.utils.host_data import send
 
 __all__ = [
     "DDPMScheduler",
@@ -63,47 +67,17 @@ class DDPMScheduler(scheduling_ddpm.DDPMScheduler):
         Returns:
             ``prev_sample``, shaped like ``sample``.
         """
-        t = int(timestep)
-        previous = self.previous_timestep(t)
-        predicted_variance = None
-        if self.variance_type in ("learned", "learned_range"):
-            model_output, predicted_variance = model_output.split(sample.shape[1], dim=1)
-        abar = self.alphas_cumprod[t]
-        abar_prev = self.alphas_cumprod[previous] if previous >= 0 else self.one
-        alpha = abar / abar_prev
-        x0 = self._predict_original(model_output, sample, abar)
-        x0_weight = abar_prev**0.5 * (1 - alpha) / (1 - abar)
-        sample_weight = alpha**0.5 * (1 - abar_prev) / (1 - abar)
-        prev_sample = x0_weight * x0 + sample_weight * sample
-        if t > 0:
-            noise = draw_normal(model_output.shape, generator, model_output)
-            prev_sample = prev_sample + self._noise_std(t, predicted_variance) * noise
-        return DDPMSchedulerOutput(prev_sample=prev_sample) if return_dict else (prev_sample,)
-
-    def _predict_original(self, model_output: Tensor, sample: Tensor, abar: Tensor) -> Tensor:
-        prediction_type = self.config["prediction_type"]
-        if prediction_type == "epsilon":
-            return (sample - (1 - abar) ** 0.5 * model_output) / abar**0.5
-        if prediction_type == "sample":
-            return model_output
-        if prediction_type == "v_prediction":
-            return abar**0.5 * sample - (1 - abar) ** 0.5 * model_output
-        raise ValueError(
-            f"prediction_type must be epsilon, sample or v_prediction, got {prediction_type!r}"
-        )
-
-    def _noise_std(self, t: int, predicted_variance: Tensor | None) -> Tensor:
-        """Standard deviation of the noise of one step."""
         if self.variance_type == "fixed_large_log":
             raise ValueError(
                 "variance_type 'fixed_large_log' has no real standard deviation: use 'fixed_large'"
             )
-        value = self._get_variance(t, predicted_variance=predicted_variance)
-        if self.variance_type == "fixed_small_log":
-            return value  # diffusers has taken the root already
-        if self.variance_type == "learned_range":
-            return torch.exp(0.5 * value)
-        return value**0.5
+        plain: Any = copy.copy(self)
+        plain._internal_dict = FrozenDict(
+            {**self.config, "thresholding": False, "clip_sample": False}
+        )
+        parent: Any = scheduling_ddpm.DDPMScheduler
+        stepped = parent.step(plain, model_output, timestep, sample, generator)
+        return stepped if return_dict else (stepped.prev_sample,)
 
     def sample_timesteps(
         self, size: int | tuple[int, ...], device: torch.device | str | None = None

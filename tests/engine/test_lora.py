@@ -5,11 +5,12 @@ import json
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from diffnext.cli.main import main
 from diffnext.pipelines import NOVAPipeline
 from diffnext.pipelines.builder import get_pipeline_path
+from diffnext.pipelines.nova.pipeline_train_t2i import NOVATrainT2IPipeline
 from diffnext.pipelines.release_folder import LORA_FILE
 
 LORA = ["model.lora.rank=4", "model.lora.alpha=8", "optimizer.params.lr=0.01"]
@@ -73,6 +74,41 @@ def test_merged_equals_unmerged(trained, tmp_path, capsys):
     card = ModelCard.load(merged / "README.md")
     assert card.data.to_dict() == header
     assert "# merged" in card.text and "The base" not in card.text
+
+
+def test_prepacked_weights_follow_adapters_that_are_fused_and_taken_off(trained):
+    pipe = NOVAPipeline.from_pretrained(trained.checkpoint(4))
+    pipe.fuse_lora()
+    fused = draw(pipe)
+    pipe.unfuse_lora()
+    plain = draw(pipe)
+    pipe.prepack()
+    for change, expected in ((lambda: None, plain), (pipe.fuse_lora, fused)) * 2:
+        change()
+        torch.testing.assert_close(draw(pipe), expected, rtol=1e-4, atol=1e-4)
+        if expected is fused:
+            pipe.unfuse_lora()
+
+
+def test_a_model_with_adapters_is_not_saved(trained, tmp_path):
+    pipe = NOVAPipeline.from_pretrained(trained.checkpoint(4))
+    for part in (pipe, pipe.transformer):
+        with pytest.raises(ValueError, match="a model with adapters cannot be saved"):
+            part.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+    pipe.unload_lora_weights()
+    (tmp_path / "another" / LORA_FILE).parent.mkdir()
+    wrong = {n: v[:1] for n, v in load_file(trained.checkpoint(4) / LORA_FILE).items()}
+    save_file(wrong, tmp_path / "another" / LORA_FILE)
+    with pytest.raises(ValueError, match=LORA_FILE):
+        pipe.load_lora_weights(tmp_path / "another")
+    pipe.save_pretrained(tmp_path / "saved")
+    draw(NOVAPipeline.from_pretrained(tmp_path / "saved"))
+
+
+def test_a_pipeline_that_trains_is_not_loaded_with_adapters(trained):
+    with pytest.raises(ValueError, match="holds adapters: merge them first"):
+        NOVATrainT2IPipeline.from_pretrained(trained.checkpoint(4))
 
 
 def test_stopped_and_continued_equals_straight(tiny_run, tmp_path):

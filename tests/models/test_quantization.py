@@ -68,6 +68,19 @@ def test_a_model_can_be_quantised_and_packed(kind, is_packed_first):
     assert torch.equal(sample(copy.deepcopy(model)), samples)
 
 
+def test_a_compiled_model_can_be_quantised(kind):
+    model = make_model()
+    model.compile_drawing()
+    sample(model)
+    quantize_blocks(model, kind)
+    assert 0 < error_of(sample(model)) < 0.1
+
+
+def test_a_model_without_its_weights_is_not_quantised(kind):
+    with pytest.raises(ValueError, match="offloaded layer by layer cannot be quantised"):
+        quantize_blocks(make_model().to("meta"), kind)
+
+
 @pytest.mark.parametrize("other", QUANTIZATIONS)
 def test_quantising_twice_is_refused(quantized, other):
     expected = sample(quantized)

@@ -162,29 +162,33 @@ def test_streams_check_their_arguments_at_once(video_pipe):
         video_pipe.stream("a cat", max_latent_length=0)
 
 
-def test_a_stream_can_be_interrupted(video_pipe):
+@pytest.mark.parametrize(
+    ("stopped_in", "sizes"), [(0, [1]), (1, [1]), (2, [5]), (4, [13]), (5, [17]), (6, [17, 4])]
+)
+def test_a_stream_can_be_interrupted(video_pipe, stopped_in, sizes):
     def stop(pipe, step, frame, kwargs):
-        pipe._interrupt = frame == 6
+        pipe._interrupt = frame == stopped_in
         return {}
 
     options = {"max_latent_length": 9, "output_type": "pt", **QUICK}
     pieces = list(video_pipe.stream("a cat", callback_on_step_end=stop, **options))
-    assert [piece.size(2) for piece in pieces] == [17, 4]  # six latent frames
+    assert [piece.size(2) for piece in pieces] == sizes
 
 
-def test_an_interrupted_video_ends_with_its_last_whole_frame(video_pipe):
+@pytest.mark.parametrize(("last_step", "num_frames"), [(6, 2), (7, 2), (8, 3)])
+def test_an_interrupted_video_ends_with_its_last_whole_frame(video_pipe, last_step, num_frames):
     seen = []
 
     def stop(pipe, step, frame, kwargs):
         seen.append((step, frame))
-        pipe._interrupt = (frame, step) == (2, 7)
+        pipe._interrupt = step == last_step
         return {}
 
     options = {"max_latent_length": 3, "output_type": "latent", **QUICK}
     whole = video_pipe("a cat", generator=seeded(), **options).frames
     cut = video_pipe("a cat", generator=seeded(), callback_on_step_end=stop, **options).frames
-    assert torch.equal(cut, whole[:, :, :2])
-    assert seen == [(step, step // 3) for step in range(8)]
+    assert torch.equal(cut, whole[:, :, :num_frames])
+    assert seen == [(step, step // 3) for step in range(last_step + 1)]
     again = video_pipe("a cat", generator=seeded(), **options).frames
     assert torch.equal(again, whole)  # nothing is left of the interruption
 

@@ -119,6 +119,12 @@ def make_request(**options):
 # --- pictures -------------------------------------------------------------------------------
 
 
+def test_a_model_that_cannot_read_prompts_is_refused(pipe):
+    parts = {**pipe.components, "text_encoder": None, "tokenizer": None}
+    with pytest.raises(ValueError, match="a-model has no text_encoder and no tokenizer"):
+        Studio(NOVAPipeline(**parts), "a-model")
+
+
 def test_the_same_seed_draws_the_same_pictures(page):
     first, again, other = draw(page), draw(page), draw(page, seed=99)
     assert len(first) == 4

@@ -392,7 +392,7 @@ class AutoencoderKLLTXVideo(VideoAutoencoder, ModelMixin):
 
 def per_channel(factors: Tensor, x: Tensor) -> Tensor:
     """C values, shaped to meet the channels of (B, C, h, w) or (B, C, T, h, w)."""
-    return factors.view(-1, *(1,) * (x.ndim - 2))
+    return factors.to(x).view(-1, *(1,) * (x.ndim - 2))
 
 
 def make_room_for_factors(

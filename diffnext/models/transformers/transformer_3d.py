@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
+from diffusers.utils.torch_utils import get_module_execution_device
 from torch import Tensor, nn
 
 from diffnext.models.attention import BlockCausalMask
@@ -331,7 +332,8 @@ class Transformer3DModel(nn.Module):
             ValueError: For options that cannot work, with the reason.
         """
         check_options(options)
-        if not options and next(self.parameters()).device.type == "cpu" and not is_quantized(self):
+        is_on_cpu = get_module_execution_device(self).type == "cpu"
+        if not options and is_on_cpu and not is_quantized(self):
             self.programs = TracedPrograms()
             return
         self.image_encoder.compile_blocks(**options)

@@ -12,6 +12,7 @@ from pydantic import FiniteFloat, PositiveInt, StringConstraints, TypeAdapter
 from torch import Tensor
 from typing_extensions import TypedDict
 
+from diffnext.models.packed_linear import forget_packed
 from diffnext.pipelines.release_folder import LORA_FILE
 from diffnext.utils.component_files import own_path, reading
 from diffnext.utils.folders import HUB_ARGUMENTS, find_folder
@@ -38,6 +39,8 @@ class AdapterConfig(TypedDict, total=False):
 class AdapterLoading(CogVideoXLoraLoaderMixin):
     """The methods of diffusers for adapters of a pipeline whose trained part is ``transformer``."""
 
+    transformer: Any
+
     @require_peft_backend
     def load_lora_weights(
         self,
@@ -63,8 +66,33 @@ class AdapterLoading(CogVideoXLoraLoaderMixin):
             file = _find_adapters(given, kwargs)
             given = name = str(file)
             kwargs |= {"weight_name": file.name, "use_safetensors": True}
-        with reading(name, "adapters"):
-            super().load_lora_weights(given, *args, **kwargs)
+        try:
+            with reading(name, "adapters"):
+                super().load_lora_weights(given, *args, **kwargs)
+        except Exception:
+            if not getattr(self.transformer, "peft_config", None):
+                self.transformer.unload_lora()  # layers without weights
+            raise
+
+    def fuse_lora(self, *args: Any, **kwargs: Any) -> None:
+        """Add the adapters to the weights.
+
+        Args:
+            *args: As for diffusers' method.
+            **kwargs: The same.
+        """
+        super().fuse_lora(*args, **kwargs)
+        forget_packed(self.transformer)
+
+    def unfuse_lora(self, *args: Any, **kwargs: Any) -> None:
+        """Take them off again.
+
+        Args:
+            *args: As for diffusers' method.
+            **kwargs: The same.
+        """
+        super().unfuse_lora(*args, **kwargs)
+        forget_packed(self.transformer)
 
     @classmethod
     def load_lora_into_transformer(cls, *args: Any, **kwargs: Any) -> None:

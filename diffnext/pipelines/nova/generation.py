@@ -20,7 +20,6 @@ import diffusers
 import numpy as np
 import torch
 from accelerate.hooks import CpuOffload
-from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils.torch_utils import get_module_execution_device
 from torch import Tensor
 
@@ -129,7 +128,7 @@ class PipelineRun(GenerationRun):
         return changed
 
 
-class GenerationPipeline(AdapterLoading, PipelineMixin, DiffusionPipeline):
+class GenerationPipeline(AdapterLoading, PipelineMixin):
     """Draws with NOVA, from texts or classes.
 
     Components are read at the moment of a call, and a call leaves nothing on them or here, so calls
@@ -306,6 +305,8 @@ class GenerationPipeline(AdapterLoading, PipelineMixin, DiffusionPipeline):
                                 return
                         piece = self._present(held, tiles[index], arguments, run.vae)
                     yield piece
+                    if run.is_stopped:
+                        return
         finally:
             with self._turn(run.transformer):
                 self.maybe_free_model_hooks()
@@ -561,7 +562,7 @@ class GenerationPipeline(AdapterLoading, PipelineMixin, DiffusionPipeline):
                 f"{batch_size}"
             )
         with full_precision(self.vae) as dtype:
-            pixels = pixels.to(device=self._execution_device, dtype=dtype)
+            pixels = pixels.to(device=get_module_execution_device(self.vae), dtype=dtype)
             posterior = self.vae.encode(pixels).latent_dist
         if isinstance(generator, list):
             moments = posterior.parameters.repeat_interleave(repeats, dim=0)

@@ -6,7 +6,6 @@ Shapes: B samples.
 from typing import Any
 
 import torch
-from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import Tensor
 
 from diffnext.models.transformers.transformer_nova import NOVATransformer3DModel
@@ -18,7 +17,7 @@ from diffnext.utils.host_data import send
 __all__ = ["NOVATrainC2IPipeline"]
 
 
-class NOVATrainC2IPipeline(TrainingPipelineMixin, ClassComponents, DiffusionPipeline):
+class NOVATrainC2IPipeline(TrainingPipelineMixin, ClassComponents):
     """Prepares NOVA and its batches for training from class labels and images.
 
     Its components: :class:`~diffnext.pipelines.nova.components.ClassComponents`. diffnext's

@@ -1,14 +1,12 @@
 """Training of text-to-image models."""
 
-from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-
 from diffnext.pipelines.nova.components import TextComponents
 from diffnext.pipelines.nova.training import TextConditionMixin
 
 __all__ = ["NOVATrainT2IPipeline"]
 
 
-class NOVATrainT2IPipeline(TextConditionMixin, TextComponents, DiffusionPipeline):
+class NOVATrainT2IPipeline(TextConditionMixin, TextComponents):
     """Prepares NOVA and its batches for training from text and images.
 
     Its components: :class:`~diffnext.pipelines.nova.components.TextComponents`. diffnext's

@@ -138,6 +138,7 @@ class GenerationRun:
         bar_options: Arguments of the bars, as of tqdm.
         is_stopped: Whether to stop after the current set; a video then ends with its last whole
             frame, and a first frame stays as far as it is filled.
+        is_cut: Whether it stopped with tokens of a frame missing.
         order: Order of prediction, (B, N, 1) token ids; drawn at the first drawn frame.
         cache: Keys and values of earlier frames.
         first_states: The video encoder's states of the first frame, which a mixer modulates.
@@ -151,6 +152,7 @@ class GenerationRun:
     show_sets: bool = False
     bar_options: Mapping[str, Any] | None = None
     is_stopped: bool = False
+    is_cut: bool = False
     order: Tensor | None = None
     cache: KVCache | None = None
     first_states: Tensor | None = None
@@ -235,7 +237,7 @@ def generate_frames(
     frame: Tensor | None = None
     for index in run.bar(range(request.max_latent_length), run.show_frames):
         frame = call(next_frame, request, run, shared, index, frame)
-        if index == 0 or not run.is_stopped:
+        if index == 0 or not run.is_cut:
             yield frame
         if run.is_stopped:
             return
@@ -473,6 +475,7 @@ def generate_frame(
                 ids, predicted = known, replaced
                 patches = scatter_tokens(patches, ids, predicted)
         if run.is_stopped:
+            run.is_cut = done < order.size(1)
             break
         tokens = scatter_tokens(tokens, ids, embed.embed_patches(predicted).to(tokens.dtype))
     return embed.unpatchify(patches, hw)
