@@ -5,7 +5,7 @@ Shapes: B batch, H heads, L tokens, d head width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from itertools import accumulate
@@ -20,7 +20,6 @@ from diffnext.models.flex_attention import attend_flex, make_block_mask
 __all__ = [
     "AttentionMask",
     "BlockCausalMask",
-    "KVCache",
     "LayerKVCache",
     "PaddingMask",
     "attend",
@@ -204,18 +203,3 @@ class LayerKVCache:
         if self._first_keys is None:
             self._first_keys = first.clone()
         first.copy_(turn(self._first_keys))
-
-
-class KVCache:
-    """Keys and values of all layers of one encoder, for one video.
-
-    Args:
-        depth: Number of layers.
-        shape: (B, H, capacity, d) of each; the capacity is the most tokens held at once.
-        like: Gives dtype and device.
-    """
-
-    def __init__(self, depth: int, shape: tuple[int, int, int, int], like: Tensor) -> None:
-        self.layers: Sequence[LayerKVCache] = [
-            LayerKVCache(like.new_empty(2, *shape)) for _ in range(depth)
-        ]

@@ -16,7 +16,6 @@ from torch.utils.checkpoint import checkpoint
 from diffnext.models.attention import (
     AttentionMask,
     BlockCausalMask,
-    KVCache,
     LayerKVCache,
     PaddingMask,
     attend,
@@ -257,7 +256,7 @@ class VisionTransformer(nn.Module):
         prev_ids: Tensor | None = None,
         pos: Tensor | RotationTables | None = None,
         mask: BlockCausalMask | None = None,
-        cache: KVCache | None = None,
+        cache: Sequence[LayerKVCache] | None = None,
         out_ids: Tensor | None = None,
         table: Tensor | None = None,
         visible: Tensor | None = None,
@@ -272,7 +271,7 @@ class VisionTransformer(nn.Module):
             pos: Rotary positions (B or 1, N, 3), or their :meth:`rotation`; none are applied when
                 None.
             mask: Causality between frames.
-            cache: Keys and values of earlier frames, filled on the way.
+            cache: Keys and values of earlier frames, by layer, filled on the way.
             out_ids: Tokens to return, (B, n, 1); the last block then works only on those. All when
                 None, which ``mask`` needs.
             table: What ``pos_embed`` adds to the tokens, (N, D), from callers who keep it.
@@ -335,13 +334,13 @@ class VisionTransformer(nn.Module):
         end: int,
         pe_func: RotationTables | None,
         mask: AttentionMask | None,
-        cache: KVCache | None,
+        cache: Sequence[LayerKVCache] | None,
         out_ids: Tensor | None = None,
     ) -> Tensor:
         compiled = self._training_block if torch.is_grad_enabled() else self._compiled_block
         run = Block.__call__ if compiled is None else compiled
         for index in range(start, end):
-            layer_cache = None if cache is None else cache.layers[index]
+            layer_cache = None if cache is None else cache[index]
             wanted = out_ids if index == len(self.blocks) - 1 else None
             x = run(self.blocks[index], x, pe_func, mask, layer_cache, wanted)
         return x

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.nn.attention.flex_attention import create_block_mask
 from torch.profiler import profile
 
-from diffnext.models.attention import BlockCausalMask, KVCache
+from diffnext.models.attention import BlockCausalMask, LayerKVCache
 from diffnext.models.diffusion_mlp import DiffusionMLP
 from diffnext.models.diffusion_transformer import DiffusionTransformer
 from diffnext.models.embeddings import (
@@ -166,7 +166,7 @@ def test_block_lengths_must_cover_the_tokens():
 def test_cached_attention_equals_attention_over_everything():
     attention = Attention(32, 4)
     x = torch.randn(2, 9, 32)
-    cache = KVCache(depth=1, shape=(2, 4, 9, 8), like=x).layers[0]
+    cache = LayerKVCache(torch.empty(2, 2, 4, 9, 8))
     with torch.no_grad():
         parts = [attention(part, cache=cache) for part in x.split([5, 4], dim=1)]
         whole = attention(x, mask=BlockCausalMask(lengths=(5, 4)))
@@ -175,7 +175,7 @@ def test_cached_attention_equals_attention_over_everything():
 
 def test_a_full_cache_says_so():
     k = torch.zeros(1, 1, 4, 8)
-    cache = KVCache(depth=1, shape=(1, 1, 3, 8), like=k).layers[0]
+    cache = LayerKVCache(torch.empty(2, 1, 1, 3, 8))
     with pytest.raises(ValueError, match="holds 3 tokens, 4 needed"):
         cache.append(k, k)
 

@@ -82,7 +82,7 @@ def test_far_frames_are_read_as_near_ones_were():
 def test_the_cache_holds_the_window_and_no_more(model, length, frames):
     _, run = states_of(model, length, max_context_frames=2)
     condition = 7
-    sizes = {layer.buffer.size(3) for layer in run.cache.layers}
+    sizes = {layer.buffer.size(3) for layer in run.cache}
     assert sizes == {condition + frames * 6}
 
 

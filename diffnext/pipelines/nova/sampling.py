@@ -23,7 +23,7 @@ from pydantic import dataclasses as checked
 from torch import Tensor
 from tqdm import tqdm
 
-from diffnext.models.attention import KVCache
+from diffnext.models.attention import LayerKVCache
 from diffnext.models.capture import Programs
 from diffnext.models.compilation import FEWEST_TOKENS, pad_length, pad_tokens, repeat_last
 from diffnext.models.diffusion_mlp import Modulation
@@ -140,7 +140,7 @@ class GenerationRun:
             frame, and a first frame stays as far as it is filled.
         is_cut: Whether it stopped with tokens of a frame missing.
         order: Order of prediction, (B, N, 1) token ids; drawn at the first drawn frame.
-        cache: Keys and values of earlier frames.
+        cache: Keys and values of earlier frames, by layer of the video encoder.
         first_states: The video encoder's states of the first frame, which a mixer modulates.
         programs: Recorded parts of drawings, if this one can use them.
     """
@@ -154,7 +154,7 @@ class GenerationRun:
     is_stopped: bool = False
     is_cut: bool = False
     order: Tensor | None = None
-    cache: KVCache | None = None
+    cache: Sequence[LayerKVCache] | None = None
     first_states: Tensor | None = None
     programs: Programs | None = None
 
@@ -323,8 +323,8 @@ def prepare(
         head_dim = encoder.rope.dim
         num_held = 1 + min(request.max_context_frames or num_frames, num_frames - 1)
         capacity = condition.size(1) + num_held * grid[0] * grid[1]
-        shape = (len(condition), encoder.embed_dim // head_dim, capacity, head_dim)
-        run.cache = KVCache(len(encoder.blocks), shape, condition)
+        shape = (2, len(condition), encoder.embed_dim // head_dim, capacity, head_dim)
+        run.cache = [LayerKVCache(condition.new_empty(shape)) for _ in encoder.blocks]
     time, positions = None, None
     if isinstance(model.video_pos_embed, RotaryEmbed3D):
         positions = model.video_pos_embed.get_pos(num_frames, 1, grid).chunk(num_frames, dim=1)
@@ -397,7 +397,7 @@ def read_frame(
     if shared.positions is not None and run.cache is not None and index > context:
         # Positions are relative: the prompt stays as near as in training.
         lag = encoder.rotation(shared.positions[index - context][:, :1], 0, tokens.dtype)
-        for layer in run.cache.layers:
+        for layer in run.cache:
             layer.turn_first(lag)
     states = encoder(
         request.guidance.expand(tokens, padding=begin),
