@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ["did_you_mean", "explain", "naming", "one_line", "printable"]
+__all__ = ["did_you_mean", "explain", "naming", "one_line"]
 
 # Rules in other words than pydantic's.
 _RULES = {
@@ -72,8 +72,3 @@ def one_line(value: Any) -> str:
         return f"{type(value).__name__} {tuple(value.shape)}, {value.dtype}"
     text = " ".join(f"{value!r}".split())
     return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-def printable(text: str) -> str:
-    """A text that can be written as UTF-8, which names of files need not be."""
-    return text.encode("utf-8", "backslashreplace").decode()

@@ -38,6 +38,7 @@ from shapes_world.scenes import CATEGORIES, CLIP_CATEGORIES
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
+EARLIER_VIDEO_AUTOENCODER = ROOT / "assets" / "nova-tiny-video" / "vae"
 CONFIGS = ROOT / "configs"
 IMAGE_AUTOENCODER_CONFIG = CONFIGS / "autoencoder_shapes.yaml"
 VIDEO_AUTOENCODER_CONFIG = CONFIGS / "autoencoder_shapes_video.yaml"
@@ -55,7 +56,8 @@ class Lesson:
         num_records: Pictures, or clips.
         steps: Of training.
         is_clip: Whether the examples are clips.
-        learning_rate: At its peak; default: the config's.
+        lowest_rate: Learning rate at its end; default: the config's.
+        repeats: Whether it uses the records of the lesson before as well.
         hides_all: Whether all tokens are hidden in every step, so that only words explain a
             picture; else as many as the config says.
     """
@@ -65,7 +67,8 @@ class Lesson:
     num_records: int
     steps: int
     is_clip: bool = False
-    learning_rate: float | None = None
+    lowest_rate: float | None = None
+    repeats: bool = False
     hides_all: bool = False
 
 
@@ -79,12 +82,10 @@ PICTURE_LESSONS = (
     Lesson("all_kinds", ALL_KINDS, 200000, 24000),
 )
 CLIP_LESSONS = (
-    Lesson("clips", CLIP_CATEGORIES, 8000, 14000, is_clip=True),
-    Lesson("more_clips", CLIP_CATEGORIES, 12000, 18000, is_clip=True),
-    Lesson("colored_clips", COLORED_CLIPS, 14000, 14000, is_clip=True),
-    Lesson("last_clips", COLORED_CLIPS, 10000, 9000, is_clip=True, learning_rate=3e-4),
+    Lesson("clips", COLORED_CLIPS, 10000, 3000, is_clip=True, lowest_rate=5e-4),
+    Lesson("more_clips", COLORED_CLIPS, 16000, 11500, is_clip=True, repeats=True),
 )
-CLIP_DECODER_STEPS = 6400  # of one clip
+CLIP_DECODER_STEPS = 1400  # of one clip
 HELD_OUT_PICTURES = Lesson("held_out", CATEGORIES, 512, steps=0)
 HELD_OUT_CLIPS = Lesson("held_out_clips", CLIP_CATEGORIES, 64, steps=0, is_clip=True)
 PRODUCTS = ("nova-tiny", "nova-tiny-video")
@@ -156,18 +157,13 @@ def make_picture_stages(args: argparse.Namespace) -> list[Stage]:
 def make_clip_stages(args: argparse.Namespace) -> list[Stage]:
     """Everything up to the trained model of clips, which starts from the model of pictures.
 
-    Its autoencoder has the same latents. It starts from an image autoencoder of the same widths; its
+    Its autoencoder is the one in assets/, which learns the latents of the model of pictures; its
     decoder then learns only moving shapes for a while.
     """
     before = make_picture_stages(args)
     pictures, base = before[-1].result, args.work / "clip_base"
-    like_pictures = f"align_with={args.work / 'autoencoder' / 'vae'}"
-    widths = OmegaConf.load(VIDEO_AUTOENCODER_CONFIG).model.block_out_channels
-    steps = scaled(OmegaConf.load(IMAGE_AUTOENCODER_CONFIG).training.steps // 2, args)
-    overrides = [f"model.block_out_channels=[{','.join(map(str, widths))}]"]
-    overrides += [f"training.steps={steps}", like_pictures]
-    start = fit_stage(args, "frame_autoencoder", IMAGE_AUTOENCODER_CONFIG, overrides)
-    overrides = [f"init_from={start.result.parent / 'vae'}", like_pictures]
+    overrides = [f"init_from={EARLIER_VIDEO_AUTOENCODER}"]
+    overrides += [f"align_with={args.work / 'autoencoder' / 'vae'}", "optimizer.learning_rate=5e-4"]
     fit = fit_stage(args, "clip_autoencoder", VIDEO_AUTOENCODER_CONFIG, overrides)
     overrides = [f"init_from={fit.result.parent / 'vae'}", "training.part=decoder"]
     overrides += ["training.batch_size=1", "data.clip_lengths=[17]", "optimizer.learning_rate=5e-4"]
@@ -175,7 +171,7 @@ def make_clip_stages(args: argparse.Namespace) -> list[Stage]:
     refine = fit_stage(args, "clip_decoder", VIDEO_AUTOENCODER_CONFIG, overrides)
     options = ["--weights", pictures]
     return [
-        *(*before, start, fit, refine),
+        *(*before, fit, refine),
         render_stage(args, HELD_OUT_CLIPS, seed=100),
         initialize_stage(args, base, VIDEO_MODEL_CONFIG, "clip_decoder", options),
         *lesson_stages(args, CLIP_LESSONS, base, first_seed=101),
@@ -187,9 +183,11 @@ def lesson_stages(
 ) -> list[Stage]:
     """Records and training of each lesson; each starts from the weights of the one before."""
     stages: list[Stage] = []
+    records: list[Path] = []
     for index, lesson in enumerate(lessons):
         stages.append(render_stage(args, lesson, first_seed + index))
-        stages.append(train_stage(args, lesson, base))
+        records = [*(records if lesson.repeats else []), stages[-1].result]
+        stages.append(train_stage(args, lesson, base, records))
         base = stages[-1].result
     return stages
 
@@ -242,7 +240,9 @@ def render_stage(args: argparse.Namespace, lesson: Lesson, seed: int) -> Stage:
     return Stage(output.name, output, command)
 
 
-def train_stage(args: argparse.Namespace, lesson: Lesson, pretrained: Path) -> Stage:
+def train_stage(
+    args: argparse.Namespace, lesson: Lesson, pretrained: Path, records: Sequence[Path]
+) -> Stage:
     """Launch scripts/train.py on a lesson; its result is the last checkpoint."""
     threads = os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1
     steps = scaled(lesson.steps, args)
@@ -255,13 +255,13 @@ def train_stage(args: argparse.Namespace, lesson: Lesson, pretrained: Path) -> S
         f"config={VIDEO_MODEL_CONFIG if lesson.is_clip else IMAGE_MODEL_CONFIG}",
         f"pipeline.paths.pretrained_path={pretrained}",
         f"experiment.output_dir={output}",
-        f"train_dataloader.params.dataset={args.work / f'{lesson.name}_records'}",
+        f"train_dataloader.params.dataset=[{','.join(map(str, records))}]",
         f"validation.holdout={args.work / f'{held_out.name}_records'}",
         f"training.max_train_steps={steps}",
         f"lr_scheduler.params.warmup_steps={min(200, steps // 10)}",
         f"training.seed={1337 + args.seed}",
         f"training.mixed_precision={PRECISION}",
-        *([f"optimizer.params.lr={lesson.learning_rate}"] if lesson.learning_rate else []),
+        *([f"lr_scheduler.params.lr_min={lesson.lowest_rate}"] if lesson.lowest_rate else []),
         *(["model.mask_ratios=[0.98,1.0,0.4]"] if lesson.hides_all else []),
     ]
     return Stage(output.name, output / "checkpoints" / f"checkpoint-{steps}", command)

@@ -17,3 +17,8 @@ class Skipped:
 
     source: str
     reason: str
+
+
+def printable(text: str) -> str:
+    """A text that can be written as UTF-8, which names of files need not be."""
+    return text.encode("utf-8", "backslashreplace").decode()

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from diffnext.data.caching.captions import Annotation, read_annotation
-from diffnext.data.caching.errors import BadExample, Skipped
+from diffnext.data.caching.errors import BadExample, Skipped, printable
 from diffnext.data.caching.geometry import plan_crop
 from diffnext.data.caching.items import Item
 from diffnext.data.caching.motion import estimate_flow
@@ -20,7 +20,6 @@ from diffnext.data.caching.pictures import read_picture
 from diffnext.data.caching.provenance import ItemFacts, hash_item, stamp_item
 from diffnext.data.caching.settings import CacheSettings, Size
 from diffnext.data.caching.video_decoding import read_clips
-from diffnext.utils.messages import printable
 
 
 @dataclass(frozen=True)

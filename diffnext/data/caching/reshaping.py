@@ -14,10 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
-from diffnext.data.caching.errors import CacheError
+from diffnext.data.caching.errors import CacheError, printable
 from diffnext.data.manifest import Counts, Manifest, read_manifest, write_manifest
 from diffnext.data.records import RecordDataset, copy_records
-from diffnext.utils.messages import printable
 
 SAME = ("vae_hash", "dtype", "shape", "size", "kind", "flow_unit", "text_encoder")
 

@@ -10,8 +10,7 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from diffnext.data.caching.errors import CacheError
-from diffnext.utils.messages import printable
+from diffnext.data.caching.errors import CacheError, printable
 
 Size = tuple[int, int]  # height, width in pixels
 

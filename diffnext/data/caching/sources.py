@@ -11,7 +11,7 @@ from pathlib import Path
 
 from diffnext.data.caching.archives import archive_items
 from diffnext.data.caching.arrow_tables import read_parquet, read_saved_dataset
-from diffnext.data.caching.errors import CacheError
+from diffnext.data.caching.errors import CacheError, printable
 from diffnext.data.caching.items import (
     Item,
     Listing,
@@ -32,7 +32,6 @@ from diffnext.data.caching.media import (
 )
 from diffnext.data.caching.settings import CacheSettings
 from diffnext.data.caching.tables import folder_of, read_csv, read_jsonl, row_items
-from diffnext.utils.messages import printable
 
 FOLDER_TABLES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 HUGGINGFACE_FILES = ("dataset_dict.json", "dataset_info.json")
