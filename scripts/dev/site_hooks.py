@@ -21,6 +21,7 @@ PARTS = ("*.md", "LICENSE", "docs/**/*.*", "assets/**/README.md")
 
 def on_files(files: Files, *, config: MkDocsConfig) -> Files:
     """Replace the files of docs/ by the pages of the site, and keep the theme's files."""
+    docs = ROOT / "docs"  # the theme's files may be below ROOT, in a virtual environment
     paths = [path for pattern in PARTS for path in sorted(ROOT.glob(pattern))]
     names = [path.relative_to(ROOT).as_posix() for path in paths]
     notebooks = [name for name in names if name.endswith(".ipynb")]
@@ -30,7 +31,7 @@ def on_files(files: Files, *, config: MkDocsConfig) -> Files:
         [
             *(File(name, str(ROOT), config.site_dir, config.use_directory_urls) for name in names),
             *(File.generated(config, name, content=text) for name, text in pages.items()),
-            *(file for file in files if not Path(file.abs_src_path or "").is_relative_to(ROOT)),
+            *(file for file in files if not Path(file.abs_src_path or "").is_relative_to(docs)),
         ]
     )
 
