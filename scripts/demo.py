@@ -116,7 +116,7 @@ DEMOS = {
         read=read_clips,
         captions=("a red balloon rises above a lake", "a camera moves over a coral reef"),
         size=128,
-        steps=700,
+        steps=1000,
         latent_frames=5,
         cache=("--num-frames", str(NUM_FRAMES), "--stride", "1", "--flow", "5"),
         call={"num_inference_steps": 16, "num_frames": NUM_FRAMES, "motion_flow": 5.0},
@@ -147,7 +147,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("what", nargs="?", choices=DEMOS, default="pictures", help="(pictures)")
     parser.add_argument("--output", type=Path, help="folder to write (demo, of clips demo_video)")
     parser.add_argument("--size", type=int, help="side in pixels (256, of clips 128)")
-    parser.add_argument("--steps", type=int, help="training steps (600, of clips 700)")
+    parser.add_argument("--steps", type=int, help="training steps (600, of clips 1000)")
     parser.add_argument("--seed", type=int, default=0, help="of the drawings (0)")
     args = parser.parse_args(argv)
     demo = DEMOS[args.what]
