@@ -53,10 +53,10 @@ class Lesson:
     Attributes:
         name: In the names of folders.
         categories: Kinds of pictures; a kind that is named twice is twice as frequent.
-        num_records: Pictures, or clips.
+        num_records: New pictures, or clips.
         steps: Of training.
         is_clip: Whether the examples are clips.
-        lowest_rate: Learning rate at its end; default: the config's.
+        rates: Learning rates at its peak and at its end; default: the config's.
         repeats: Whether it uses the records of the lesson before as well.
         hides_all: Whether all tokens are hidden in every step, so that only words explain a
             picture; else as many as the config says.
@@ -67,7 +67,7 @@ class Lesson:
     num_records: int
     steps: int
     is_clip: bool = False
-    lowest_rate: float | None = None
+    rates: tuple[float, float] | None = None
     repeats: bool = False
     hides_all: bool = False
 
@@ -82,8 +82,9 @@ PICTURE_LESSONS = (
     Lesson("all_kinds", ALL_KINDS, 200000, 24000),
 )
 CLIP_LESSONS = (
-    Lesson("clips", COLORED_CLIPS, 10000, 3000, is_clip=True, lowest_rate=5e-4),
+    Lesson("clips", COLORED_CLIPS, 10000, 3000, is_clip=True, rates=(1e-3, 5e-4)),
     Lesson("more_clips", COLORED_CLIPS, 16000, 11500, is_clip=True, repeats=True),
+    Lesson("last_clips", (), 0, 3400, is_clip=True, rates=(5e-4, 1e-5), repeats=True),
 )
 CLIP_DECODER_STEPS = 1400  # of one clip
 HELD_OUT_PICTURES = Lesson("held_out", CATEGORIES, 512, steps=0)
@@ -185,8 +186,10 @@ def lesson_stages(
     stages: list[Stage] = []
     records: list[Path] = []
     for index, lesson in enumerate(lessons):
-        stages.append(render_stage(args, lesson, first_seed + index))
-        records = [*(records if lesson.repeats else []), stages[-1].result]
+        records = records if lesson.repeats else []
+        if lesson.num_records:
+            stages.append(render_stage(args, lesson, first_seed + index))
+            records = [*records, stages[-1].result]
         stages.append(train_stage(args, lesson, base, records))
         base = stages[-1].result
     return stages
@@ -247,6 +250,8 @@ def train_stage(
     threads = os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1
     steps = scaled(lesson.steps, args)
     output = args.work / f"{lesson.name}_training"
+    keys = ("optimizer.params.lr", "lr_scheduler.params.lr_min")
+    rates = [f"{key}={rate}" for key, rate in zip(keys, lesson.rates or (), strict=False)]
     held_out = HELD_OUT_CLIPS if lesson.is_clip else HELD_OUT_PICTURES
     command = [
         *(Path(sys.executable).parent / "accelerate", "launch", "--num_processes", "1"),
@@ -261,7 +266,7 @@ def train_stage(
         f"lr_scheduler.params.warmup_steps={min(200, steps // 10)}",
         f"training.seed={1337 + args.seed}",
         f"training.mixed_precision={PRECISION}",
-        *([f"lr_scheduler.params.lr_min={lesson.lowest_rate}"] if lesson.lowest_rate else []),
+        *rates,
         *(["model.mask_ratios=[0.98,1.0,0.4]"] if lesson.hides_all else []),
     ]
     return Stage(output.name, output / "checkpoints" / f"checkpoint-{steps}", command)
