@@ -21,7 +21,7 @@ from diffnext.data.dataset_folders import Folders, batch_weights, list_folders
 from diffnext.data.example_order import BatchOrder, ExampleOrder, filled_shards
 from diffnext.data.flex_pipelines import FeatureWorker, Worker
 from diffnext.data.flex_transforms import check_features
-from diffnext.data.records import MAX_OPEN_FILES, RecordDataset, RecordError
+from diffnext.data.records import RecordDataset, RecordError
 
 logger = logging.getLogger(__name__)
 
@@ -204,7 +204,7 @@ class DataLoader(DataLoaderBase):
         self.datasets = [open_dataset(path=path) for path in self._paths]
         for part in self.datasets:
             if isinstance(part, RecordDataset):
-                part.max_open_files = max(1, MAX_OPEN_FILES // len(self.datasets))
+                part.share_open_files(len(self.datasets))
         counts = [len(dataset) for dataset in self.datasets]
         self._order = BatchOrder(
             orders=self.options.make_orders(counts),

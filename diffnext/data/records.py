@@ -298,7 +298,7 @@ class RecordDataset:
         self.shards = [open_shard(index_path) for index_path in _index_paths(self.path)]
         self._ends = list(itertools.accumulate(map(len, self.shards)))
         self._files: dict[int, BinaryIO] = {}  # open data files by number of the shard
-        self.max_open_files = MAX_OPEN_FILES
+        self._max_open_files = MAX_OPEN_FILES
         self._cursor = 0
         self._closed = False
         self._check_entries()
@@ -451,10 +451,14 @@ class RecordDataset:
 
     def _open_file(self, shard_number: int) -> BinaryIO:
         if shard_number not in self._files:
-            if len(self._files) >= self.max_open_files:
+            if len(self._files) >= self._max_open_files:
                 self._close_files()
             self._files[shard_number] = self.shards[shard_number].open_data()
         return self._files[shard_number]
+
+    def share_open_files(self, count: int) -> None:
+        """Keep fewer files open, as so many datasets are read together."""
+        self._max_open_files = max(1, MAX_OPEN_FILES // count)
 
     def _close_files(self) -> None:
         for file in self._files.values():

@@ -41,6 +41,10 @@ class PackedLinear(nn.Linear):
             return F.linear(x, self.weight, self.bias)
         return torch.ops.mkldnn._linear_pointwise(x, self._pack(), self.bias, "none", [], "")
 
+    def forget(self) -> None:
+        """Pack the weight again at the next call."""
+        self._packed = None
+
     def __getstate__(self) -> dict[str, Any]:
         """What copies are made of; they pack for themselves."""
         return {**self.__dict__, "_packed": None}
@@ -72,7 +76,7 @@ def forget_packed(model: nn.Module) -> None:
     """Pack a model's weights again when they are next used: they were changed out of sight."""
     for module in model.modules():
         if isinstance(module, PackedLinear):
-            module._packed = None
+            module.forget()
 
 
 def prepack_linears(model: nn.Module) -> None:

@@ -305,7 +305,7 @@ def test_a_corrupt_record_is_an_error_of_next(make_dataset, tmp_path, two_cpus, 
 
 def test_datasets_share_the_files_that_a_process_may_open(make_dataset):
     with FeatureDataLoader([make_dataset(2), make_dataset(3)]) as loader:
-        assert [part.max_open_files for part in loader.datasets] == [128, 128]
+        assert [part._max_open_files for part in loader.datasets] == [128, 128]
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
