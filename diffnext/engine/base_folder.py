@@ -73,14 +73,15 @@ class BaseFolder:
         return None if component in self.faulty else self.components.get(component)
 
     def read_saved(self, component: str) -> dict[str, Any]:
-        """The config.json of a component; empty if there is none, or it cannot be loaded."""
+        """The config file of a component; empty if there is none, or it cannot be loaded."""
         folder = self.find(component)
-        if folder is None or not (folder / "config.json").is_file():
+        name = "scheduler_config.json" if component == "scheduler" else "config.json"
+        if folder is None or not (folder / name).is_file():
             return {}
-        return read_json(folder / "config.json")
+        return read_json(folder / name)
 
     def read_config(self, component: str) -> dict[str, Any]:
-        """The config.json of a component with its overlay."""
+        """The config file of a component with its overlay."""
         overlays = self.paths["module_config"] or {}
         return {**self.read_saved(component), **overlays.get(component, {})}
 

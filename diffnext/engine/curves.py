@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import io
 import json
 import logging
-import os
 from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from diffnext.utils.json_files import write_lines, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -41,10 +43,7 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
 
 def truncate_metrics(file: Path, step: int) -> None:
     """Drop the lines of a step and all later ones, which a resumed run will write again."""
-    kept = [json.dumps(row) + "\n" for row in read_metrics(file) if row["step"] < step]
-    temporary = file.with_name(f".{file.name}.tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    os.replace(temporary, file)
+    write_lines(file, [row for row in read_metrics(file) if row["step"] < step])
 
 
 def draw_curves(metrics_file: Path, output: Path) -> None:
@@ -73,9 +72,9 @@ def draw_curves(metrics_file: Path, output: Path) -> None:
         panel.grid(alpha=0.3)
         if len(names) > 1:
             panel.legend()
-    temporary = output.with_name(f".{output.name}.tmp")
-    FigureCanvasAgg(figure).print_png(temporary)
-    os.replace(temporary, output)
+    picture = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(picture)
+    write_whole(output, [picture.getvalue()])
 
 
 @functools.cache

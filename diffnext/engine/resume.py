@@ -138,7 +138,8 @@ def _find_readable(run: RunFolder, checkpoint: Path, folder: Path) -> Path:
     file = run.find_trained(checkpoint) or snapshot.find_weights(folder)
     if file is None:
         names = " or ".join(snapshot.WEIGHTS_FILES.values())
-        raise FileError(f"there is no {names} in {folder}")
+        hint = "" if folder.is_dir() else f", the folder of model.name={run.model_name}"
+        raise FileError(f"there is no {names} in {folder}{hint}")
     snapshot.check_inside(checkpoint, file)
     snapshot.read_tensors(file)
     return file

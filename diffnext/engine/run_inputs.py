@@ -35,12 +35,21 @@ from diffnext.engine.dataset_facts import (
     wrong_prompt,
     wrong_records,
 )
+from diffnext.models.transformers.transformer_3d import check_prediction_type
+from diffnext.pipelines.nova.pipeline_train_c2i import NOVATrainC2IPipeline
+from diffnext.pipelines.nova.pipeline_train_t2i import NOVATrainT2IPipeline
+from diffnext.pipelines.nova.pipeline_train_t2v import NOVATrainT2VPipeline
 
 logger = logging.getLogger(__name__)
 
 LOADER = "train_dataloader.params"
 DATASET = f"{LOADER}.dataset"
 HOLDOUT = "validation.holdout"
+TRAINS_ON = {
+    NOVATrainC2IPipeline: "classes",
+    NOVATrainT2IPipeline: "texts",
+    NOVATrainT2VPipeline: "texts",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,6 +156,7 @@ def inspect_inputs(config: TrainConfig, num_processes: int = 1, download: bool =
     if is_ours:
         problems += _wrong_shares(config, num_processes, datasets)
     problems += _wrong_validation(config, datasets, model, base)
+    problems += _wrong_kind(config, model, base)
     for facts in (*datasets, *kept):
         problems += [f"{facts.key}: {line}" for line in wrong_records(config, facts, model, base)]
     return Findings(
@@ -159,13 +169,18 @@ def inspect_inputs(config: TrainConfig, num_processes: int = 1, download: bool =
 
 
 def _wrong_rates(config: TrainConfig) -> Iterator[str]:
-    """Build optimizer and schedule, and ask the latter for its first and last rates."""
+    """Try a step of the optimizer, and ask the schedule for its first and last rates."""
     optimizer, schedule = config.optimizer, config.lr_scheduler
     is_wrong = False
     # Other packages' optimizers may compile for minutes.
     if getattr(import_target(optimizer.target), "__module__", "").startswith("torch.optim"):
         try:
-            config_to_object(optimizer, params=[nn.Parameter(torch.zeros(1))])
+            weights = [nn.Parameter(torch.zeros(1)) for _ in range(2)]
+            groups = [{"params": [weights[0]]}, {"params": [weights[1]], "weight_decay": 0.0}]
+            built = config_to_object(optimizer, params=groups)
+            for weight in weights:
+                weight.grad = torch.zeros(1)
+            built.step()
         except (TypeError, ValueError, RuntimeError) as error:
             is_wrong = True
             yield f"optimizer.params of {optimizer.target}: {error}"
@@ -230,6 +245,21 @@ def _wrong_shares(
         logger.warning("%s, but training.batch_size is %d", own, config.training.batch_size)
 
 
+def _wrong_kind(
+    config: TrainConfig, model: TransformerFacts, base: BaseFolder | None
+) -> Iterator[str]:
+    """Check that pipeline and scheduler can train the model."""
+    target = config.pipeline.target
+    trains = TRAINS_ON.get(import_target(target))
+    reads = "texts" if model.sizes.get("text_token_dim") else "classes"
+    if trains and "text_token_dim" in model.sizes and trains != reads:
+        yield f"pipeline.target={target} trains on {trains}, but the model reads {reads}"
+    try:
+        check_prediction_type({} if base is None else base.read_config("scheduler"))
+    except (ValueError, OSError) as error:
+        yield f"the scheduler of {config.pipeline.paths.pretrained_path}: {error}"
+
+
 def _wrong_validation(
     config: TrainConfig,
     datasets: Sequence[DatasetFacts],
@@ -246,5 +276,8 @@ def _wrong_validation(
             f"validation.every={options.every} has nothing to draw: the dataset has cached text "
             "states instead of captions; set validation.prompts or validation.holdout"
         )
+    frames = options.max_latent_length or 1
+    if frames > 1 and (model.sizes.get("video_base_size") or [frames])[0] == 1:
+        yield f"validation.max_latent_length={frames} is for videos, but the model makes images"
     lines = (wrong_prompt("validation.prompts", p, model, base) for p in options.prompts or ())
     yield from itertools.islice(filter(None, lines), 1)

@@ -284,6 +284,8 @@ def verify(checkpoint: Path, state: TrainerState, average_folder: Path) -> None:
     Raises:
         FileError: Naming the first file that differs.
     """
+    if state.average and not average_folder.exists():
+        raise FileError(f"there is no {average_folder}, its averaged weights")
     for folder, marks in ((checkpoint, state.files), (average_folder, state.average)):
         for name, mark in marks.items():
             path = folder / name

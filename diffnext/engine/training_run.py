@@ -13,7 +13,7 @@ from pathlib import Path
 from accelerate import Accelerator
 from omegaconf import DictConfig, OmegaConf
 
-from diffnext.config.load import Draft, parse_for_rank, read_config, save_config
+from diffnext.config.load import Draft, config_to_yaml, parse_for_rank, read_config
 from diffnext.config.schema import TrainConfig
 from diffnext.config.targets import ConfigError
 from diffnext.engine.control import EXIT_STOPPED, Agreement, StopRequests, TrainingStopped
@@ -32,7 +32,7 @@ from diffnext.utils.accelerate_utils import (
     warn_on_error,
 )
 from diffnext.utils.folders import STATUS_FILE
-from diffnext.utils.json_files import write_json
+from diffnext.utils.json_files import write_json, write_whole
 from diffnext.utils.profiler import parse_duration
 
 
@@ -190,7 +190,7 @@ def _train(
     logger.info("Config:\n%s", OmegaConf.to_yaml(user_config))
     if accelerator.is_main_process:
         with warn_on_error(logger, "config.yaml is not written"):
-            save_config(user_config, Path(output_dir) / "config.yaml")
+            write_whole(Path(output_dir) / "config.yaml", [config_to_yaml(user_config)])
     if resume is not None and first_step >= max_steps:
         text = "Nothing to do: %s is at step %d and training.max_train_steps is %d"
         logger.info(text, resume.checkpoint, first_step, max_steps)

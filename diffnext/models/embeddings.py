@@ -426,6 +426,9 @@ class TextEmbed(nn.Module):
         dropout: Share of training prompts replaced by the null prompt (classifier-free guidance,
             arXiv:2207.12598).
 
+    Raises:
+        ValueError: If ``num_tokens`` is out of range: the null prompt has 512 vectors.
+
     Attributes:
         encoders: ``[tokenizer, text_encoder]`` for callers that give this module prompts as
             strings, else empty. Not sub-modules: they are frozen and saved elsewhere, and a copy
@@ -438,6 +441,8 @@ class TextEmbed(nn.Module):
         self, token_dim: int, embed_dim: int, num_tokens: int = 256, dropout: float = 0.1
     ) -> None:
         super().__init__()
+        if not isinstance(num_tokens, int) or not 1 <= num_tokens <= 512:
+            raise ValueError(f"num_tokens must be 1 to 512, got {num_tokens!r}")
         self.token_dim = token_dim
         self.num_tokens = num_tokens
         self.dropout = dropout

@@ -198,7 +198,8 @@ def build_diffusion_scheduler(scheduler_path: Any, sample: bool = False, **kwarg
     if scheduler_path is None:
         return None
     if hasattr(scheduler_path, "config"):
-        config = dict(scheduler_path.config)
+        # Of those that it took by default from_config would drop the values that win.
+        config = {n: v for n, v in scheduler_path.config.items() if n != "_use_default_values"}
         name: Any = type(scheduler_path).__name__
         scheduler_path = "the scheduler"  # in messages
     else:

@@ -40,7 +40,7 @@ def check_scheduler(scheduler: Any, flow_shift: float | None = None) -> None:
 
     Raises:
         ValueError: If it has another interface, takes another prediction than the noise or the
-            flow, has a shift out of range, or cannot be shifted.
+            flow, needs a learned variance, has a shift out of range, or cannot be shifted.
     """
     name = type(scheduler).__name__
     if not all(hasattr(scheduler, method) for method in ("set_timesteps", "step", "config")):
@@ -68,6 +68,11 @@ def check_scheduler(scheduler: Any, flow_shift: float | None = None) -> None:
         raise ValueError(
             f"{name} has the prediction_type {prediction_type!r}, NOVA predicts 'epsilon' or the "
             "flow"
+        )
+    variance_type = scheduler.config.get("variance_type")
+    if variance_type in ("fixed_large_log", "learned", "learned_range"):
+        raise ValueError(
+            f"{name} has the variance_type {variance_type!r}, which NOVA has not learnt"
         )
     if flow_shift is not None and not hasattr(scheduler, "set_shift"):
         raise ValueError(

@@ -186,6 +186,9 @@ def _check_json(path: Path, content: dict[str, Any], files: dict[str, Path]) -> 
         for shard in shards.values():
             if not isinstance(shard, str) or shard not in files or "/" in shard:
                 raise FileError(f"{path}: weight_map must name files beside it, got {shard!r}")
+    names = content.get("fast_tokenizer_files", [])
+    if not isinstance(names, list) or any(n not in files or "/" in n for n in names):
+        raise FileError(f"{path}: fast_tokenizer_files must name files beside it, got {names!r}")
     for key in ("attn_implementation", "_attn_implementation"):
         if "/" in str(content.get(key)):
             raise FileError(f"{path}: {key} must not name code of the Hub, got {content[key]!r}")

@@ -5,11 +5,22 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-__all__ = ["FileError", "naming_place", "read_json", "same_value", "write_json", "write_lines"]
+__all__ = [
+    "FileError",
+    "naming_place",
+    "read_json",
+    "same_value",
+    "write_json",
+    "write_lines",
+    "write_whole",
+]
+
+MAX_JSON_BYTES = 2**26
 
 
 class FileError(ValueError):
@@ -21,9 +32,17 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     Raises:
         FileError: If it is not a JSON object; the message names the file.
+        OSError: If it cannot be opened.
     """
+    # Reading a pipe would never end.
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise FileError(f"{path} is not a regular file")
+        text = file.read(MAX_JSON_BYTES + 1)
+    if len(text) > MAX_JSON_BYTES:
+        raise FileError(f"{path} must have at most {MAX_JSON_BYTES} bytes")
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json.loads(text.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise FileError(f"{path} is not JSON: {error}") from error
     if not isinstance(content, dict):
@@ -47,7 +66,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
     A link in its place is replaced, and the file that it leads to stays as it is.
     """
-    _write_whole(path, [as_text(content)])
+    write_whole(path, [f"{as_text(content)}\n"])
 
 
 def as_text(content: dict[str, Any]) -> str:
@@ -57,14 +76,15 @@ def as_text(content: dict[str, Any]) -> str:
 
 def write_lines(path: Path, lines: Iterable[Any]) -> None:
     """Write a file of JSON lines, so that it is whole or not there."""
-    _write_whole(path, (json.dumps(line, ensure_ascii=False) for line in lines))
+    write_whole(path, (json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 
-def _write_whole(path: Path, lines: Iterable[str]) -> None:
+def write_whole(path: Path, parts: Iterable[str | bytes]) -> None:
+    """Write a file, so that it is whole or not there; a link in its place is replaced."""
     temporary = path.with_name(f"{path.name}.tmp")
     temporary.unlink(missing_ok=True)
-    with naming_place(temporary), open(temporary, "x", encoding="utf-8") as file:
-        file.writelines(line + "\n" for line in lines)
+    with naming_place(temporary), open(temporary, "xb") as file:
+        file.writelines(part.encode() if isinstance(part, str) else part for part in parts)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)

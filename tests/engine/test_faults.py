@@ -326,6 +326,42 @@ def test_base_folder_that_cannot_be_loaded_is_one_line(tiny_run, tmp_path, file,
     assert message in error and "\n" not in error
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(".lock", "metrics.jsonl", "status.json", "logs", "checkpoints", "ema_checkpoints"),
+        *("checkpoints/.checkpoint-1.tmp", "checkpoints/checkpoint-0", "validation/step-1"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["file", "folder", "nothing", "pipe"])
+def test_run_folder_cannot_lead_a_run_out_of_it(tiny_run, tmp_path, name, kind):
+    """Not even into files and folders that are not there yet."""
+    outside = tmp_path / "outside" / "target"
+    (outside if kind == "folder" else outside.parent).mkdir(parents=True)
+    if kind == "file":
+        outside.write_text("precious")
+    place = tiny_run.output / name
+    place.parent.mkdir(parents=True, exist_ok=True)
+    os.mkfifo(place) if kind == "pipe" else place.symlink_to(outside)
+    error = tiny_run.fail("training.max_train_steps=1", code=2)
+    reason = " must be a f" if kind == "pipe" else " is a link that leads out of"
+    assert error.startswith(f"error: {place}{reason}") and "\n" not in error
+    kept = [path for path in outside.parent.rglob("*") if path != outside]
+    assert not kept and (kind != "file" or outside.read_text() == "precious")
+    assert outside.exists() == (kind in ("file", "folder"))
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "curves.png", "metrics.jsonl.tmp"])
+def test_what_a_run_replaces_may_be_a_link_which_is_not_followed(tiny_run, tmp_path, name):
+    (tmp_path / "outside").write_text("precious")
+    tiny_run.output.mkdir()
+    (tiny_run.output / name).symlink_to(tmp_path / "outside")
+    tiny_run.train("training.max_train_steps=1", "experiment.save_every=1")
+    tiny_run.train("training.max_train_steps=2", "experiment.save_every=1")
+    assert (tmp_path / "outside").read_text() == "precious"
+    assert not (tiny_run.output / name).is_symlink()
+
+
 FRESH = "experiment.resume_from_checkpoint="
 
 

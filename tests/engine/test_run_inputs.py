@@ -233,10 +233,16 @@ MISFITS = [
         "pipeline.target=diffnext.pipelines.nova.pipeline_train_t2v.NOVATrainT2VPipeline",
         "NOVATrainT2VPipeline trains on videos",
     ),
+    (
+        "pipeline.target=diffnext.pipelines.nova.pipeline_train_c2i.NOVATrainC2IPipeline",
+        "NOVATrainC2IPipeline trains on classes, but the model reads texts",
+    ),
     ("pipeline.target=diffnext.pipelines.NOVAPipeline", "is not a training pipeline"),
     ("model.lora={target_modules: [nothing]}", "no linear layer is named 'nothing'"),
     ("optimizer.params.betas=[2,3]", "optimizer.params of torch.optim.AdamW: Invalid beta"),
     ("optimizer.params.lr=-1", "optimizer.params of torch.optim.AdamW: Invalid learning rate"),
+    ("validation.max_latent_length=3", "validation.max_latent_length=3 is for videos, but"),
+    ("+pipeline.paths.module_config.scheduler={prediction_type: sample}", "got 'sample'"),
     ("lr_scheduler.params.lr_max=-1", "ConstantLR lead to a learning rate of -1"),
     ("validation.holdout=0.01", "validation.holdout=0.01 keeps none of the 12 examples"),
     ("validation.holdout=/nowhere", "validation.holdout: /nowhere is not a dataset"),
@@ -252,6 +258,19 @@ MISFITS = [
 def test_each_value_that_does_not_fit_is_one_line_that_names_it(run, override, message):
     (problem,) = problems_of(run, override)
     assert message in problem
+
+
+@pytest.mark.parametrize(
+    "name, reason",
+    [
+        ("LBFGS", "LBFGS doesn't support per-parameter options"),
+        ("SparseAdam", "SparseAdam does not support dense gradients"),
+    ],
+)
+def test_optimizer_that_cannot_train_the_model_is_told_before(run, name, reason):
+    overrides = [f"~optimizer.params.{key}" for key in ("betas", "fused", "weight_decay")]
+    (problem,) = problems_of(run, f"optimizer.target=torch.optim.{name}", *overrides)
+    assert f"optimizer.params of torch.optim.{name}: {reason}" in problem
 
 
 def test_more_processes_than_examples_are_refused(run):

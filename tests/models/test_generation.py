@@ -156,6 +156,18 @@ def test_rotary_angles_survive_half_precision():
     assert torch.equal(rope.get_func(rope.get_pos(1, 1, (64, 64))).cos, exact)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"batch_size": 3}, "batch_size is 3, but x has 2 samples"),
+        ({"x": torch.zeros(2, 4, 9, 12)}, r"must be multiples of 2, got \(2, 4, 9, 12\)"),
+    ],
+)
+def test_latents_that_do_not_fit_are_refused(overrides, message):
+    with pytest.raises(ValueError, match=message):
+        make_model()(generation_inputs(**{"x": torch.zeros(2, 4, 8, 12), **overrides}))
+
+
 def test_num_preds_must_cover_the_frame():
     with pytest.raises(ValueError, match="sum to the 24 tokens of a frame, got 23"):
         make_model()(generation_inputs(num_preds=[2, 21]))

@@ -78,6 +78,11 @@ def test_prompts_that_are_not_strings_are_named(tokenizer, encoder, text):
         encode(tokenizer, encoder, ["a cat", text])
 
 
+def test_prompts_that_are_not_unicode_are_named(tokenizer, encoder):
+    with pytest.raises(ValueError, match=r"prompt 1 is not Unicode text: 'a\\udcff'"):
+        encode(tokenizer, encoder, ["a cät", "a\udcff"])
+
+
 def test_tokens_that_the_encoder_does_not_know_are_named(tokenizer, encoder):
     tokenizer.add_tokens([f"word{i}" for i in range(20)])
     with pytest.raises(ValueError, match=r"below 20, which the text encoder has; .* 'a word19'"):

@@ -292,6 +292,7 @@ def test_spatial_tiles_of_local_functions_are_exact(size):
         ((20, 32), "multiples of 8 pixels, got 20x32"),
         ((32, -8), "multiples of 8 pixels, got 32x-8"),
         ((0, 32), "multiples of 8 pixels, got 0x32"),
+        ((32.0, None), "multiples of 8 pixels, got 32.0xNone"),
         ((32, 32, 1.0), "below 1, got 1.0"),
         ((32, 32, -0.1), "below 1, got -0.1"),
     ],

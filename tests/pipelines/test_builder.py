@@ -108,6 +108,8 @@ def test_schedulers_become_those_of_the_package():
     ddpm = build_diffusion_scheduler(diffusers.DDPMScheduler(prediction_type="v_prediction"))
     assert type(ddpm) is DDPMScheduler and ddpm.config.prediction_type == "v_prediction"
     assert build_diffusion_scheduler(None) is None
+    usual = diffusers.FlowMatchEulerDiscreteScheduler()
+    assert build_diffusion_scheduler(usual, shift=4.0).config.shift == 4.0
 
 
 def test_a_scheduler_folder_may_name_two_classes(tmp_path):

@@ -224,6 +224,35 @@ def texts(folder, path, text):
     key="added_tokens_decoder",
     value={"0": 5},
 )
+@case(
+    "a tokenizer elsewhere",
+    "fast_tokenizer_files",
+    path="tokenizer/tokenizer_config.json",
+    key="fast_tokenizer_files",
+    value=["../../outside/tokenizer.4.0.0.json"],
+)
+@case(
+    "a tokenizer below a folder with a tokenizer's name",
+    "fast_tokenizer_files",
+    path="tokenizer/tokenizer_config.json",
+    key="fast_tokenizer_files",
+    value=["tokenizer.4.0.0.json/../../../outside/any.txt"],
+)
+@case(
+    "a length in words",
+    "transformer",
+    path="transformer/config.json",
+    key="text_token_len",
+    value="7",
+)
+@case("no length", "transformer", path="transformer/config.json", key="text_token_len", value=0)
+@case(
+    "a longer prompt than the null prompt",
+    "transformer",
+    path="transformer/config.json",
+    key="text_token_len",
+    value=600,
+)
 def values(folder, path, key, value):
     write_json(folder / path, {**read_json(folder / path), key: value})
 
@@ -355,6 +384,18 @@ def read_by_command(folder, capsys):
     (line,) = [line for line in shown.splitlines() if line.startswith("error: ")]
     assert "Traceback" not in shown
     raise FileError(line)
+
+
+def test_a_tokenizer_that_fails_when_it_is_used_is_one_error(world):
+    """WordPiece looks for its unknown token at the first word that it does not know."""
+    file = world / "model" / "tokenizer" / "tokenizer.json"
+    vocabulary = {"[PAD]": 0}
+    model = {"type": "WordPiece", "unk_token": "[UNK]", "vocab": vocabulary}
+    model |= {"continuing_subword_prefix": "##", "max_input_chars_per_word": 9}
+    write_json(file, {**read_json(file), "model": model, "added_tokens": []})
+    pipe = NOVAPipeline.from_pretrained(world / "model")
+    with pytest.raises(FileError, match="tokenizer cannot be loaded as a tokenizer: Exception: "):
+        pipe("unknown", num_inference_steps=1, num_diffusion_steps=1)
 
 
 def everything(world):

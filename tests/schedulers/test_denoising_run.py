@@ -84,6 +84,8 @@ def test_an_exact_model_leads_every_flow_scheduler_to_the_data():
         (diffusers.RePaintScheduler(), r"it needs \['mask', .*'original_image'"),
         (diffusers.EDMEulerScheduler(), "preconditions its model"),
         (diffusers.DDPMScheduler(prediction_type="v_prediction"), "prediction_type 'v_prediction'"),
+        (diffusers.DDPMScheduler(variance_type="learned_range"), "variance_type 'learned_range'"),
+        (diffusers.DDPMScheduler(variance_type="fixed_large_log"), "variance_type 'fixed_large_l"),
         (diffusers.FlowMatchEulerDiscreteScheduler(shift=0.0), "shift must be greater than 0"),
         (diffusers.FlowMatchEulerDiscreteScheduler(shift=-1), "Scheduler: shift must be greater"),
         (diffusers.FlowMatchEulerDiscreteScheduler(shift=math.nan), "shift must be a finite"),

@@ -92,7 +92,7 @@ class TilingMixin(AutoencoderMixin):
         """
         ratio = self.spatial_compression_ratio
         size = (tile_sample_min_height, tile_sample_min_width)
-        if any(side < 1 or side % ratio for side in size):
+        if any(not isinstance(side, int) or side < 1 or side % ratio for side in size):
             raise ValueError(
                 f"tiles must be positive multiples of {ratio} pixels, got {size[0]}x{size[1]}"
             )

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from diffnext.models.modeling_utils import evaluating
+from diffnext.utils.component_files import reading
 from diffnext.utils.host_data import send
 
 # A fast tokenizer holds the truncation of a call, and lets one thread change it at a time.
@@ -43,8 +44,8 @@ def encode_texts(
 
     Raises:
         TypeError: If a text is not a string.
-        ValueError: If there is no tokenizer or encoder, or the tokenizer gives too many tokens, or
-            tokens that the encoder does not have.
+        ValueError: If a text is not Unicode, there is no tokenizer or encoder, or the tokenizer
+            gives too many tokens, or tokens that the encoder does not have.
     """
     if tokenizer is None or text_encoder is None:
         raise ValueError(
@@ -54,6 +55,8 @@ def encode_texts(
     for index, text in enumerate(texts):
         if not isinstance(text, str):
             raise TypeError(f"prompt {index} must be a string, got {type(text).__name__}: {text!r}")
+        if not text.isascii() and text != text.encode(errors="replace").decode():
+            raise ValueError(f"prompt {index} is not Unicode text: {text!r}")
     unique = list(dict.fromkeys(texts))
     ids = tokenize(tokenizer, unique, max_tokens, text_encoder.config.vocab_size)
     longest = max(len(row) for row in ids)
@@ -88,7 +91,9 @@ def tokenize(
     backend = getattr(tokenizer, "backend_tokenizer", None)
     with _TOKENIZER_LOCK:
         truncation = None if backend is None else backend.truncation
-        ids = tokenizer(texts, truncation=True, max_length=max_tokens)["input_ids"]
+        name = getattr(tokenizer, "name_or_path", None) or "the tokenizer"
+        with reading(name, "a tokenizer"):
+            ids = tokenizer(texts, truncation=True, max_length=max_tokens)["input_ids"]
         if backend is not None:
             backend.no_truncation()
             if truncation is not None:

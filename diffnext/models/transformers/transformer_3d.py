@@ -380,11 +380,19 @@ def prediction_target(scheduler: Any, clean: Tensor, noise: Tensor) -> Tensor:
     Raises:
         ValueError: For schedulers of another prediction type.
     """
-    prediction_type = getattr(scheduler.config, "prediction_type", "flow")
-    if prediction_type == "epsilon":
-        return noise
-    if prediction_type == "flow":
-        return noise - clean
-    raise ValueError(
-        f"prediction_type must be 'epsilon' or 'flow' to train, got {prediction_type!r}"
-    )
+    prediction_type = check_prediction_type(scheduler.config)
+    return noise if prediction_type == "epsilon" else noise - clean
+
+
+def check_prediction_type(config: Mapping[str, Any]) -> str:
+    """The prediction type of a scheduler's config, which is "flow" unless it says so.
+
+    Raises:
+        ValueError: If NOVA does not learn it.
+    """
+    prediction_type = config.get("prediction_type", "flow")
+    if prediction_type not in ("epsilon", "flow"):
+        raise ValueError(
+            f"prediction_type must be 'epsilon' or 'flow' to train, got {prediction_type!r}"
+        )
+    return prediction_type

@@ -132,7 +132,8 @@ class NOVATransformer3DModel(
             image.pos_embed = PosEmbed(image.embed_dim, image_base_size)
         if video_mixer_rank:
             video.mixer = AdaLayerNorm(width, rank=max(video_mixer_rank, 0), eps=None)
-        text = TextEmbed(text_token_dim, width, text_token_len or 256) if text_token_dim else None
+        length = 256 if text_token_len is None else text_token_len
+        text = TextEmbed(text_token_dim, width, length) if text_token_dim else None
         super().__init__(
             video_encoder=video,
             image_encoder=image,

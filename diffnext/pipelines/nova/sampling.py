@@ -264,6 +264,10 @@ def check_fit(model: Transformer3DModel, request: GenerationRequest, run: Genera
     channels = model.image_encoder.image_dim
     if request.latent_shape[1] != channels:
         raise ValueError(f"latents must have {channels} channels, got {request.latent_shape}")
+    patch = model.image_encoder.patch_embed.patch_size
+    if any(side % patch for side in request.latent_shape[-2:]):
+        shape = request.latent_shape
+        raise ValueError(f"the sides of latents must be multiples of {patch}, got {shape}")
     rows, columns = model.image_encoder.patch_embed.grid(request.latent_shape)
     if sum(request.num_preds) != rows * columns:
         raise ValueError(
@@ -814,6 +818,8 @@ def draw_inputs(model: Transformer3DModel, inputs: Mapping[str, Any]) -> Tensor:
         raise ValueError(f"x must be latents (B, C, h, w), got {one_line(options.x)}")
     if options.x is None and options.batch_size is None:
         raise ValueError("batch_size must be given, or latents as x")
+    if options.x is not None and options.batch_size not in (None, len(options.x)):
+        raise ValueError(f"batch_size is {options.batch_size}, but x has {len(options.x)} samples")
     sizes = (options.batch_size, *model.image_encoder.latent_shape)
     shape = sizes if options.x is None else tuple(options.x.shape)
     values = dict(**values, latent_shape=shape, guidance=guidance)  # either given twice is an error
