@@ -203,7 +203,7 @@ class ModelConfig(Section):
 
     name: Name = key("Folder name of the trained component inside a checkpoint.", "transformer")
     gradient_checkpointing: Level = key(
-        "0: off; recompute in 1: video encoder, 2: also image encoder, 3: also decoder.", 0
+        "0: off; recompute in 1: video encoder, 2: also image encoder, 3: also diffusion MLP.", 0
     )
     loss_repeat: Count = key("Noise levels drawn per token in one step.", 4)
     mask_ratios: MaskRatios | None = key(
@@ -212,7 +212,7 @@ class ModelConfig(Section):
         None,
     )
     context_noise: Share = key(
-        "Most noise in the earlier frames from which a later one is learnt: less drift.", 0.0
+        "Maximum noise added to context frames in training; reduces drift.", 0.0
     )
     loss_weights: LossWeights = key("Weights of the losses of videos.", LossWeights)
     lora: LoraOptions | None = key("Low-rank adapters.", None)
@@ -225,13 +225,13 @@ class TransformerConfig(Overlay):
     image_dim: Count | None = key("Latent channels.", KEEP)
     image_size: Size | Count | None = key("Pixel height and width.", KEEP)
     image_stride: Count | None = key("Pixels per latent position of the autoencoder.", KEEP)
-    text_token_dim: Count | None = key("Width of the text encoder's states.", KEEP)
+    text_token_dim: Count | None = key("Width of the text embeddings.", KEEP)
     text_token_len: Count | None = key("Text tokens per prompt.", KEEP)
     rotary_pos_embed: bool | None = key("Rotary instead of absolute positions.", KEEP)
     video_base_size: Volume | None = key("Frames, rows and columns of the video encoder.", KEEP)
     image_base_size: Size | None = key("Rows and columns of the image encoder.", KEEP)
     video_mixer_rank: int | None = key("Rank of the video mixer; null for none.", KEEP)
-    arch: Arch | None = key("Names of video encoder, image encoder and image decoder.", KEEP)
+    arch: Arch | None = key("Names of video encoder, image encoder and diffusion MLP.", KEEP)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,7 +246,7 @@ class ModuleConfigs(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class ModuleDict(Overlay):
-    """Own paths of components; an empty value leaves the component out."""
+    """Custom paths for components; an empty value leaves the component out."""
 
     transformer: str | None = key("Folder of the transformer.", KEEP)
     scheduler: str | None = key("Folder of the scheduler.", KEEP)
@@ -261,7 +261,7 @@ class PathsConfig(Section):
     """Where the pipeline's components come from."""
 
     pretrained_path: str = key("Base folder in the release layout, or a Hub name.")
-    module_dict: ModuleDict = key("Component -> its own path.", ModuleDict)
+    module_dict: ModuleDict = key("Component -> its custom path.", ModuleDict)
     module_config: ModuleConfigs = key("Component -> overlay of its config.json.", ModuleConfigs)
     target_path: str | None = key("Assemble the folder here, not in a temporary one.", None)
 
@@ -314,7 +314,7 @@ class DataLoaderParams(Section):
 
     dataset: Dataset = key("Folder of records, or several folders, with or without weights.")
     batch_size: Count = key("Examples per batch.", 1)
-    seed: Natural = key("Seed of order and caption choice; the shard number is added.", 1337)
+    seed: Natural = key("Seed for order and caption choice; the shard number is added.", 1337)
     shuffle: bool = key("Shuffle the examples.", True)
     num_workers: Natural = key("Reading processes; 0 reads in the training process.", 0)
     queue_depth: Count = key("Batches each reading process prepares ahead.", 2)
@@ -324,9 +324,9 @@ class DataLoaderParams(Section):
     stick_to_partition: bool = key("Read the same shard in every pass.", True)
     contiguous: bool = key("Stack the latents of a batch into one array.", True)
     max_examples: int | None = key("Written by a run (examples in the dataset).", None)
-    prefetch_count: int = key("Accepted and without effect.", 50)
+    prefetch_count: int = key("Accepted, but has no effect.", 50)
     start_method: StartMethod | None = key("How reading processes start.", None)
-    timeout: NotNegative = key("Seconds to wait for a reading process; 0: for ever.", 120.0)
+    timeout: NotNegative = key("Seconds to wait for a reading process; 0: without limit.", 120.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -343,7 +343,7 @@ class DataLoaderConfig(Section):
 class EMAParams(Section):
     """Averaging of the weights."""
 
-    decay: Share = key("Share of the old average kept at an update.", 0.99)
+    decay: Share = key("Share of the old average that is kept at an update.", 0.99)
     update_every: Count = key("Steps between two updates.", 100)
     device: Literal["cpu", "gpu"] = key('"cpu" keeps the average in main memory.', "gpu")
 
@@ -360,9 +360,9 @@ class CheckpointConfig(Section):
     """How checkpoints are written."""
 
     format: Literal["safetensors", "bin"] = key("File format of the weights.", "safetensors")
-    keep_last: Count | None = key("Keep only so many of the newest; null: keep all.", None)
-    keep_every: Count | None = key("Never delete checkpoints of multiples of this step.", None)
-    async_save: bool = key("Write while training continues; costs a copy in main memory.", False)
+    keep_last: Count | None = key("Keep only this many of the newest; null: keep all.", None)
+    keep_every: Count | None = key("Never delete checkpoints at multiples of this step.", None)
+    async_save: bool = key("Write while training continues; needs a copy in main memory.", False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -370,9 +370,9 @@ class ValidationConfig(Section):
     """Samples and held-out loss while training."""
 
     every: Count | None = key("Steps between two validations; null for none.", None)
-    prompts: Texts | Integers | None = key("Prompts or classes to draw; null: the dataset's.", None)
-    seeds: Integers = key("Each prompt is drawn once with each of these seeds.", (0,))
-    num_inference_steps: Count = key("Steps over which the tokens of a frame are drawn.", 16)
+    prompts: Texts | Integers | None = key("Prompts or classes; null: the dataset's.", None)
+    seeds: Integers = key("Each prompt is sampled once with each of these seeds.", (0,))
+    num_inference_steps: Count = key("Steps over which the tokens of a frame are generated.", 16)
     num_diffusion_steps: Count = key("Denoising steps per token.", 10)
     guidance_scale: NotNegative = key("Strength of classifier-free guidance.", 5.0)
     max_latent_length: Count | None = key("Latent frames; null: as many as trained on.", None)
@@ -397,7 +397,7 @@ class TrainingConfig(Section):
     compile: bool = key("Compile the blocks of the model; the first steps take minutes.", False)
     time_limit: Duration | None = key('Save and stop after this time, such as "23h30m".', None)
     process_group_timeout: Duration = key("How long a process waits for the others.", "2h")
-    dry_run: bool = key("Check and estimate everything, train nothing.", False)
+    dry_run: bool = key("Check and estimate everything, without training.", False)
     progress_bar: bool = key("Show a live progress bar on process 0.", True)
     gpu_id: int | None = key("Written by a run (device index); ignored as input.", None)
 
