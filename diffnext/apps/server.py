@@ -18,7 +18,7 @@ from diffnext.apps.videos import VideoPage
 from diffnext.cli.generate import load_pipeline
 from diffnext.pipelines.model_card import read_defaults
 from diffnext.utils.device_utils import get_device
-from diffnext.utils.folders import find_folder, newest_checkpoint
+from diffnext.utils.folders import find_folder, newest_checkpoint, public_name
 
 __all__ = ["serve"]
 
@@ -45,10 +45,7 @@ def serve(args: argparse.Namespace) -> int:
             folder = newest_checkpoint(find_folder(args.model))
             defaults = read_defaults(folder, page_class.DEFAULTS, page_class.RANGES)
             args.device = str(get_device(args.device))
-            # Files carry the name of the model without its path, which is private.
-            path = Path(args.model).expanduser()
-            name = path.resolve().name if path.is_dir() else args.model
-            studio = Studio(load_pipeline(folder, args), name)
+            studio = Studio(load_pipeline(folder, args), public_name(args.model))
             run(page_class(studio, defaults, Path(cache)).blocks, args.host, args.port)
             studio.close()  # a thread at work when Python ends would bring the process down
         except (ValueError, OSError, RuntimeError) as error:

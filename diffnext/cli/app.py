@@ -9,10 +9,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from diffnext.cli.parsing import command_parser, quiet_imports
+from diffnext.cli.generate import MODEL_HELP
+from diffnext.cli.parsing import PRECISIONS, command_parser, quiet_imports
 
 DESCRIPTION = """\
-Draw in the browser; prints the address to open.
+Generate in the browser; prints the address to open.
 
   diffnext app image assets/nova-tiny
   diffnext app image BAAI/nova-d48w1024-sdxl1024 --device 1
@@ -20,14 +21,13 @@ Draw in the browser; prints the address to open.
 
 It needs gradio: pip install "gradio>=6.31".
 """
-PRECISIONS = ("auto", "float16", "bfloat16", "float32")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     parser = command_parser("diffnext app", DESCRIPTION)
-    parser.add_argument("kind", choices=("image", "video"), help="what to draw")
-    parser.add_argument("model", help="release folder, training checkpoint or Hub id")
+    parser.add_argument("kind", choices=("image", "video"), help="what to make")
+    parser.add_argument("model", help=MODEL_HELP)
     return run(parser, argv)
 
 
@@ -62,7 +62,7 @@ def run(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:
     add(
         "--precision",
         type=str.lower,
-        choices=PRECISIONS,
+        choices=PRECISIONS[:-1],
         default="auto",
         help="of the weights (float16; float32 without a GPU)",
     )

@@ -66,16 +66,16 @@ def build_parser() -> argparse.ArgumentParser:
     vbench.add_argument("--flow", type=float, default=5.0, help="motion strength (5)")
     add_sampling_arguments(vbench, prompt_size=8, sample_size=5, vae_batch_size=1)
     vbench.set_defaults(draw=draw_vbench)
-    benchmarks.add_parser("shapes", help="coloured shapes, drawn and scored (source checkout)")
+    benchmarks.add_parser("shapes", help="coloured shapes, generated and scored (in a clone)")
     return parser
 
 
 def score_shapes(words: Sequence[str]) -> int:
-    """Run the script of a source checkout that draws and scores coloured shapes."""
+    """Run the script of a clone that generates and scores coloured shapes."""
     if not SHAPES.is_dir():
         print(
             "error: coloured shapes are scored by scripts/nova_tiny/evaluate_shapes.py, which is "
-            "not installed: run the command in a checkout of the source",
+            "only there in a clone: install it with `pip install -e .`",
             file=sys.stderr,
         )
         return 1
@@ -100,7 +100,11 @@ def add_sampling_arguments(
     add("--sample_size", type=int, default=sample_size, help=f"samples each ({sample_size})")
     add("--vae_batch_size", type=int, default=vae_batch_size, help=f"at once ({vae_batch_size})")
     add("--seed", type=int, default=SEED, help=f"of all samples ({SEED})")
-    add("--compat", action="store_true", help="one generator for the whole run, as NOVA's first")
+    add(
+        "--compat",
+        action="store_true",
+        help="one generator for the whole run, as in NOVA's first release",
+    )
     add_device_options(parser)
 
 

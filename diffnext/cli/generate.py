@@ -1,4 +1,4 @@
-"""``diffnext generate``: pictures or a video of a prompt."""
+"""``diffnext generate``: pictures or videos from prompts."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffnext.cli.parsing import add_device_options, command_parser, run
+from diffnext.utils.folders import public_name
+from diffnext.utils.messages import did_you_mean
 
 if TYPE_CHECKING:  # these take seconds that --help does not need
     from numpy import ndarray
@@ -17,7 +19,7 @@ if TYPE_CHECKING:  # these take seconds that --help does not need
     from diffnext.pipelines import NOVAPipeline
 
 DESCRIPTION = """\
-Draw pictures or videos of prompts.
+Generate pictures or videos from prompts.
 
   diffnext generate "a red star" --model assets/nova-tiny
   diffnext generate "a red star" "two green squares" --model assets/nova-tiny --output shapes.png
@@ -26,12 +28,17 @@ Draw pictures or videos of prompts.
   diffnext generate --model BAAI/nova-d48w1024-osp480 "waves break on a beach" --num-frames 33
   diffnext generate --model BAAI/nova-d48w1024-osp480 "the boat sails away" --image boat.jpg \\
     --num-frames 33 --output boat.mp4
+  diffnext generate --model runs/first "a boat"   # the newest checkpoint of a training run
 
-  diffnext generate --model experiments/targets "a blue target"
-
-Defaults come from the model's card. Sample k, counted over all prompts, is drawn with --seed + k,
-so you can draw each of them again. The parameters are written into each file.
+Defaults come from the model's card. Sample k, counted over all prompts, has the seed --seed + k,
+so you can generate each of them again. The parameters are written into each file.
 """
+MODEL_HELP = (
+    "release folder, training checkpoint, Hub id, or the output folder of a training run, of which "
+    "the newest checkpoint is taken, with averaged weights if it has them"
+)
+MAX_SEED = 2**62  # sums with the number of a sample fit into 64 bits
+MAX_GUIDANCE = 100  # as of model cards
 STEPS = ("num_inference_steps", "num_diffusion_steps")
 COUNTS = ("num_images", "num_frames", "max_context_frames", *STEPS)
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
@@ -55,13 +62,12 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser of the command line."""
     parser = command_parser("diffnext generate", DESCRIPTION)
     add = parser.add_argument
-    add("prompt", nargs="*", help="what to draw")
+    add("prompt", nargs="*", help="what to show")
     add("--prompts", type=Path, metavar="FILE", help="more prompts, one per line")
     add(
         "--model",
         required=True,
-        help="release folder, training checkpoint, Hub id, or the output folder of a training, of "
-        "which the newest checkpoint is taken, with averaged weights if it has them",
+        help=MODEL_HELP,
     )
     add("--negative-prompt", help="what to avoid (the card's, or nothing)")
     add("--num-images", type=int, default=1, metavar="N", help="samples per prompt (1)")
@@ -69,14 +75,16 @@ def build_parser() -> argparse.ArgumentParser:
     add("--guidance-scale", type=float, metavar="W", help="weight of the prompt (the card's, or 5)")
     add("--num-inference-steps", type=int, metavar="N", help="sets per frame (the card's, or 64)")
     add("--num-diffusion-steps", type=int, metavar="N", help="steps per set (the card's, or 25)")
-    add("--num-frames", type=int, default=1, metavar="N", help="of a video; 1 is a picture (1)")
+    add(
+        "--num-frames", type=int, default=1, metavar="N", help="frames of a video; 1: a picture (1)"
+    )
     add(
         "--max-context-frames",
         type=int,
         metavar="N",
-        help="of a video: latent frames that the next one is drawn from, to bound memory (all)",
+        help="latent frames of a video that the next one is generated from, to bound memory (all)",
     )
-    add("--motion-flow", type=float, default=5.0, metavar="F", help="motion of videos (5)")
+    add("--motion-flow", type=float, default=5.0, metavar="F", help="motion strength of videos (5)")
     add("--image", type=Path, help="picture that the video begins with")
     add(
         "--output",
@@ -95,13 +103,19 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_intermixed_args(argv)
     args.prompt += read_prompts(parser, args.prompts)
     if not args.prompt:
-        parser.error("a prompt is needed: say what to draw")
+        parser.error("a prompt is needed: say what to show")
     for name in COUNTS:
         value = getattr(args, name)
         if value is not None and value < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, got {value}")
-    if args.seed < 0:
-        parser.error(f"--seed must be at least 0, got {args.seed}")
+    if not 0 <= args.seed <= MAX_SEED:
+        parser.error(f"--seed must be 0 to {MAX_SEED}, got {args.seed}")
+    if args.guidance_scale is not None and not 0 <= args.guidance_scale <= MAX_GUIDANCE:
+        parser.error(f"--guidance-scale must be 0 to {MAX_GUIDANCE}, got {args.guidance_scale}")
+    if args.image is not None and not args.image.is_file():
+        parser.error(f"--image {args.image}: there is no such file{did_you_mean(args.image)}")
+    if args.image is not None and args.num_frames == 1:
+        parser.error("--image is the beginning of a video: give --num-frames, 5 or more")
     suffixes = VIDEOS if args.num_frames > 1 else PICTURES
     if args.output is not None and args.output.suffix.lower() not in suffixes:
         what = "video" if args.num_frames > 1 else "picture"
@@ -118,9 +132,12 @@ def read_prompts(parser: argparse.ArgumentParser, file: Path | None) -> list[str
         return []
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        parser.error(f"--prompts {file} cannot be read: {error}")
-    return [line.strip() for line in lines if line.strip()]
+    except OSError as error:
+        parser.error(f"--prompts {file} cannot be read: {error.strerror}{did_you_mean(file)}")
+    except UnicodeDecodeError as error:
+        parser.error(f"--prompts {file} is not text in UTF-8: {error}")
+    prompts = [line.strip() for line in lines if line.strip()]
+    return prompts or parser.error(f"--prompts {file} is empty")
 
 
 def choose_outputs(given: Path | None, count: int, suffix: str) -> list[Path]:
@@ -141,7 +158,7 @@ def choose_outputs(given: Path | None, count: int, suffix: str) -> list[Path]:
 
 
 def generate(args: argparse.Namespace) -> None:
-    """Draw what a command line asks for, prompt by prompt; print each file once it is written."""
+    """Do what a command line asks for, prompt by prompt; print each file once it is written."""
     from diffnext.utils.folders import find_folder, newest_checkpoint
     from diffnext.utils.pictures import load_picture
 
@@ -162,7 +179,7 @@ def read_settings(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Values of the command line or, where it has none, of the model's card."""
     from diffnext.pipelines.model_card import Defaults, Ranges, read_defaults
 
-    ranges = Ranges((0, 100), (1, 4096), (1, 4096))
+    ranges = Ranges((0, MAX_GUIDANCE), (1, 4096), (1, 4096))
     settings = vars(read_defaults(folder, Defaults(), ranges))
     names = ("guidance_scale", *STEPS, "negative_prompt")
     given = {name: getattr(args, name) for name in names}
@@ -189,7 +206,7 @@ def load_pipeline(folder: Path, args: argparse.Namespace) -> NOVAPipeline:
     dtype = parse_precision(args.precision, device)
     pipe = NOVAPipeline.from_pretrained(folder, dtype=dtype)
     if pipe.transformer is not None and pipe.transformer.text_embed is None:
-        raise ValueError(f"{args.model} draws classes and reads no prompts")
+        raise ValueError(f"{args.model} is class-conditional and takes no prompts")
     return pipe.to(device)
 
 
@@ -225,10 +242,10 @@ def describe(
 ) -> dict[str, Any]:
     """The parameters of a sample, as its file holds them."""
     parameters = {
-        "model": args.model,
+        "model": public_name(args.model),
         "prompt": prompt,
         "negative_prompt": settings["negative_prompt"] or None,
-        "image": None if args.image is None else str(args.image),
+        "image": None if args.image is None else args.image.name,
         "seed": seed,
         **{name: settings[name] for name in ("guidance_scale", *STEPS)},
         "num_frames": args.num_frames,

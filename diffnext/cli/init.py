@@ -35,7 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = command_parser("diffnext init", DESCRIPTION)
     add = parser.add_argument
     add("--config", type=Path, required=True, help="training config (YAML)")
-    add("--output", type=Path, required=True, help="folder to write; must be new")
+    add("--output", type=Path, required=True, help="folder to write; must be new or empty")
     add("--tiny", action="store_true", help="small frozen components")
     add("--vae", type=Path, help="folder of the autoencoder to copy")
     add("--text-encoder", type=Path, help="folder of the Phi text encoder to copy")
@@ -56,7 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--shift",
         type=float,
         default=1.0,
-        help="of flow matching towards high noise, in training and sampling (1)",
+        help="timestep shift of flow matching towards high noise, in training and sampling (1)",
     )
     add(
         "--branch-gain",

@@ -87,7 +87,12 @@ def build_parser() -> argparse.ArgumentParser:
     split.add_argument("dataset", type=Path)
     split.add_argument("first", type=Path, help="new folder for the share")
     split.add_argument("second", type=Path, help="new folder for the rest")
-    split.add_argument("--share", type=float, required=True, help="of the first, such as 0.99")
+    split.add_argument(
+        "--share",
+        type=float,
+        required=True,
+        help="fraction of the examples for the first, such as 0.99",
+    )
     split.add_argument("--seed", type=int, default=0, help="of the choice (0)")
     return parser
 

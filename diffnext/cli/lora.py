@@ -55,9 +55,13 @@ def merge(checkpoint: Path, output: Path, dtype: str) -> None:
     from diffnext.pipelines.nova.pipeline_nova import NOVAPipeline
     from diffnext.pipelines.nova.pipeline_nova_c2i import NOVAC2IPipeline
     from diffnext.pipelines.release_folder import LORA_FILE, read_class_name
+    from diffnext.utils.messages import did_you_mean
 
+    if not checkpoint.is_dir():
+        raise ValueError(f"there is no folder {checkpoint}{did_you_mean(checkpoint)}")
     if not (checkpoint / LORA_FILE).is_file():
-        raise ValueError(f"{checkpoint} has no {LORA_FILE}")
+        wanted = "name a checkpoint of a run with model.lora"
+        raise ValueError(f"{checkpoint} has no adapters ({LORA_FILE}): {wanted}")
     if output.exists():
         raise ValueError(f"{output} exists already: name a new folder")
     pipelines = {cls.__name__: cls for cls in (NOVAPipeline, NOVAC2IPipeline)}

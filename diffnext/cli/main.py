@@ -7,19 +7,22 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from diffnext.cli.parsing import quiet_imports
+from diffnext.cli.parsing import Parser, nearest, quiet_imports
 from diffnext.version import __version__
 
 COMMANDS = {  # name: (module, what it does)
-    "generate": ("diffnext.cli.generate", "draw pictures or videos of prompts"),
-    "app": ("diffnext.cli.app", "draw in the browser"),
+    "generate": ("diffnext.cli.generate", "generate pictures or videos from prompts"),
+    "app": ("diffnext.cli.app", "generate in the browser"),
     "cache": ("diffnext.cli.cache", "turn pictures or clips into a dataset to train on"),
     "inspect": ("diffnext.cli.inspect_cache", "look into such a dataset, check it, reshard it"),
     "init": ("diffnext.cli.init", "write an untrained model, to be trained from scratch"),
     "train": ("diffnext.cli.train", "train or fine-tune a model"),
     "lora": ("diffnext.cli.lora", "merge trained adapters into their model"),
     "encode": ("diffnext.cli.encode", "encode the prompts of a benchmark"),
-    "evaluate": ("diffnext.cli.evaluate", "draw the samples of GenEval or VBench; score shapes"),
+    "evaluate": (
+        "diffnext.cli.evaluate",
+        "generate the samples of GenEval or VBench; score shapes",
+    ),
 }
 EXAMPLES = """
 examples:
@@ -54,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         build_parser().print_help(sys.stderr)
         return WRONG_USAGE
     if argv[0] not in COMMANDS:
-        build_parser().parse_args(argv)  # --help, --version, or an error that names the commands
+        build_parser().parse_args(argv)  # --help, --version, or an error
         return WRONG_USAGE
     quiet_imports()
     name, *arguments = argv
@@ -66,10 +69,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """The parser of everything before a command."""
     lines = [f"  {name:<10} {what}" for name, (_, what) in COMMANDS.items()]
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="diffnext",
         usage="diffnext COMMAND ...",
         description="NOVA: autoregressive image and video generation.\n\ncommands:\n"
@@ -78,8 +81,16 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"diffnext {__version__}")
-    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of those above")
+    parser.add_argument(
+        "command", type=_command, choices=COMMANDS, metavar="COMMAND", help="one of those above"
+    )
     return parser
+
+
+def _command(word: str) -> str:
+    if word not in COMMANDS:
+        raise argparse.ArgumentTypeError(f"there is no {word!r}{nearest(word, list(COMMANDS))}")
+    return word
 
 
 if __name__ == "__main__":

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
-__all__ = ["add_device_options", "command_parser", "quiet_imports", "run"]
+__all__ = ["Parser", "add_device_options", "command_parser", "nearest", "quiet_imports", "run"]
+
+PRECISIONS = ("auto", "float16", "bfloat16", "float32", "float64")
 
 # Loggers that warn, at import, of parts of other libraries that nothing here uses.
 CHATTY_LOGGERS = ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao")
@@ -19,9 +23,34 @@ def quiet_imports() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def command_parser(
-    name: str, description: str, epilog: str | None = None
-) -> argparse.ArgumentParser:
+class Parser(argparse.ArgumentParser):
+    """A parser that answers a wrong command line in one line, with the nearest right word."""
+
+    _words: Sequence[str] = ()
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse, which tells :meth:`error` too little about what was typed."""
+        self._words = sys.argv[1:] if args is None else list(args)
+        return super().parse_known_args(args, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        """Print the error and leave; an unknown option comes before what is missing for it."""
+        known = [option for action in self._actions for option in action.option_strings]
+        words = () if self._subparsers else self._words  # whose options are those of a command
+        for word in (word.partition("=")[0] for word in words if word.startswith("--")):
+            if not any(option.startswith(word) for option in known):
+                message = f"unknown option {word}{nearest(word, known)}"
+                break
+        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
+
+
+def nearest(word: str, known: Sequence[str]) -> str:
+    """The end of a message about an unknown word."""
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def command_parser(name: str, description: str, epilog: str | None = None) -> Parser:
     """A parser that shows its texts as they are written.
 
     Args:
@@ -29,7 +58,7 @@ def command_parser(
         description: What it does, with examples.
         epilog: Text after the list of options.
     """
-    return argparse.ArgumentParser(
+    return Parser(
         prog=name,
         description=description,
         epilog=epilog,
@@ -41,8 +70,14 @@ def add_device_options(parser: argparse.ArgumentParser) -> None:
     """Add ``--device`` and ``--precision``."""
     add = parser.add_argument
     add("--device", default="auto", help="cpu, cuda, cuda:1, ... (the best there is)")
-    precisions = "float16, bfloat16 or float32 (float16; on a CPU float32)"
-    add("--precision", default="auto", help=precisions)
+    add(
+        "--precision",
+        type=str.lower,
+        choices=PRECISIONS,
+        default="auto",
+        metavar="TYPE",
+        help=f"{', '.join(PRECISIONS[1:])} (float16; on a CPU float32)",
+    )
 
 
 def run(command: Callable[[], int | None]) -> int:

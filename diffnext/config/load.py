@@ -25,7 +25,7 @@ from yaml import MarkedYAMLError, YAMLError
 from diffnext.config.arithmetic import evaluate_arithmetic
 from diffnext.config.schema import TrainConfig, iterate_schema, look_up
 from diffnext.config.targets import ConfigError, target_parameters, wrong_parameters
-from diffnext.utils.messages import explain, one_line
+from diffnext.utils.messages import did_you_mean, explain, one_line
 
 __all__ = [
     "Draft",
@@ -146,7 +146,8 @@ def _parse_overrides(items: Sequence[str]) -> DictConfig:
         if item.startswith("~") and ("=" in item or item == "~config"):
             raise ConfigError(f"~key deletes a key other than config and has no value, got {item}")
         if not item.startswith("~") and ("=" not in item or not _key_of(item).strip("+.")):
-            raise ConfigError(f"arguments are written key=value, got {item!r}")
+            hint = f"; did you mean config={item}?" if item.endswith((".yaml", ".yml")) else ""
+            raise ConfigError(f"arguments are written key=value, got {item!r}{hint}")
     config = OmegaConf.create()
     for item in items:
         if item.startswith("~"):
@@ -187,7 +188,7 @@ def _load_yaml(path: Any) -> DictConfig:
     if path is None:
         raise ConfigError("config is required: add config=<file.yaml> to the command line")
     if not os.path.isfile(str(path)):
-        raise ConfigError(f"config={path}: no such file")
+        raise ConfigError(f"config={path}: no such file{did_you_mean(Path(path))}")
     try:
         config = OmegaConf.load(str(path))
         json.dumps(_plain(config), default=str)  # what the tree is made from

@@ -67,7 +67,7 @@ def write_folder(args: argparse.Namespace) -> None:
         ValueError: If the parts do not fit together, or the output exists.
     """
     if args.output.exists() and (not args.output.is_dir() or any(args.output.iterdir())):
-        raise ValueError(f"--output {args.output} exists: name a new folder or remove it")
+        raise ValueError(f"--output {args.output} exists: name a new folder")
     if not math.isfinite(args.branch_gain):
         raise ValueError(f"--branch-gain must be a finite number, got {args.branch_gain}")
     config: Any = OmegaConf.to_container(get_config([f"config={args.config}"]), resolve=True)
@@ -112,7 +112,7 @@ def write_vae(
     channels, stride = model_config.get("image_dim"), model_config.get("image_stride")
     source = args.vae or (find_tiny_vae(class_name, channels) if args.tiny else None)
     if source is None:
-        raise ValueError(f"{pipeline} needs --vae, the folder of an {class_name}")
+        raise ValueError(f"{pipeline} needs --vae, the folder of an {class_name}, or --tiny")
     vae_config = read_json(source / "config.json")
     if vae_config.get("_class_name", class_name) != class_name:
         raise ValueError(
@@ -131,6 +131,11 @@ def write_vae(
 def find_tiny_vae(class_name: str, latent_channels: int | None) -> Path:
     """The shipped autoencoder with that many latent channels, or else the first of its class."""
     folders = TINY_VAES[class_name]
+    if not folders[0].is_dir():
+        raise ValueError(
+            f"--tiny needs {folders[0]}, which is only there in a clone: install it with `pip "
+            "install -e .`, or give --vae, --text-encoder and --tokenizer"
+        )
     channels = [read_json(folder / "config.json")["latent_channels"] for folder in folders]
     return folders[channels.index(latent_channels) if latent_channels in channels else 0]
 

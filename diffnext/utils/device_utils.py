@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 
 AUTO = "auto"
-PRECISIONS = ("float16", "bfloat16", "float32", "float64")
 
 
 def get_device(index: int | None = None) -> torch.device:
@@ -35,6 +34,10 @@ def parse_device(name: str = AUTO, index: int | None = None) -> torch.device:
         return get_device(index)
     try:
         device = torch.device(name)
+    except RuntimeError:
+        known = "auto, cpu, cuda, cuda:1 or mps"
+        raise ValueError(f"device {name!r} cannot be used: name {known}") from None
+    try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0]
@@ -48,15 +51,16 @@ def parse_precision(name: str, device: torch.device) -> torch.dtype:
     """The dtype that a command line names.
 
     Args:
-        name: One of ``PRECISIONS``, or "auto" for float16, and for float32 on a CPU, which is slow
-            at half precision.
+        name: Of a floating-point type of torch, or "auto" for float16, and for float32 on a CPU,
+            which is slow at half precision.
         device: Where it will be used.
 
     Raises:
-        ValueError: If the name is unknown.
+        ValueError: If there is no such type.
     """
     if name == AUTO:
         return torch.float32 if device.type == "cpu" else torch.float16
-    if name not in PRECISIONS:
-        raise ValueError(f"precision must be one of {PRECISIONS}, got {name!r}")
-    return getattr(torch, name)
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"precision must be a type such as float16 or float32, got {name!r}")
+    return dtype

@@ -9,10 +9,10 @@ from typing import Any
 from diffnext.utils.json_files import read_json
 from diffnext.utils.messages import did_you_mean
 
-__all__ = ["HUB_ARGUMENTS", "INDEX_FILE", "find_folder", "newest_checkpoint"]
+__all__ = ["HUB_ARGUMENTS", "INDEX_FILE", "find_folder", "newest_checkpoint", "public_name"]
 
 INDEX_FILE = "model_index.json"  # of a release folder or checkpoint
-STATUS_FILE = "status.json"  # of the output folder of a training
+STATUS_FILE = "status.json"  # of the output folder of a training run
 TRAINER_STATE = "state/trainer_state.json"  # of a checkpoint
 CHECKPOINT_FOLDERS = ("checkpoints", "ema_checkpoints")  # in it: raw, then averaged weights
 
@@ -43,6 +43,8 @@ def find_folder(path_or_id: str | os.PathLike, **hub_kwargs: Any) -> Path:
     if folder.is_dir():
         return folder.absolute()
     name = str(path_or_id)
+    if folder.exists():
+        raise FileNotFoundError(f"{name} is a file, not the folder of a model")
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise FileNotFoundError(
             f"there is no folder {name}, and this is not a Hub id such as BAAI/nova-..."
@@ -64,15 +66,21 @@ def find_folder(path_or_id: str | os.PathLike, **hub_kwargs: Any) -> Path:
         ) from error
 
 
+def public_name(model: str) -> str:
+    """A Hub id, or the name of a folder without its path, which is private: for written files."""
+    path = Path(model).expanduser()
+    return path.resolve().name if path.is_dir() else model
+
+
 def newest_checkpoint(folder: Path) -> Path:
-    """The newest checkpoint of the last training in a folder, averaged weights before raw ones.
+    """The newest checkpoint of the last training run in a folder, averaged weights before raw ones.
 
     Args:
-        folder: Of a model; one that is not the output of a training is returned as it is.
+        folder: Of a model; one that is not the output of a training run is returned as it is.
 
     Raises:
-        FileNotFoundError: If the training has not written a checkpoint yet.
-        FileError: If a file that says which training it was is damaged.
+        FileNotFoundError: If the run has not written a checkpoint yet.
+        FileError: If a file that says which run it was is damaged.
     """
     if (folder / INDEX_FILE).is_file() or not (folder / STATUS_FILE).is_file():
         return folder
@@ -85,12 +93,12 @@ def newest_checkpoint(folder: Path) -> Path:
     }
     found = sorted((int(step), path) for path, step in steps.items() if step.isdecimal())
     if not found:
-        raise FileNotFoundError(f"the training in {folder} has not written a checkpoint yet")
+        raise FileNotFoundError(f"the training run in {folder} has not written a checkpoint yet")
     return found[-1][1]
 
 
 def _is_of(run: str | None, checkpoint: Path) -> bool:
-    """Whether a training has written a checkpoint, as far as both say which one it was."""
+    """Whether a run has written a checkpoint, as far as both say which one it was."""
     state = checkpoint / TRAINER_STATE
     owner = read_json(state).get("run") if state.is_file() else None
     return None in (run, owner) or run == owner

@@ -62,7 +62,11 @@ def did_you_mean(path: Path) -> str:
         if not place.exists() and place.parent.is_dir():
             names = [one.name for one in place.parent.iterdir()]
             close = difflib.get_close_matches(place.name, names, n=1)
-            return f"; did you mean {place.parent / close[0]}?" if close else ""
+            if not close:
+                return ""
+            found = place.parent / close[0]
+            whole = found / path.relative_to(place)
+            return f"; did you mean {whole if whole.exists() else found}?"
     return ""
 
 

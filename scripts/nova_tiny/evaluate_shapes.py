@@ -1,9 +1,9 @@
 """Score a model on the world of coloured shapes: does it draw what prompts ask for?
 
-    python scripts/nova_tiny/evaluate_shapes.py --model assets/nova-tiny --output scores
-    python scripts/nova_tiny/evaluate_shapes.py --model assets/nova-tiny-video --clips --given-frames 1
-    python scripts/nova_tiny/evaluate_shapes.py --truth
-    python scripts/nova_tiny/evaluate_shapes.py --vae assets/nova-tiny/vae
+    diffnext evaluate shapes --model assets/nova-tiny --output scores
+    diffnext evaluate shapes --model assets/nova-tiny-video --clips --given-frames 1
+    diffnext evaluate shapes --truth
+    diffnext evaluate shapes --vae assets/nova-tiny/vae
 
 Prompts are drawn at random in the categories of GenEval (arXiv:2310.11513), separately for
 combinations in the training data and for those held out. A picture is right if a detector finds
@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = command_parser("evaluate_shapes.py", __doc__)
+    parser = command_parser("diffnext evaluate shapes", __doc__)
     add = parser.add_argument
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--model", type=Path, help="pipeline folder or checkpoint to score")

@@ -237,14 +237,14 @@ def test_the_scorer_finds_rendered_pictures_right(tmp_path, capsys):
     assert "| position | 1.00 (0.51 to 1.00) | 1.00 (0.51 to 1.00) |" in capsys.readouterr().out
 
 
-def test_the_command_scores_shapes_in_a_checkout_only(capsys, monkeypatch, tmp_path):
+def test_the_command_scores_shapes_in_a_clone_only(capsys, monkeypatch, tmp_path):
     words = ["evaluate", "shapes", "--truth", "--num", "1", "--categories", "single"]
     assert cli.main(words) == 0
     assert "| overall | 1.00" in capsys.readouterr().out
     monkeypatch.setattr(evaluate, "SHAPES", tmp_path / "scripts")
     assert cli.main(words) == 1
     error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1 and "checkout" in error
+    assert error.startswith("error: ") and error.count("\n") == 1 and "clone" in error
 
 
 @pytest.mark.parametrize(
