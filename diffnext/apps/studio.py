@@ -19,7 +19,7 @@ import torch
 from pydantic import dataclasses as checked
 from torch import Tensor
 
-from diffnext.models.text_encoders.encoding import tokenize
+from diffnext.models.text_encoders.encoding import count_tokens
 from diffnext.pipelines import NOVAPipeline
 from diffnext.pipelines.pipeline_utils import cosine_set_sizes
 from diffnext.utils.arguments import CHECKED, AtLeastOne, Finite
@@ -27,7 +27,6 @@ from diffnext.version import __version__
 
 __all__ = ["DrawRequest", "Drawing", "Snapshot", "Studio"]
 
-MOST_COUNTED = 10**6  # tokens; models read 256
 MAX_WAITING = 20
 PREVIEW_PAUSE = 0.3  # seconds
 PREVIEW_SHARE = 4  # drawing takes at least this many times as long as previews
@@ -152,8 +151,7 @@ class Studio:
         Raises:
             ValueError: If the prompt is longer than the model reads.
         """
-        vocabulary = self.pipe.text_encoder.config.vocab_size
-        count = len(tokenize(self.pipe.tokenizer, [text], MOST_COUNTED, vocabulary)[0])
+        count = count_tokens(self.pipe.tokenizer, text, self.pipe.text_encoder)
         most = self.pipe.tokenizer_max_length
         if most is not None and count > most:
             raise ValueError(f"The {name} has {count} tokens, the model reads {most}: shorten it.")

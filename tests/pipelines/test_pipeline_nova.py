@@ -104,6 +104,17 @@ def test_texts_need_a_text_encoder():
         pipe("a cat", **QUICK)
 
 
+def test_prompts_that_are_cut_are_reported(pipe, caplog):
+    with caplog.at_level(logging.WARNING):
+        pipe("a cat", output_type="latent", num_inference_steps=1, num_diffusion_steps=1)
+        assert not caplog.records
+        text = "a cat " * 20
+        pipe([text] * 2, output_type="latent", num_inference_steps=1, num_diffusion_steps=1)
+    (record,) = caplog.records
+    most = pipe.transformer.text_embed.num_tokens
+    assert f" tokens, of which the model reads the first {most}: 'a cat a" in record.getMessage()
+
+
 def test_unknown_arguments_are_reported(pipe, caplog):
     with caplog.at_level(logging.WARNING):
         pipe("a cat", seed=1, guidance=3, **QUICK)

@@ -17,6 +17,7 @@ from diffnext.utils.component_files import reading
 from diffnext.utils.host_data import send
 
 # A fast tokenizer holds the truncation of a call, and lets one thread change it at a time.
+MOST_TOKENS = 10**6  # counted; models read 256
 _TOKENIZER_LOCK = threading.Lock()
 
 
@@ -72,6 +73,15 @@ def encode_texts(
         states = text_encoder(input_ids).last_hidden_state
     found = {text: state[: len(row)] for text, state, row in zip(unique, states, ids, strict=True)}
     return [found[text] for text in texts]
+
+
+def count_tokens(tokenizer: Any, text: str, text_encoder: Any) -> int:
+    """Tokens of a text that is not cut.
+
+    Raises:
+        ValueError: As :func:`tokenize`.
+    """
+    return len(tokenize(tokenizer, [text], MOST_TOKENS, text_encoder.config.vocab_size)[0])
 
 
 def tokenize(

@@ -5,6 +5,7 @@ Shapes: B samples, n prompts.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence, Sized
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from diffnext.models.embeddings import TextEmbed
-from diffnext.models.text_encoders.encoding import encode_texts
+from diffnext.models.text_encoders.encoding import count_tokens, encode_texts
 from diffnext.pipelines.nova.arguments import CallArguments, takes
 from diffnext.pipelines.nova.components import TextComponents
 from diffnext.pipelines.nova.generation import GenerationPipeline
@@ -21,6 +22,8 @@ from diffnext.pipelines.pipeline_utils import NOVAPipelineOutput
 from diffnext.utils.messages import naming, one_line
 
 __all__ = ["NOVAPipeline"]
+
+logger = logging.getLogger(__name__)
 
 POSITIONAL = (
     "prompt",
@@ -161,6 +164,12 @@ class NOVAPipeline(GenerationPipeline, TextComponents):
             embed = self._text_embed()
             limits = (embed.num_tokens, embed.token_dim)
             states = encode_texts(self.tokenizer, self.text_encoder, prompts, *limits)
+            full = zip(prompts, states, strict=True)
+            for text in dict.fromkeys(t for t, s in full if len(s) == embed.num_tokens):
+                count = count_tokens(self.tokenizer, text, self.text_encoder)
+                if count > embed.num_tokens:
+                    cut = "a prompt has %d tokens, of which the model reads the first %d: %s"
+                    logger.warning(cut, count, embed.num_tokens, one_line(text))
             prompts = embed.pad_states(states)
         return prompts.repeat_interleave(num_images_per_prompt, dim=0)
 
