@@ -13,6 +13,7 @@ from typing import BinaryIO, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from diffnext.data.record_format import RecordError
+from diffnext.utils.messages import explain
 
 T = TypeVar("T")
 
@@ -71,7 +72,7 @@ def _describe(error: ValidationError) -> str:
     """All errors in one line."""
     lines = []
     for entry in error.errors(include_url=False)[:MAX_ERRORS]:
-        rule = entry["msg"].removeprefix("Value error, ")
+        rule = explain([entry], len(entry["loc"]))
         key = ".".join(map(str, entry["loc"]))
         got = "" if entry["type"] == "missing" else f", got {entry['input']!r:.80}"
         lines.append(f"{key}: {rule}{got}" if key else rule)

@@ -1,6 +1,7 @@
 """Looking into datasets, and making others of them."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -152,6 +153,17 @@ def test_the_command_line_shows_checks_and_draws(built, tmp_path, capsys):
         assert sheet.width > 4 * 96
     assert main(["show", str(tmp_path)]) == 1
     assert "error: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("advice", ["--update", None])
+def test_verifying_names_the_update_if_the_cache_command_built_it(built, tmp_path, capsys, advice):
+    shutil.copytree(built, tmp_path / "copy")
+    if advice is None:
+        (tmp_path / "copy" / "manifest.json").unlink()
+    data = tmp_path / "copy" / "00000.data"
+    data.write_bytes(data.read_bytes()[:-1] + b"?")
+    assert main(["verify", str(tmp_path / "copy")]) == 1
+    assert ("--update" in capsys.readouterr().out) == (advice is not None)
 
 
 def test_a_sheet_needs_the_autoencoder_of_the_latents(built, tmp_path, capsys):
