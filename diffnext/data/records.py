@@ -158,9 +158,11 @@ class RecordWriter:
         Raises:
             KeyError: If a name is undeclared or missing.
             TypeError: If a value does not have the declared type.
-            RecordError: If an integer does not fit in 64 bits, or the shard file exists.
+            RecordError: If an integer does not fit in 64 bits, a string holds half a character, or
+                the shard file exists.
             RuntimeError: If the writer is closed.
         """
+        self._check_open()
         self.write_record(encode_example(example, self.features))
 
     def write_record(self, record: bytes | memoryview) -> None:
@@ -173,8 +175,7 @@ class RecordWriter:
             RecordError: If the shard file exists.
             RuntimeError: If the writer is closed.
         """
-        if self._closed:
-            raise RuntimeError(f"cannot write to {self.path}: the writer is closed")
+        self._check_open()
         if self._entries % self.max_examples == 0:
             self._open_shard(self._entries // self.max_examples)
         offset = self._files[DATA_SUFFIX].tell()
@@ -199,6 +200,10 @@ class RecordWriter:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise RuntimeError(f"cannot write to {self.path}: the writer is closed")
 
     def _open_shard(self, number: int) -> None:
         self._close_shard()

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import stat
 import subprocess
 import sys
 import tarfile
@@ -803,6 +804,19 @@ def test_one_bad_file_is_one_skipped_item(tmp_path, kind):
     write(tmp_path / "in")
     check_rest(tmp_path / "in", reasons, tmp_path)
     check_rest(tmp_path / "in" / "**" / "*", reasons, tmp_path)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".txt"])
+def test_a_file_that_would_wait_for_its_content_is_skipped(tmp_path, monkeypatch, suffix):
+    """As regular files in /proc may; here it is a pipe that passes for one."""
+    write_pictures(tmp_path / "in", 1)
+    file = (tmp_path / "in" / "0000").with_suffix(suffix)
+    file.unlink()
+    os.mkfifo(file)
+    monkeypatch.setattr(stat, "S_ISREG", lambda mode: True)
+    with open(os.open(file, os.O_RDWR), "wb"):  # keeps the pipe from ending
+        fine, problems = read_source(tmp_path / "in")
+    assert not fine and "cannot be read: Resource temporarily unavailable" in problems[0]
 
 
 @pytest.mark.parametrize("stem", ["a\nb", "blank ", " blank", "raw\udcff", "x" * 250, "a.b", "-rf"])

@@ -1,6 +1,7 @@
 """Datasets that a stranger made: one error names file and rule, nothing outside is read."""
 
 import json
+import math
 import os
 import pickle
 
@@ -203,10 +204,13 @@ class Trap:
         ({"shape": (2**62, 2**62)}, "must be stored as float16"),
         ({"shape": ()}, "a shape of 1 to 8 sizes"),
         ({"moments": b""}, "must be stored as float16, 12 bytes, but has 0"),
+        ({"flow": math.nan}, "'flow' must be a finite number, got nan"),
+        ({"flow": -math.inf}, "'flow' must be a finite number, got -inf"),
     ],
 )
 def test_an_example_that_breaks_a_rule_is_one_error(tmp_path, values, message):
-    folder = write_dataset(tmp_path / "dataset", {**SOUND, **values})
+    example = {**SOUND, "flow": 1.0, **values}
+    folder = write_dataset(tmp_path / "dataset", example, features={**FEATURES, "flow": "float"})
     with pytest.raises(RecordError, match=f"^example 0 .*00000.data.*{message}"):
         FeatureDataLoader(folder, shuffle=False).next()
     assert main(["check", str(folder)]) == 1

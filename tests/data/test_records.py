@@ -111,8 +111,9 @@ def test_a_closed_dataset_and_a_closed_writer_refuse(tmp_path):
     (tmp_path / "b").mkdir()
     writer = RecordWriter(tmp_path / "b", {"a": "int"})
     writer.close()
-    with pytest.raises(RuntimeError, match="closed"):
-        writer.write({"a": 1})
+    for example in ({"a": 1}, {}, {"a": "not a number"}):
+        with pytest.raises(RuntimeError, match="closed"):
+            writer.write(example)
 
 
 def test_shards_are_read_by_number_and_not_by_letter(tmp_path):
