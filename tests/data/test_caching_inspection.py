@@ -151,8 +151,19 @@ def test_the_command_line_shows_checks_and_draws(built, tmp_path, capsys):
     assert main(["sheet", str(built), sheet_path, "--num", "4", "--vae", vae]) == 0
     with Image.open(sheet_path) as sheet:
         assert sheet.width > 4 * 96
-    assert main(["show", str(tmp_path)]) == 1
-    assert "error: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "command", [["show"], ["check"], ["sheet", "sheet.png"], ["sheet", "sheet.png", "--vae", "vae"]]
+)
+def test_the_command_line_says_first_that_there_is_no_dataset(tmp_path, capsys, command):
+    name, *options = command
+    for folder, message in (
+        (tmp_path, f"{tmp_path} is not a dataset: it has no METADATA"),
+        (tmp_path / "none", f"there is no folder {tmp_path}/none"),
+    ):
+        assert main([name, str(folder), *options]) == 1
+        assert capsys.readouterr().err == f"error: {message}\n"
 
 
 @pytest.mark.parametrize("advice", ["--update", None])

@@ -90,7 +90,10 @@ UNREADABLE = {
     "METADATA that is a list": (content("METADATA", "[]"), "METADATA: must hold key: value pairs"),
     "endless brackets": (content("METADATA", "[" * 100_000), "METADATA: .* recursion limit"),
     "a METADATA of a terabyte": (hole("METADATA"), "METADATA must have at most 16777216 bytes"),
-    "entries as text": (metadata(entries="2"), "METADATA: entries: must be a whole number, got '2'"),
+    "entries as text": (
+        metadata(entries="2"),
+        "METADATA: entries: must be a whole number, got '2'",
+    ),
     "no entries": (metadata(entries=0), "METADATA: entries: .* equal to 1, got 0"),
     "entries below zero": (metadata(entries=-2), "METADATA: entries: .* got -2"),
     "entries that are true": (metadata(entries=True), "METADATA: entries: .* got True"),

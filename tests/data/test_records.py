@@ -205,6 +205,8 @@ def test_a_corrupt_record_is_refused_with_file_and_example(tmp_path):
 def test_a_folder_of_datasets_names_them(tmp_path):
     write_numbers(tmp_path / "a", 1)
     write_numbers(tmp_path / "b", 1)
+    with pytest.raises(FileNotFoundError, match=f"^there is no folder {tmp_path}/aa; did you mean"):
+        RecordDataset(tmp_path / "aa")
     message = f"^{tmp_path} is not a dataset: it has no METADATA; the datasets in it are a, b$"
     with pytest.raises(FileNotFoundError, match=message):
         RecordDataset(tmp_path)

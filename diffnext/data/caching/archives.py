@@ -231,7 +231,7 @@ def find_problem(member: tarfile.TarInfo) -> str | None:
 
 def _last_first(members: list[Item]) -> list[Item]:
     """Members of one name; those with a problem come last, as they would replace no other."""
-    return sorted(reversed(members), key=lambda member: member.problem is not None)
+    return sorted(members[::-1], key=lambda member: member.problem is not None)
 
 
 def _stem(name: str) -> str:
