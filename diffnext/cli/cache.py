@@ -153,9 +153,9 @@ def _add_option(parser: argparse._ActionsContainer, name: str, setting: Field[An
 
 
 def _run(args: argparse.Namespace) -> int:
-    from diffnext.data.caching.building import build_cache
+    settings = make_settings(args, args.device)
+    from diffnext.data.caching.building import build_cache  # takes seconds
 
-    settings = make_settings(args, args.device or _choose_device())
     is_main = os.environ.get("RANK", "0") == "0"
     is_silent = args.quiet or not is_main
     with _progress(is_silent, args.kind) as progress, warnings.catch_warnings():
@@ -166,8 +166,8 @@ def _run(args: argparse.Namespace) -> int:
     return 0
 
 
-def make_settings(args: argparse.Namespace, device: str) -> CacheSettings:
-    """The settings that a command line asks for.
+def make_settings(args: argparse.Namespace, device: str | None) -> CacheSettings:
+    """The settings that a command line asks for; without a device, a GPU if there is one.
 
     Raises:
         CacheError: If they are impossible.
@@ -179,6 +179,7 @@ def make_settings(args: argparse.Namespace, device: str) -> CacheSettings:
         return {n: getattr(args, n + suffix) for n in names if hasattr(args, n + suffix)}
 
     sizes = _choose_sizes(args)
+    device = device or _choose_device()
     # At the end of a chunk, the last batch of each size is filled up.
     usual_chunk_size = 8 if args.kind == "videos" else 64 * len(sizes)
     values = given(CacheSettings) | {

@@ -170,9 +170,14 @@ def _check(args: argparse.Namespace) -> int:
 
 
 def _verify(args: argparse.Namespace) -> int:
+    from diffnext.data.manifest import read_manifest
     from diffnext.data.records import find_damage
 
-    return _print_problems(args.dataset, find_damage)
+    code = _print_problems(args.dataset, find_damage)
+    manifest = read_manifest(args.dataset) if code else None
+    if manifest is not None and manifest.plan is not None:
+        print("the command that built it, `diffnext cache`, builds them again with --update")
+    return code
 
 
 def _print_problems(dataset: Path, find: Callable[[Path], Iterable[str]]) -> int:

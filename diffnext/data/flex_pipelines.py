@@ -1,6 +1,7 @@
 """Example pipelines: from a decoded record to its part of a batch."""
 
 import functools
+import math
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -55,8 +56,8 @@ class FeaturePipe:
             the example has a flow, ``motion_flow`` (float).
 
         Raises:
-            ValueError: If the example lacks latents, or both caption and label, or an array does
-                not fill its shape.
+            ValueError: If the example lacks latents, or both caption and label, an array does not
+                fill its shape, or the flow is not finite.
         """
         latents = self.parse_latents(inputs)
         label, caption = self.parse_annotations(inputs, uniform)
@@ -65,6 +66,8 @@ class FeaturePipe:
             "prompt": [caption if label is None else label],
         }
         if "flow" in inputs:
+            if not math.isfinite(inputs["flow"]):
+                raise ValueError(f"'flow' must be a finite number, got {inputs['flow']}")
             outputs["motion_flow"] = [inputs["flow"]]
         return outputs
 

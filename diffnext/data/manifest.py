@@ -15,6 +15,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import ConfigDict, Field, TypeAdapter
 
 from diffnext.data.plain_files import read_typed
+from diffnext.data.record_format import RecordError
 from diffnext.utils.json_files import write_json
 from diffnext.version import __version__
 
@@ -127,6 +128,8 @@ def read_manifest(folder: str | os.PathLike[str]) -> Manifest | None:
         return read_typed(Path(folder) / MANIFEST_NAME, TypeAdapter(Manifest))
     except FileNotFoundError:
         return None
+    except RecordError as error:
+        raise RecordError(f"{error}; copy the dataset again, or build it in a new folder") from None
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

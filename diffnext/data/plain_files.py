@@ -5,14 +5,16 @@ Whatever breaks a rule is a ``RecordError`` that names the file and the rule.
 """
 
 import errno
+import io
 import os
 import stat
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
 from diffnext.data.record_format import RecordError
+from diffnext.utils.messages import explain
 
 T = TypeVar("T")
 
@@ -43,7 +45,17 @@ def open_plain(path: str | os.PathLike[str], follow_links: bool = False) -> Bina
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise RecordError(f"{path} is not a regular file")
-    return os.fdopen(descriptor, "rb")
+    return io.BufferedReader(_PlainFile(descriptor))
+
+
+class _PlainFile(io.FileIO):
+    """A file that ends where there is nothing more to read; some in /proc wait for more."""
+
+    def readinto(self, buffer: Any, /) -> int:
+        count = super().readinto(buffer)
+        if count is None:
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        return count
 
 
 def read_typed(path: Path, kind: TypeAdapter[T]) -> T:
@@ -71,7 +83,7 @@ def _describe(error: ValidationError) -> str:
     """All errors in one line."""
     lines = []
     for entry in error.errors(include_url=False)[:MAX_ERRORS]:
-        rule = entry["msg"].removeprefix("Value error, ")
+        rule = explain([entry], len(entry["loc"]))
         key = ".".join(map(str, entry["loc"]))
         got = "" if entry["type"] == "missing" else f", got {entry['input']!r:.80}"
         lines.append(f"{key}: {rule}{got}" if key else rule)

@@ -143,7 +143,7 @@ def encode_example(example: Mapping[str, Any], features: Mapping[str, Descriptor
     Raises:
         KeyError: If the example and the descriptor have different names.
         TypeError: If a value does not have the declared type.
-        RecordError: If an integer does not fit in 64 bits.
+        RecordError: If an integer does not fit in 64 bits, or a string holds half a character.
     """
     return _encode_map(example, features, "")
 
@@ -155,7 +155,7 @@ def _encode_map(example: Any, features: Mapping[str, Descriptor], path: str) -> 
     entries = []
     for name, value in example.items():
         feature = _encode_feature(value, features[name], _join(path, name))
-        entry = _delimited(KEY_FIELD, name.encode()) + _delimited(VALUE_FIELD, feature)
+        entry = _delimited(KEY_FIELD, _as_text(name, path)) + _delimited(VALUE_FIELD, feature)
         entries.append(_delimited(CONTAINER_FIELD, entry))
     return b"".join(entries)
 
@@ -180,9 +180,7 @@ def _encode_feature(value: Any, kind: Descriptor, path: str) -> bytes:
     if kind == "BYTES":
         return _delimited(STRING_FIELD, _as_bytes(value, path))
     if kind == "STRING":
-        if not isinstance(value, str):
-            raise _wrong_type(path, "a string", value)
-        return _delimited(STRING_FIELD, value.encode())
+        return _delimited(STRING_FIELD, _as_text(value, path))
     if kind == "FLOAT32":
         return _tag(FLOAT_FIELD, FIXED32) + _pack_float(_as_float(value, path))
     return _tag(INTEGER_FIELD, VARINT) + _varint(_as_unsigned(value, path))
@@ -206,6 +204,15 @@ def _as_bytes(value: Any, path: str) -> bytes:
     if isinstance(value, (bytes, bytearray, memoryview)):
         return bytes(value)
     raise _wrong_type(path, "bytes or an array", value)
+
+
+def _as_text(value: Any, path: str) -> bytes:
+    if not isinstance(value, str):
+        raise _wrong_type(path, "a string", value)
+    try:
+        return value.encode()
+    except UnicodeEncodeError:
+        raise RecordError(f"feature {path!r} must be Unicode text, got {value!r:.80}") from None
 
 
 def _as_float(value: Any, path: str) -> float:

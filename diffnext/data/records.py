@@ -43,6 +43,7 @@ from diffnext.data.shards import (
     SUFFIXES,
     open_shard,
 )
+from diffnext.utils.messages import did_you_mean
 
 METADATA_NAME = "METADATA"
 MAX_OPEN_FILES = 256  # of datasets that are read together; systems allow 1024 to a process
@@ -70,17 +71,14 @@ def read_metadata(path: str | os.PathLike[str]) -> Metadata:
         path: Dataset folder.
 
     Raises:
-        FileNotFoundError: If there is none; the message names the datasets in the folder, if any.
+        FileNotFoundError: If there is none; the message names the datasets in the folder, if any,
+            or one with nearly the same name.
         RecordError: If it is malformed.
     """
     try:
         return read_typed(Path(path) / METADATA_NAME, TypeAdapter(Metadata))
     except (FileNotFoundError, NotADirectoryError):
-        nested = [folder.name for folder in _nested_datasets(Path(path))]
-        hint = f"; the datasets in it are {', '.join(nested)}" if nested else ""
-        raise FileNotFoundError(
-            f"{path} is not a dataset: it has no {METADATA_NAME}{hint}"
-        ) from None
+        raise FileNotFoundError(_explain_missing(Path(path))) from None
 
 
 def is_dataset(path: str | os.PathLike[str]) -> bool:
@@ -99,8 +97,16 @@ def find_datasets(path: str | os.PathLike[str]) -> list[Path]:
         return [folder]
     found = _nested_datasets(folder)
     if not found:
-        raise FileNotFoundError(f"{folder} is not a dataset: it has no {METADATA_NAME}")
+        raise FileNotFoundError(_explain_missing(folder))
     return found
+
+
+def _explain_missing(folder: Path) -> str:
+    if not folder.exists():
+        return f"there is no folder {folder}{did_you_mean(folder)}"
+    nested = [path.name for path in _nested_datasets(folder)]
+    hint = f"; the datasets in it are {', '.join(nested)}" if nested else ""
+    return f"{folder} is not a dataset: it has no {METADATA_NAME}{hint}"
 
 
 def _nested_datasets(folder: Path) -> list[Path]:
@@ -158,9 +164,11 @@ class RecordWriter:
         Raises:
             KeyError: If a name is undeclared or missing.
             TypeError: If a value does not have the declared type.
-            RecordError: If an integer does not fit in 64 bits, or the shard file exists.
+            RecordError: If an integer does not fit in 64 bits, a string holds half a character, or
+                the shard file exists.
             RuntimeError: If the writer is closed.
         """
+        self._check_open()
         self.write_record(encode_example(example, self.features))
 
     def write_record(self, record: bytes | memoryview) -> None:
@@ -173,8 +181,7 @@ class RecordWriter:
             RecordError: If the shard file exists.
             RuntimeError: If the writer is closed.
         """
-        if self._closed:
-            raise RuntimeError(f"cannot write to {self.path}: the writer is closed")
+        self._check_open()
         if self._entries % self.max_examples == 0:
             self._open_shard(self._entries // self.max_examples)
         offset = self._files[DATA_SUFFIX].tell()
@@ -199,6 +206,10 @@ class RecordWriter:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise RuntimeError(f"cannot write to {self.path}: the writer is closed")
 
     def _open_shard(self, number: int) -> None:
         self._close_shard()

@@ -60,7 +60,7 @@ def did_you_mean(path: Path) -> str:
     """The end of a message about a missing path: an existing one with nearly the same name."""
     for place in (path, *path.parents):
         if not place.exists() and place.parent.is_dir():
-            names = [one.name for one in place.parent.iterdir()]
+            names = [one.name for one in place.parent.iterdir() if one.exists()]
             close = difflib.get_close_matches(place.name, names, n=1)
             if not close:
                 return ""

@@ -1,6 +1,7 @@
 """Looking into datasets, and making others of them."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -150,8 +151,30 @@ def test_the_command_line_shows_checks_and_draws(built, tmp_path, capsys):
     assert main(["sheet", str(built), sheet_path, "--num", "4", "--vae", vae]) == 0
     with Image.open(sheet_path) as sheet:
         assert sheet.width > 4 * 96
-    assert main(["show", str(tmp_path)]) == 1
-    assert "error: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "command", [["show"], ["check"], ["sheet", "sheet.png"], ["sheet", "sheet.png", "--vae", "vae"]]
+)
+def test_the_command_line_says_first_that_there_is_no_dataset(tmp_path, capsys, command):
+    name, *options = command
+    for folder, message in (
+        (tmp_path, f"{tmp_path} is not a dataset: it has no METADATA"),
+        (tmp_path / "none", f"there is no folder {tmp_path}/none"),
+    ):
+        assert main([name, str(folder), *options]) == 1
+        assert capsys.readouterr().err == f"error: {message}\n"
+
+
+@pytest.mark.parametrize("advice", ["--update", None])
+def test_verifying_names_the_update_if_the_cache_command_built_it(built, tmp_path, capsys, advice):
+    shutil.copytree(built, tmp_path / "copy")
+    if advice is None:
+        (tmp_path / "copy" / "manifest.json").unlink()
+    data = tmp_path / "copy" / "00000.data"
+    data.write_bytes(data.read_bytes()[:-1] + b"?")
+    assert main(["verify", str(tmp_path / "copy")]) == 1
+    assert ("--update" in capsys.readouterr().out) == (advice is not None)
 
 
 def test_a_sheet_needs_the_autoencoder_of_the_latents(built, tmp_path, capsys):

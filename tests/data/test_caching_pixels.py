@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-from diffnext.data.caching.colours import BAD_PROFILE, HDR, NO_PROFILE
+from diffnext.data.caching.colours import BAD_PROFILE, HDR, NO_PROFILE, NO_SPACE
 from diffnext.data.caching.errors import BadExample
 from diffnext.data.caching.geometry import Crop, plan_crop
 from diffnext.data.caching.pictures import read_picture
@@ -72,6 +72,16 @@ def profiled(mode, color, profile, name="PNG"):
     return save(Image.new(mode, (16, 8), color), name, icc_profile=profile)
 
 
+def codestream(mode, color):
+    return plain(mode, color, name="JPEG2000", no_jp2=True)
+
+
+def color_map(bits, scale):
+    """A palette of a TIFF whose second entry is COLOR."""
+    others = [0] * (2**bits - 2)
+    return (3, [level for one in COLOR for level in (9 * scale, one * scale, *others)])
+
+
 PALETTE = bytes((9, 9, 9, *COLOR))
 P3, ADOBE = files.matrix_profile(files.P3, 2.2), files.matrix_profile(files.ADOBE_RGB, 2.2)
 U16 = array("u2", *(257 * level for level in COLOR))
@@ -82,10 +92,6 @@ PICTURES = {  # file, colour, note
     "png 16-bit": (png(2, 16, struct.pack(">3H", *U16)), COLOR),
     "png 16-bit grey": (png(0, 16, struct.pack(">H", 64 * 257)), GREY),
     "png 16-bit grey, transparent": (png(0, 16, KEY, tRNS=KEY), WHITE),
-    "png 16-bit, transparent": (
-        png(2, 16, struct.pack(">3H", 519, 3, 5), tRNS=struct.pack(">3H", 519, 3, 5)),
-        WHITE,
-    ),
     "png 16-bit grey with alpha": (png(4, 16, struct.pack(">2H", 0, 128 * 257)), (127, 127, 127)),
     "png 16-bit with alpha": (png(6, 16, struct.pack(">4H", *U16, 128 * 257)), HALF),
     "png 4-bit grey": (png(0, 4, b"\x44"), (68, 68, 68)),
@@ -106,6 +112,8 @@ PICTURES = {  # file, colour, note
     "gif, transparent": (save(Image.new("P", (16, 8), 3), "GIF", transparency=3), WHITE),
     "webp with alpha": (plain("RGBA", (*COLOR, 128), name="WEBP", lossless=True, exact=True), HALF),
     "jpeg 2000, 16-bit": (save(Image.new("I;16", (16, 8), 64 * 257), "JPEG2000"), GREY),
+    "jpeg 2000 codestream": (codestream("RGB", COLOR), COLOR, NO_SPACE),
+    "jpeg 2000 codestream, grey": (codestream("L", 64), GREY),
     "pgm, 12-bit": (b"P5 16 8 4095\n" + struct.pack(">128H", *[1028] * 128), GREY),
     "pfm": (b"Pf\n16 8\n-1.0\n" + struct.pack("<128f", *[0.25] * 128), GREY),
     "bmp": (plain("RGB", COLOR, name="BMP"), COLOR),
@@ -137,6 +145,12 @@ PICTURES = {  # file, colour, note
     "tiff, alpha": (tiff(array("u1", *COLOR, 128), 2, t338=(3, [2])), HALF),
     "tiff, premultiplied alpha": (tiff(array("u1", 100, 50, 25, 128), 2, t338=(3, [1])), HALF),
     "tiff, a fourth band": (tiff(array("u1", *COLOR, 128), 2, t338=(3, [0])), COLOR),
+    "tiff, palette": (tiff(array("u1", 1), 3, 8, t320=color_map(8, 257)), COLOR),
+    "tiff, palette of 8-bit colours": (tiff(array("u1", 1), 3, 8, t320=color_map(8, 1)), COLOR),
+    "tiff, 4-bit, palette of 8-bit colours": (
+        tiff(b"\x11" * 64, 3, 4, t320=color_map(4, 1)),
+        COLOR,
+    ),
     "tiff, palette with alpha": (save(Image.new("PA", (16, 8), (0, 128)), "TIFF"), (127, 127, 127)),
     "tiff, YCbCr": (plain("YCbCr", (124, 86, 182), name="TIFF", compression="jpeg"), COLOR),
     "tiff, Lab": (plain("LAB", (148, 128, 128), name="TIFF"), (139, 139, 139)),
@@ -203,9 +217,23 @@ def test_values_without_a_known_white_are_refused(samples, options, reason):
         read_picture(io.BytesIO(tiff(samples, 1, 32, 3, **options)), settings())
 
 
-def test_deep_colours_that_would_have_to_be_scaled_are_refused():
-    file = tiff(array("u2", 1, 2, 3), 2, 16, t340=(3, [0] * 3), t341=(3, [4095] * 3))
-    with pytest.raises(BadExample, match="16-bit colours from 0 to 4095 cannot be scaled"):
+@pytest.mark.parametrize(
+    "file, reason",
+    [
+        (
+            tiff(array("u2", 1, 2, 3), 2, 16, t340=(3, [0] * 3), t341=(3, [4095] * 3)),
+            "16-bit colours from 0 to 4095 cannot be scaled",
+        ),
+        (
+            png(2, 16, struct.pack(">3H", 519, 3, 5), tRNS=struct.pack(">3H", 520, 3, 5)),
+            "16-bit colours, one of them transparent, cannot be scaled",
+        ),
+        (codestream("CMYK", (55, 155, 205, 0)), "JPEG 2000 codestream of four channels"),
+        (codestream("RGBA", (*COLOR, 128)), "JPEG 2000 codestream of four channels"),
+    ],
+)
+def test_colours_that_may_mean_several_things_are_refused(file, reason):
+    with pytest.raises(BadExample, match=reason):
         read_picture(io.BytesIO(file), settings())
 
 

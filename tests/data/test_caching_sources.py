@@ -174,8 +174,12 @@ def test_a_missing_column_is_named_with_those_there_are(tmp_path):
 
 
 def test_nothing_is_an_error(tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photo").symlink_to(tmp_path / "nothing")
+    with pytest.raises(CacheError, match="there is no folder or file .*/photo; .* mean .*/photos?"):
+        items_of(tmp_path / "photo")
     with pytest.raises(CacheError, match="there is nothing at"):
-        items_of(tmp_path / "no_such_folder")
+        items_of(tmp_path / "no_such_folder" / "*.png")
     with pytest.raises(CacheError, match="holds no images"):
         items_of(tmp_path)
 

@@ -15,6 +15,7 @@ from diffnext.data.caching import building, encoding
 from diffnext.data.caching.building import build_cache
 from diffnext.data.caching.errors import CacheError
 from diffnext.data.caching.settings import FrameSampling
+from diffnext.data.record_format import RecordError
 from tests.data.caching_inputs import (
     Killed,
     draw_picture,
@@ -44,6 +45,29 @@ def shared_autoencoder(vae, monkeypatch):
 def age(path):
     """Give a file another time, as copying does."""
     os.utime(path, ns=(1, 1_000_000_007 * len(os.fspath(path))))
+
+
+def keep_times(folder, change):
+    """Change files and set their times back, as tools that unpack do."""
+    times = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    change(folder)
+    for path in folder.iterdir():
+        os.utime(path, ns=(times[path.name],) * 2)
+
+
+def swap(one, other):
+    spare = one.with_name("spare")
+    for old, new in ((one, spare), (other, one), (spare, other)):
+        old.rename(new)
+
+
+def make_alike(folder):
+    """Files of one size and one time each, except the second, which is not a picture."""
+    write_pictures(folder, COUNT, ".bmp")
+    (folder / "0001.bmp").write_bytes(b"no picture")
+    for path in folder.iterdir():
+        os.utime(path, (1e9, 1e9))
+    return folder
 
 
 # --- sources --------------------------------------------------------------------------------------
@@ -93,13 +117,25 @@ def edit(path, old, new):
     path.write_text(path.read_text().replace(old, new))
 
 
+def copy_with_times(folder):
+    shutil.copytree(folder, folder.with_name("copy"))
+    shutil.rmtree(folder)
+    folder.with_name("copy").rename(folder)
+
+
 def repack_without_times(folder):
     for path in (folder / "files").iterdir():
         age(path)
     pack(folder)
 
 
-SOURCES = {"folder": write_folder, "table": write_table, "tar": write_tar, "parquet": write_parquet}
+SOURCES = {
+    "folder": write_folder,
+    "table": write_table,
+    "tar": write_tar,
+    "parquet": write_parquet,
+    "alike": make_alike,
+}
 
 # kind: (source, change, message)
 CHANGES = {
@@ -113,6 +149,21 @@ CHANGES = {
         "folder",
         lambda f: (f / "0000.png").write_bytes(b"no"),
         "1 changed (0000.png)",
+    ),
+    "a caption of the same size and time": (
+        "alike",
+        lambda f: keep_times(f, lambda f: edit(f / "0003.txt", "disc", "dish")),
+        "1 changed (0003.bmp)",
+    ),
+    "pictures of the same size and time": (
+        "alike",
+        lambda f: swap(f / "0003.bmp", f / "0006.bmp"),
+        "2 changed (0003.bmp, 0006.bmp)",
+    ),
+    "a bad file of the same size and time": (
+        "alike",
+        lambda f: keep_times(f, lambda f: (f / "0001.bmp").write_bytes(b"no Picture")),
+        "1 changed (0001.bmp)",
     ),
     "a caption that goes": (
         "folder",
@@ -164,6 +215,7 @@ CHANGES = {
 }
 NO_CHANGES = {
     "times of files": ("folder", lambda f: [age(path) for path in f.iterdir()]),
+    "a folder copied with the times of its files": ("alike", copy_with_times),
     "an archive packed anew": ("tar", repack_without_times),
     "Parquet written anew": ("parquet", write_parquet),
     "a table that gained a blank line": (
@@ -308,7 +360,7 @@ def test_a_damaged_dataset_is_noticed_and_mended_by_an_update(tmp_path, vae, dam
         if is_seen:  # the others are seen by `diffnext inspect verify`, or by an update
             with pytest.raises(CacheError, match="--update (builds|reads)"):
                 build_cache(settings)
-        else:
+        elif Path(name).suffix not in (".data", ".xxh3"):  # which an update reads in any case
             add_picture(source, "new")
             build_cache(replace(settings, update=True))
             (source / "new.png").unlink()
@@ -317,6 +369,22 @@ def test_a_damaged_dataset_is_noticed_and_mended_by_an_update(tmp_path, vae, dam
         assert read_files(tmp_path / "out") == fresh, name
         shutil.rmtree(tmp_path / "out")
         shutil.copytree(tmp_path / "copy", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda path: path.write_text("[]"), "json: must hold key: value pairs; .*new folder"),
+        (Path.unlink, "holds a dataset that lost its manifest.json: copy that file back, or"),
+    ],
+)
+@pytest.mark.parametrize("update", [True, False])
+def test_a_manifest_that_is_lost_or_damaged_stops_a_build(tmp_path, vae, damage, message, update):
+    settings = make_settings(write_folder(tmp_path / "in"), tmp_path / "out", vae, update=update)
+    build_cache(settings)
+    damage(tmp_path / "out" / "manifest.json")
+    with pytest.raises((CacheError, RecordError), match=message):
+        build_cache(settings)
 
 
 def test_bad_items_leave_the_others_as_they_would_be(tmp_path):
@@ -394,7 +462,7 @@ def test_sources_lists_every_item_with_its_hash(tmp_path, vae):
     lines = Path(tmp_path / "out" / "sources.jsonl").read_text().splitlines()
     items = {line["source"]: line for line in map(json.loads, lines)}
     assert list(items) == [f"{number:04d}.png" for number in range(COUNT)]
+    assert len({item["hash"] for item in items.values()}) == COUNT
     bad = items.pop("0003.png")
-    assert bad["skipped"][0]["reason"].startswith("is not a picture") and "hash" not in bad
-    assert len({item["hash"] for item in items.values()}) == COUNT - 1
+    assert bad["skipped"][0]["reason"].startswith("is not a picture")
     assert all(item["examples"] == {"32x32": 1} for item in items.values())

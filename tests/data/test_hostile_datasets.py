@@ -1,6 +1,7 @@
 """Datasets that a stranger made: one error names file and rule, nothing outside is read."""
 
 import json
+import math
 import os
 import pickle
 
@@ -86,10 +87,13 @@ def folder_in_place(name):
 UNREADABLE = {
     "METADATA that is not JSON": (content("METADATA", "{"), "METADATA: Invalid JSON"),
     "METADATA that is not text": (content("METADATA", b"\xff\0"), "METADATA: Invalid JSON"),
-    "METADATA that is a list": (content("METADATA", "[]"), "METADATA: Input should be an object"),
+    "METADATA that is a list": (content("METADATA", "[]"), "METADATA: must hold key: value pairs"),
     "endless brackets": (content("METADATA", "[" * 100_000), "METADATA: .* recursion limit"),
     "a METADATA of a terabyte": (hole("METADATA"), "METADATA must have at most 16777216 bytes"),
-    "entries as text": (metadata(entries="2"), "METADATA: entries: .* valid integer, got '2'"),
+    "entries as text": (
+        metadata(entries="2"),
+        "METADATA: entries: must be a whole number, got '2'",
+    ),
     "no entries": (metadata(entries=0), "METADATA: entries: .* equal to 1, got 0"),
     "entries below zero": (metadata(entries=-2), "METADATA: entries: .* got -2"),
     "entries that are true": (metadata(entries=True), "METADATA: entries: .* got True"),
@@ -98,8 +102,8 @@ UNREADABLE = {
         content("METADATA", '{"entries": ' + "9" * 9000 + "}"),
         "METADATA: Invalid JSON: number out of range",
     ),
-    "another version": (metadata(version=2), "METADATA: version: Input should be 1, got 2"),
-    "no features": (content("METADATA", '{"entries": 2}'), "features: Field required; version:"),
+    "another version": (metadata(version=2), "METADATA: version: must be 1, got 2"),
+    "no features": (content("METADATA", '{"entries": 2}'), "features: must be given; version:"),
     "features in a list": (metadata(features=["int"]), "METADATA: features: .* got \\['int'\\]"),
     "an unknown type": (metadata(features={"a": "int8"}), "METADATA: .*'a': unknown type 'int8'"),
     "a list of two types": (metadata(features={"a": [1, 2]}), "METADATA: .* exactly one type"),
@@ -203,10 +207,13 @@ class Trap:
         ({"shape": (2**62, 2**62)}, "must be stored as float16"),
         ({"shape": ()}, "a shape of 1 to 8 sizes"),
         ({"moments": b""}, "must be stored as float16, 12 bytes, but has 0"),
+        ({"flow": math.nan}, "'flow' must be a finite number, got nan"),
+        ({"flow": -math.inf}, "'flow' must be a finite number, got -inf"),
     ],
 )
 def test_an_example_that_breaks_a_rule_is_one_error(tmp_path, values, message):
-    folder = write_dataset(tmp_path / "dataset", {**SOUND, **values})
+    example = {**SOUND, "flow": 1.0, **values}
+    folder = write_dataset(tmp_path / "dataset", example, features={**FEATURES, "flow": "float"})
     with pytest.raises(RecordError, match=f"^example 0 .*00000.data.*{message}"):
         FeatureDataLoader(folder, shuffle=False).next()
     assert main(["check", str(folder)]) == 1
@@ -225,15 +232,15 @@ def test_pickled_moments_are_not_run(tmp_path):
     [
         ("{", "Invalid JSON"),
         ("[" * 100_000, "recursion limit"),
-        ('"x"', "should be an object"),
-        ('{"format": 2}', "format: Input should be 1, got 2"),
-        ('{"vae": []}', "vae: .* object, got \\[\\]"),
-        ('{"vae": {"folder": 3}}', "vae.folder: .* string, got 3"),
-        ('{"vae_hash": {}}', "vae_hash: .* string"),
+        ('"x"', "must hold key: value pairs"),
+        ('{"format": 2}', "format: must be 1, got 2"),
+        ('{"vae": []}', "vae: must hold .* got \\[\\]"),
+        ('{"vae": {"folder": 3}}', "vae.folder: must be a text, got 3"),
+        ('{"vae_hash": {}}', "vae_hash: must be a text"),
         ('{"shape": "8"}', "shape: .* got '8'"),
-        ('{"shape": [8, "4"]}', "shape.1: .* integer, got '4'"),
+        ('{"shape": [8, "4"]}', "shape.1: .* whole number, got '4'"),
         ('{"shape": [-8]}', "shape.0: .* 0, got -8"),
-        ('{"size": [32]}', "size.1: Field required"),
+        ('{"size": [32]}', "size.1: must be given"),
         ('{"text_encoder": "phi"}', "text_encoder: .* got 'phi'"),
         ('{"counts": null}', "counts: .* got None"),
         ('{"counts": {"examples": "2"}, "plan": 3}', "plan: .* got 3"),

@@ -278,9 +278,18 @@ def test_a_value_of_another_type_is_refused(kind, value, message):
         encode({"a": value}, {"a": kind})
 
 
-def test_an_integer_beyond_64_bits_is_refused():
-    with pytest.raises(RecordError, match="64 bits"):
-        encode({"a": 2**63}, {"a": "int"})
+@pytest.mark.parametrize(
+    ("kind", "value", "message"),
+    [
+        ("int", 2**63, "'a': 9223372036854775808 does not fit in 64 bits"),
+        ("string", "x\udcff", r"'a' must be Unicode text, got 'x\\udcff'"),
+        (["string"], ["x", "\ud800"], r"'a\[1\]' must be Unicode text"),
+        ({"\ud800": "int"}, {"\ud800": 1}, "'a.*' must be Unicode text"),
+    ],
+)
+def test_a_value_that_cannot_be_stored_is_refused(kind, value, message):
+    with pytest.raises(RecordError, match=message):
+        encode({"a": value}, {"a": kind})
 
 
 def test_undeclared_and_missing_names_are_refused():

@@ -111,8 +111,9 @@ def test_a_closed_dataset_and_a_closed_writer_refuse(tmp_path):
     (tmp_path / "b").mkdir()
     writer = RecordWriter(tmp_path / "b", {"a": "int"})
     writer.close()
-    with pytest.raises(RuntimeError, match="closed"):
-        writer.write({"a": 1})
+    for example in ({"a": 1}, {}, {"a": "not a number"}):
+        with pytest.raises(RuntimeError, match="closed"):
+            writer.write(example)
 
 
 def test_shards_are_read_by_number_and_not_by_letter(tmp_path):
@@ -204,6 +205,8 @@ def test_a_corrupt_record_is_refused_with_file_and_example(tmp_path):
 def test_a_folder_of_datasets_names_them(tmp_path):
     write_numbers(tmp_path / "a", 1)
     write_numbers(tmp_path / "b", 1)
+    with pytest.raises(FileNotFoundError, match=f"^there is no folder {tmp_path}/aa; did you mean"):
+        RecordDataset(tmp_path / "aa")
     message = f"^{tmp_path} is not a dataset: it has no METADATA; the datasets in it are a, b$"
     with pytest.raises(FileNotFoundError, match=message):
         RecordDataset(tmp_path)

@@ -119,7 +119,7 @@ def test_a_base_folder_without_weights_gives_sizes_and_says_what_is_missing(tiny
 PROBLEMS = {
     "pipeline.paths.module_config.transformer.text_token_dim=48": "text_token_dim is 48",
     "pipeline.paths.module_config.transformer.arch=[vit_d2w64,vit_d4w64,mlp_no]": "mlp_no",
-    "train_dataloader.params.dataset=/nowhere": "/nowhere is not a dataset",
+    "train_dataloader.params.dataset=/nowhere": "there is no folder /nowhere",
     "experiment.resume_from_checkpoint=/nowhere-3": "/nowhere-3",
 }
 

@@ -143,6 +143,15 @@ def test_help_needs_no_torch():
     subprocess.run([sys.executable, "-c", program], check=True, env=environment())
 
 
+def test_a_wrong_size_is_an_error_before_torch_is_imported():
+    program = (
+        "import sys; from diffnext.cli.cache import main\n"
+        "arguments = ['images', 'in', '--output', 'out', '--vae', 'vae', '--size', '32y32']\n"
+        "assert main(arguments) == 1 and 'torch' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, env=environment())
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
@@ -150,7 +159,7 @@ def test_help_needs_no_torch():
         (["--size", "32", "32x32"], "sizes must differ"),
         (["--size", "32", "--batch-size", "0"], "batch_size must be at least 1"),
         (["--size", "32", "--max-upscale", "nan"], "max_upscale must be at least 1"),
-        (["--size", "32", "--caption-column", "title"], "there is nothing at"),
+        (["--size", "32", "--caption-column", "title"], "there is no folder or file"),
     ],
 )
 def test_wrong_commands_are_one_line(tmp_path, capsys, options, message):

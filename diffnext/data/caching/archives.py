@@ -6,7 +6,9 @@ Members are read in place. Nothing is unpacked, so no name can lead out of a fol
 from __future__ import annotations
 
 import io
+import itertools
 import os
+import posixpath
 import tarfile
 from collections import Counter
 from collections.abc import Iterator
@@ -26,7 +28,7 @@ from diffnext.data.caching.media import (
 )
 
 HEADER_LIMIT = 2**15  # bytes of a header with its extensions
-MARK = b"ustar"  # in every header, after MARK_OFFSET bytes
+MARK = b"ustar"  # in every header but those of version 7 of Unix, after MARK_OFFSET bytes
 MARK_OFFSET = 257
 BLOCK = 2**20  # bytes searched at once
 PACKED = {
@@ -42,7 +44,8 @@ def archive_items(path: str, label: str, kind: str, unread: Counter[str]) -> Ite
     """Items of an archive, in the order of its members, and its damaged parts.
 
     After a damaged part, and after the end of an archive that others were appended to, reading
-    continues at the next header.
+    continues at the next header. Of several members of one name the last counts, as it would if
+    the archive were unpacked; the others come right after it.
 
     Args:
         path: Path of the archive.
@@ -53,7 +56,7 @@ def archive_items(path: str, label: str, kind: str, unread: Counter[str]) -> Ite
     Raises:
         CacheError: If it is not an uncompressed tar file.
     """
-    found: list[Item] = []
+    found: dict[str, list[Item]] = {}  # by name
     sides: dict[str, dict[str, Media]] = {}
     with open_source(path) as file:
         for member in _ArchiveReader(path, file).read():
@@ -61,12 +64,12 @@ def archive_items(path: str, label: str, kind: str, unread: Counter[str]) -> Ite
             if is_system_file(os.path.basename(member.name)):
                 continue
             if suffix in media_suffixes(kind) or member.media is None:
-                found.append(member)
+                found.setdefault(member.name, []).append(member)
             elif suffix not in SIDE_SUFFIXES:
                 unread[suffix] += 1
             elif member.problem is None:
-                sides.setdefault(_stem(member.name), {}).setdefault(suffix, member.media)
-    for member in found:
+                sides.setdefault(_stem(member.name), {})[suffix] = member.media
+    for member in itertools.chain.from_iterable(map(_last_first, found.values())):
         name = f"{label}/{member.name}"
         if member.problem is not None:
             yield Item(name, problem=member.problem)
@@ -148,7 +151,8 @@ class _ArchiveReader:
     def _is_header_or_end(self, position: int) -> bool:
         """Whether a header, zeros or the end of the file follow."""
         block = self._read(position, tarfile.BLOCKSIZE)
-        return block[MARK_OFFSET:].startswith(MARK) or not block.strip(b"\0")
+        is_marked = block[MARK_OFFSET:].startswith(MARK)
+        return is_marked or not block.strip(b"\0") or self._header_at(position) is not None
 
     def _find_header(self, start: int, stop: int) -> int:
         """Where the next header begins; ``stop`` if there is none before."""
@@ -225,11 +229,17 @@ def find_problem(member: tarfile.TarInfo) -> str | None:
     return None
 
 
+def _last_first(members: list[Item]) -> list[Item]:
+    """Members of one name; those with a problem come last, as they would replace no other."""
+    return sorted(members[::-1], key=lambda member: member.problem is not None)
+
+
 def _stem(name: str) -> str:
-    return os.path.splitext(name)[0]
+    """The name without its suffix, and without "./" in front."""
+    return os.path.splitext(posixpath.normpath(name))[0]
 
 
 def _key(name: str) -> str:
     """WebDataset's key: the name up to the first dot after the last slash."""
-    folder, _, base = name.rpartition("/")
-    return f"{folder}/{base.partition('.')[0]}" if folder else base.partition(".")[0]
+    folder, base = posixpath.split(posixpath.normpath(name))
+    return posixpath.join(folder, base.partition(".")[0])

@@ -141,7 +141,7 @@ class ParquetMedia(Media):
         return open_cell(cell, self.root)
 
     def stamp(self) -> list[int]:
-        """Size and time of the table."""
+        """Size and times of the table."""
         return file_stamp(self.table)
 
 
@@ -232,7 +232,7 @@ class SavedMedia(Media):
         return open_cell(cell, self.folder)
 
     def stamp(self) -> list[int]:
-        """Size and time of the file that names the dataset's other files."""
+        """Size and times of the file that names the dataset's other files."""
         return file_stamp(os.path.join(self.folder, self.split or "", "state.json"))
 
 

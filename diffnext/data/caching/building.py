@@ -57,6 +57,7 @@ from diffnext.data.manifest import (
 from diffnext.data.records import (
     RecordDataset,
     RecordError,
+    find_damage,
     normalize_features,
     write_metadata,
 )
@@ -177,7 +178,7 @@ def _prepare(
                 _check_update(settings, f"{settings.output} is damaged: {error}; {remedy}")
             else:
                 changes = find_changes([item.source for item in facts], facts, items)
-                if not changes:
+                if not changes and not (settings.update and _has_damage(settings, manifest)):
                     return None
                 _check_update(settings, _describe_changes(settings, changes))
     elif work.is_begun:
@@ -214,6 +215,11 @@ def _read_finished(settings: CacheSettings, manifest: Manifest) -> list[ItemFact
             if len(records) != count:
                 raise RecordError(f"{folder} has {len(records)} examples in place of {count}")
     return list(read_facts(settings.output / SOURCES_NAME))
+
+
+def _has_damage(settings: CacheSettings, manifest: Manifest) -> bool:
+    """Whether a record of a finished dataset has no checksum, or another one."""
+    return any(True for folder in _count_examples(settings, manifest) for _ in find_damage(folder))
 
 
 def _describe_changes(settings: CacheSettings, changes: Changes) -> str:

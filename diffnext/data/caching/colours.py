@@ -18,12 +18,16 @@ from diffnext.utils.pictures import lay_on_white
 
 BAD_PROFILE = "taken for sRGB: the colour profile cannot be used"
 NO_PROFILE = "taken for sRGB: other colours without a colour profile"
+NO_SPACE = "taken for sRGB: the file names no colour space"
 HDR = "taken for SDR: brightness coded for HDR (PQ or HLG)"
 
 # Tags of TIFF, and their values.
 BITS, PHOTOMETRIC, SAMPLE_FORMAT, SMIN_SAMPLE_VALUE, SMAX_SAMPLE_VALUE = 258, 262, 339, 340, 341
 UNSIGNED, SIGNED, FLOAT = 1, 2, 3
 WHITE_IS_ZERO = 0
+COLOR_MAP = 320
+
+CODESTREAM = b"\xff\x4f\xff\x51"  # of JPEG 2000, without the file around it that names colours
 
 EXIF_SRGB = 1
 PROFILE_MODES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}
@@ -51,8 +55,10 @@ def to_srgb(picture: Image.Image, head: bytes) -> tuple[Image.Image, tuple[str, 
         A picture in mode RGB, and notes on what was assumed.
 
     Raises:
-        BadExample: If black and white are unknown.
+        BadExample: If black and white, the channels or the transparent colour are unknown.
     """
+    if head.startswith(CODESTREAM) and picture.mode == "RGBA":
+        raise BadExample("is a JPEG 2000 codestream of four channels, CMYK or with transparency")
     profile = picture.info.get("icc_profile")
     note = None if profile else _name_other_colours(picture, head)
     picture, opacity = _split_opacity(_to_eight_bits(picture, head))
@@ -78,6 +84,9 @@ def read_exif(picture: Image.Image, tag: int, folder: int | None = None) -> Any:
 def _to_eight_bits(picture: Image.Image, head: bytes) -> Image.Image:
     """A picture of 8 bits per channel at most, black at 0 and white at the highest value."""
     tags = getattr(picture, "tag_v2", {})
+    if picture.mode.startswith("P") and max(tags.get(COLOR_MAP, [256])) < 256:
+        # 8-bit colours in place of 16-bit ones: libtiff takes them for such, too
+        picture.putpalette(bytes(tags[COLOR_MAP]), "RGB;L")
     sample_format = _first(tags, SAMPLE_FORMAT, FLOAT if picture.mode == "F" else UNSIGNED)
     bits = _first(tags, BITS, 16)
     ranges = {UNSIGNED: (0, 2**bits - 1), SIGNED: (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)}
@@ -122,7 +131,9 @@ def _scale_key(mode: str, bits: int, key: Any) -> Any:
     """The transparent colour of a PNG at 8 bits; Pillow converts only the pixels."""
     if mode == "L":
         return key * 255 // (2**bits - 1)
-    return tuple(level >> (bits - 8) for level in key) if mode == "RGB" else key
+    if mode == "RGB" and bits > 8:
+        raise BadExample(f"its {bits}-bit colours, one of them transparent, cannot be scaled")
+    return key
 
 
 def _split_opacity(picture: Image.Image) -> tuple[Image.Image, Image.Image | None]:
@@ -161,6 +172,8 @@ def _name_other_colours(picture: Image.Image, head: bytes) -> str | None:
     primaries, transfer = _read_coding(picture.format, head)
     if transfer in HDR_TRANSFERS:
         return HDR
+    if head.startswith(CODESTREAM) and picture.mode == "RGB":
+        return NO_SPACE
     gamma = picture.info.get("gamma", SRGB_GAMMA) if "srgb" not in picture.info else SRGB_GAMMA
     colour_space = read_exif(picture, ExifTags.Base.ColorSpace, ExifTags.IFD.Exif)
     is_other = (

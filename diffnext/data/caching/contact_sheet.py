@@ -51,9 +51,9 @@ def draw_contact_sheet(
     """
     if min(count, columns) < 1:
         raise CacheError(f"a sheet has 1 example and 1 column at least, got {count} and {columns}")
-    model = load_autoencoder(find_vae(folder, vae), torch.float32, device)
     with RecordDataset(folder) as dataset:
         check_features(dataset.features, str(folder))
+        model = load_autoencoder(find_vae(folder, vae), torch.float32, device)
         indices = np.linspace(0, len(dataset) - 1, min(count, len(dataset))).round().astype(int)
         cells = [_draw_cell(model, dataset, index) for index in indices.tolist()]
     return arrange(cells, columns)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -78,7 +79,16 @@ def read_item(item: Item, settings: CacheSettings) -> Reading:
     except MemoryError:
         problem = "needs too much memory to be decoded"
     skipped = Skipped(item.name, printable(problem))
-    return Reading(ItemFacts(item.name, stamp, skipped=[skipped]))
+    return Reading(ItemFacts(item.name, stamp, _hash_unchanged(item, stamp), skipped=[skipped]))
+
+
+def _hash_unchanged(item: Item, stamp: list[Any]) -> str:
+    """The hash of an item that cannot be used; empty if it cannot be read, or was changed."""
+    try:
+        digest = hash_item(item)
+    except (BadExample, OSError, MemoryError):
+        return ""
+    return digest if stamp_item(item) == stamp else ""
 
 
 def _read_examples(item: Item, settings: CacheSettings) -> tuple[list[Example], tuple[str, ...]]:

@@ -71,8 +71,8 @@ class Media(ABC):
         """Shows, without reading them, whether the bytes may have changed.
 
         Returns:
-            Size and time of the last change, in nanoseconds, of the file that they are in, and
-            their place in it; empty if there is no such file.
+            See :func:`file_stamp`, of the file that they are in, and their place in it; empty if
+            there is no such file.
         """
 
     def read(self, limit: int) -> bytes:
@@ -111,7 +111,7 @@ class FileMedia(Media):
             raise BadExample(f"cannot be opened: {reason_of(error)}") from error
 
     def stamp(self) -> list[int]:
-        """Size and time of the file."""
+        """Size and times of the file."""
         return file_stamp(self.path)
 
 
@@ -164,7 +164,7 @@ class ArchiveMedia(Media):
         return io.BufferedReader(_Section(file, self.offset, self.size))
 
     def stamp(self) -> list[int]:
-        """Size and time of the archive, offset and size of the member."""
+        """Size and times of the archive, offset and size of the member."""
         archive = file_stamp(self.archive)
         return archive and [*archive, self.offset, self.size]
 
@@ -245,12 +245,16 @@ def open_source(path: str) -> Iterator[BinaryIO]:
 
 
 def file_stamp(path: str) -> list[int]:
-    """Size and time of the last change, in nanoseconds; empty if there is no such file."""
+    """Size, and times of the last change, in nanoseconds; empty if there is no such file.
+
+    The first time can be set, as tools that unpack do; the second, of the system, cannot. The
+    number of the file is left out: some network file systems give it anew.
+    """
     try:
         status = os.stat(path)
     except (OSError, ValueError):  # ValueError: a NUL byte in the name
         return []
-    return [status.st_size, status.st_mtime_ns]
+    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
 
 
 @functools.cache

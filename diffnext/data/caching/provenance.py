@@ -40,7 +40,7 @@ class ItemFacts:
     Attributes:
         source: Its name.
         stamp: See :func:`stamp_item`.
-        hash: See :func:`hash_item`; empty if it has no example.
+        hash: See :func:`hash_item`; empty if it could not be read.
         examples: Number of examples by size.
         skipped: What was left out, and why.
         notes: What was assumed about it.

@@ -32,6 +32,7 @@ from diffnext.data.caching.media import (
 )
 from diffnext.data.caching.settings import CacheSettings
 from diffnext.data.caching.tables import folder_of, read_csv, read_jsonl, row_items
+from diffnext.utils.messages import did_you_mean
 
 FOLDER_TABLES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 HUGGINGFACE_FILES = ("dataset_dict.json", "dataset_info.json")
@@ -136,9 +137,9 @@ def find_files(source: str) -> list[str]:
     """
     if os.path.exists(source):
         return [source]
-    found = []
-    if any(character in source for character in GLOB_CHARACTERS):
-        found = sorted(_expand(source))
+    if not any(character in source for character in GLOB_CHARACTERS):
+        raise CacheError(f"there is no folder or file {source}{did_you_mean(Path(source))}")
+    found = sorted(_expand(source))
     if not found:
         raise CacheError(f"there is nothing at {source}")
     return found

@@ -82,7 +82,13 @@ class WorkFolder:
         if not self.path.is_dir() and not (self.output / MANIFEST_NAME).is_file():
             found = os.listdir(self.output) if self.output.is_dir() else []
             if set(found) - {SKIPPED_NAME, SOURCES_NAME, WORK_NAME}:
-                raise CacheError(f"{self.output} is not empty: name a new folder")
+                problem = "is not empty: name a new folder"
+                if SOURCES_NAME in found:
+                    problem = (
+                        f"holds a dataset that lost its {MANIFEST_NAME}: copy that file back, or "
+                        "name a new folder"
+                    )
+                raise CacheError(f"{self.output} {problem}")
         try:
             with Claims(self.path / "claims") as claims:
                 yield claims

@@ -16,8 +16,8 @@ from diffnext.models.modeling_utils import evaluating
 from diffnext.utils.component_files import reading
 from diffnext.utils.host_data import send
 
-# A fast tokenizer holds the truncation of a call, and lets one thread change it at a time.
 MOST_TOKENS = 10**6  # counted; models read 256
+# A fast tokenizer holds the truncation of a call, and lets one thread change it at a time.
 _TOKENIZER_LOCK = threading.Lock()
 
 
