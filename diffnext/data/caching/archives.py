@@ -231,7 +231,9 @@ def find_problem(member: tarfile.TarInfo) -> str | None:
 
 def _last_first(members: list[Item]) -> list[Item]:
     """Members of one name; those with a problem come last, as they would replace no other."""
-    return sorted(members[::-1], key=lambda member: member.problem is not None)
+    sound = [member for member in members if member.problem is None]
+    others = [member for member in members if member.problem is not None]
+    return [*reversed(sound), *reversed(others)]
 
 
 def _stem(name: str) -> str:
