@@ -278,8 +278,8 @@ def test_an_archive_that_is_cut_off_gives_what_is_before(tmp_path, last, reason)
 
 
 def test_members_are_read_where_they_lie(tmp_path):
-    """A member of a gigabyte, most of it a hole, does not go through memory."""
-    size = 2**30
+    """A member of gigabytes, most of it a hole, does not go through memory."""
+    size = 3 * 2**30
     with open(tmp_path / "a.tar", "wb") as file:
         file.write(good(0) + header_of("bad.png", size=binary_size(size)))
         file.seek(size, os.SEEK_CUR)

@@ -22,6 +22,8 @@ from diffnext.data.caching.provenance import ItemFacts, hash_item, stamp_item
 from diffnext.data.caching.settings import CacheSettings, Size
 from diffnext.data.caching.video_decoding import read_clips
 
+MAX_BAD_BYTES = 2**26  # hashed of a file that cannot be used, to notice later that it was mended
+
 
 @dataclass(frozen=True)
 class Example:
@@ -83,9 +85,9 @@ def read_item(item: Item, settings: CacheSettings) -> Reading:
 
 
 def _hash_unchanged(item: Item, stamp: list[Any]) -> str:
-    """The hash of an item that cannot be used; empty if it cannot be read, or was changed."""
+    """The hash of an item that cannot be used; empty if that would take long, or it was changed."""
     try:
-        digest = hash_item(item)
+        digest = hash_item(item, MAX_BAD_BYTES)
     except (BadExample, OSError, MemoryError):
         return ""
     return digest if stamp_item(item) == stamp else ""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -86,19 +87,23 @@ def stamp_item(item: Item) -> list[Any]:
     return [xxhash.xxh3_64_hexdigest(_describe_values(item)), media, sides]
 
 
-def hash_item(item: Item) -> str:
+def hash_item(item: Item, most: float = math.inf) -> str:
     """XXH3 (128 bits) of everything the examples of an item are made of, in hexadecimal digits.
 
+    Args:
+        item: The item.
+        most: Bytes that a file of it may have.
+
     Raises:
-        BadExample: If its files cannot be read.
+        BadExample: If its files cannot be read, or one is larger.
         OSError: If reading fails.
     """
     digest = xxhash.xxh3_128(_describe_values(item))
     for suffix, side in sorted(item.sides.items()):
         digest.update(suffix.encode())
-        _hash_media(digest, side)
+        _hash_media(digest, side, most)
     if item.media is not None:
-        _hash_media(digest, item.media)
+        _hash_media(digest, item.media, most)
     return digest.hexdigest()
 
 
@@ -106,11 +111,13 @@ def _describe_values(item: Item) -> bytes:
     return json.dumps([dict(item.values), item.problem], default=repr, sort_keys=True).encode()
 
 
-def _hash_media(digest: xxhash.xxh3_128, media: Media) -> None:
+def _hash_media(digest: xxhash.xxh3_128, media: Media, most: float) -> None:
     length = 0
     with media.open() as file:
         while block := file.read(BLOCK):
             length += len(block)
+            if length > most:
+                raise BadExample(f"has more than {most} bytes")
             digest.update(block)
     digest.update(length.to_bytes(8, "little"))
 
