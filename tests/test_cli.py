@@ -306,7 +306,6 @@ def test_what_is_not_said_is_taken_from_the_card(tmp_path):
         (["--seed", f"{2**63}"], "--seed must be 0 to "),
         (["--guidance-scale", "-2"], "--guidance-scale must be 0 to 100, got -2"),
         (["--image", "none.jpg"], "--image none.jpg: there is no such file"),
-        (["--image", __file__], "--image is the beginning of a video: give --num-frames"),
         (["--precision", "fp16"], "argument --precision: invalid choice: 'fp16'"),
         (["--modle", "x"], "unknown option --modle; did you mean --model? (see diffnext generate"),
         (["--output", "a.mp4"], "--output a.mp4 must be the name of a picture: use .png"),
@@ -351,6 +350,9 @@ def test_errors_are_one_line(video_model, tmp_path, capsys):
     video = ["--model", video_model, "a cat", "--num-frames", "5", "--output", tmp_path / "a.mp4"]
     message = refuse_generate(capsys, *video, "--image", tmp_path / "broken.jpg")
     assert "broken.jpg is not a picture" in message
+    one_frame = [*video, "--num-frames", "1", "--output", tmp_path / "a.png"]
+    message = refuse_generate(capsys, *one_frame, "--image", ROOT / "assets" / "sample_image.jpg")
+    assert "sample_image.jpg is the beginning of a video: give --num-frames" in message
     video[video.index("5")] = "6"
     assert "cannot take 6 frames" in refuse_generate(capsys, *video)
     assert not list(tmp_path.glob("a.*"))

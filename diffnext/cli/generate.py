@@ -114,8 +114,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"--guidance-scale must be 0 to {MAX_GUIDANCE}, got {args.guidance_scale}")
     if args.image is not None and not args.image.is_file():
         parser.error(f"--image {args.image}: there is no such file{did_you_mean(args.image)}")
-    if args.image is not None and args.num_frames == 1:
-        parser.error("--image is the beginning of a video: give --num-frames, 5 or more")
     suffixes = VIDEOS if args.num_frames > 1 else PICTURES
     if args.output is not None and args.output.suffix.lower() not in suffixes:
         what = "video" if args.num_frames > 1 else "picture"
@@ -165,6 +163,8 @@ def generate(args: argparse.Namespace) -> None:
     folder = newest_checkpoint(find_folder(args.model))
     settings = read_settings(args, folder)
     image = None if args.image is None else load_picture(args.image)
+    if image is not None and args.num_frames == 1:
+        raise ValueError(f"{args.image} is the beginning of a video: give --num-frames, 5 or more")
     pipe = load_pipeline(folder, args)
     for index, prompt in enumerate(args.prompt):
         first = index * args.num_images

@@ -445,7 +445,7 @@ def test_the_memory_of_the_dry_run_is_that_of_the_largest(run, folders, capsys):
         (lambda f: write_records(f, 3, (8, 8), channels=3), "has 3 latent channels"),
         (lambda f: write_records(f, 3, (8, 6)), "latents of 8x6: the sides must be multiples of 4"),
         (lambda f: write_records(f, 3, (3, 8, 8)), "NOVATrainT2IPipeline trains on images"),
-        (lambda f: None, "is not a dataset: it has no METADATA"),
+        (lambda f: None, "wrong: there is no folder "),
         (
             lambda f: os.truncate(write_records(f, 3, (8, 8)) / "00000.data", 99),
             "00000.data is truncated",

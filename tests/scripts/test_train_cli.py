@@ -43,7 +43,8 @@ WRONG = {
     "experiment.resume_from_checkpoint=/nowhere-3": "experiment.resume_from_checkpoint=/nowhere-3: "
     "there is no folder",
     "pipeline.paths.pretrained_path=/nowhere": "pipeline.paths.pretrained_path=/nowhere",
-    "train_dataloader.params.dataset=/nowhere": "train_dataloader.params.dataset: /nowhere is not",
+    "train_dataloader.params.dataset=/nowhere": "train_dataloader.params.dataset: there is no "
+    "folder /nowhere",
 }
 
 
