@@ -276,8 +276,5 @@ def _wrong_validation(
             f"validation.every={options.every} has nothing to draw: the dataset has cached text "
             "states instead of captions; set validation.prompts or validation.holdout"
         )
-    frames = options.max_latent_length or 1
-    if frames > 1 and (model.sizes.get("video_base_size") or [frames])[0] == 1:
-        yield f"validation.max_latent_length={frames} is for videos, but the model makes images"
     lines = (wrong_prompt("validation.prompts", p, model, base) for p in options.prompts or ())
     yield from itertools.islice(filter(None, lines), 1)

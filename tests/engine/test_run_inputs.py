@@ -241,7 +241,6 @@ MISFITS = [
     ("model.lora={target_modules: [nothing]}", "no linear layer is named 'nothing'"),
     ("optimizer.params.betas=[2,3]", "optimizer.params of torch.optim.AdamW: Invalid beta"),
     ("optimizer.params.lr=-1", "optimizer.params of torch.optim.AdamW: Invalid learning rate"),
-    ("validation.max_latent_length=3", "validation.max_latent_length=3 is for videos, but"),
     ("+pipeline.paths.module_config.scheduler={prediction_type: sample}", "got 'sample'"),
     ("lr_scheduler.params.lr_max=-1", "ConstantLR lead to a learning rate of -1"),
     ("validation.holdout=0.01", "validation.holdout=0.01 keeps none of the 12 examples"),

@@ -5,7 +5,6 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file
 
-from diffnext.engine import validation
 from diffnext.engine.validation import make_grid
 from tests.engine.conftest import write_dataset
 
@@ -71,12 +70,8 @@ def test_held_out_share_is_not_trained_on_and_has_the_same_noise_each_time(tiny_
     assert "up to 3 of 3 examples" in tiny_run.log()
 
 
-def test_failing_samples_are_a_warning(tiny_run, monkeypatch):
-    def fail(pictures):
-        raise ValueError("no grid")
-
-    monkeypatch.setattr(validation, "make_grid", fail)
-    tiny_run.train(*STEPS, *VALIDATION)
+def test_failing_samples_are_a_warning(tiny_run):
+    tiny_run.train(*STEPS, *VALIDATION, "validation.max_latent_length=5")
     assert "no samples at step 2" in tiny_run.log()
     assert tiny_run.checkpoint(4).is_dir()
 
