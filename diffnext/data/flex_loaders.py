@@ -1,5 +1,6 @@
 """Endless, reproducible and resumable loaders of training batches."""
 
+import atexit
 import difflib
 import itertools
 import logging
@@ -7,6 +8,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -343,6 +345,7 @@ class DataLoader(DataLoaderBase):
         samples = _list_samples(self._order, self._consumed)
         if self._num_processes == 0:
             return map(batches.__getitem__, samples)
+        atexit.register(_close, weakref.ref(self))
         return iter(
             torch.utils.data.DataLoader(
                 batches,
@@ -379,6 +382,13 @@ class DataLoader(DataLoaderBase):
                 f"{self._num_processes} processes and queue_depth {depth} the batches need "
                 f"{needed / 1e9:.3g} GB, this machine has {memory / 1e9:.3g} GB"
             )
+
+
+def _close(loader: "weakref.ref[DataLoader]") -> None:
+    """Close a loader that a program left open, before Python ends its processes itself."""
+    found = loader()
+    if found is not None:
+        found.close()
 
 
 class FeatureDataLoader(DataLoader):

@@ -164,7 +164,7 @@ def test_a_script_ends_without_closing_its_loader(make_dataset):
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
     )
-    assert (result.returncode, result.stdout) == (0, "1\n"), result.stderr
+    assert (result.returncode, result.stdout, result.stderr) == (0, "1\n", "")
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
