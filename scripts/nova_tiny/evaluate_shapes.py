@@ -39,6 +39,7 @@ from diffnext.data.caching.contact_sheet import arrange, decode_frames, draw_cel
 from diffnext.models.autoencoders.autoencoder_kl_opensora import AutoencoderKLOpenSora
 from diffnext.models.autoencoders.loading import load_autoencoder
 from diffnext.pipelines import NOVAPipeline
+from diffnext.utils.folders import public_name
 from make_shapes_dataset import encode
 from shapes_world.binding import measure_binding
 from shapes_world.captions import write_prompt
@@ -127,7 +128,7 @@ def evaluate_model(args: argparse.Namespace) -> None:
     pipe = load_pipeline(args)
     drawings = draw_all(args, pipeline_drawer(pipe, args))
     settings = {
-        "model": str(args.model),
+        "model": public_name(str(args.model)),
         "guidance_scale": args.guidance_scale,
         "num_inference_steps": args.num_inference_steps,
         "num_diffusion_steps": args.num_diffusion_steps,

@@ -84,7 +84,8 @@ PICTURE_LESSONS = (
 CLIP_LESSONS = (
     Lesson("clips", COLORED_CLIPS, 10000, 3000, is_clip=True, rates=(1e-3, 5e-4)),
     Lesson("more_clips", COLORED_CLIPS, 16000, 11500, is_clip=True, repeats=True),
-    Lesson("last_clips", (), 0, 3400, is_clip=True, rates=(5e-4, 1e-5), repeats=True),
+    Lesson("same_clips", (), 0, 3400, is_clip=True, rates=(5e-4, 1e-5), repeats=True),
+    Lesson("new_clips", COLORED_CLIPS, 16000, 6000, is_clip=True, rates=(7e-4, 1e-5), repeats=True),
 )
 CLIP_DECODER_STEPS = 1400  # of one clip
 HELD_OUT_PICTURES = Lesson("held_out", CATEGORIES, 512, steps=0)
