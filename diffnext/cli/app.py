@@ -9,8 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from diffnext.cli.generate import MODEL_HELP
-from diffnext.cli.parsing import PRECISIONS, command_parser, quiet_imports
+from diffnext.cli.parsing import MODEL_HELP, PRECISIONS, command_parser, quiet_imports
 
 DESCRIPTION = """\
 Generate in the browser; prints the address to open.

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffnext.cli.parsing import add_device_options, command_parser, run
+from diffnext.cli.parsing import MODEL_HELP, add_device_options, command_parser, run
 from diffnext.utils.folders import public_name
 from diffnext.utils.messages import did_you_mean
 
@@ -33,10 +33,6 @@ Generate pictures or videos from prompts.
 Defaults come from the model's card. Sample k, counted over all prompts, has the seed --seed + k,
 so you can generate each of them again. The parameters are written into each file.
 """
-MODEL_HELP = (
-    "release folder, training checkpoint, Hub id, or the output folder of a training run, of which "
-    "the newest checkpoint is taken, with averaged weights if it has them"
-)
 MAX_SEED = 2**62  # sums with the number of a sample fit into 64 bits
 MAX_GUIDANCE = 100  # as of model cards
 STEPS = ("num_inference_steps", "num_diffusion_steps")
@@ -64,11 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("prompt", nargs="*", help="what to show")
     add("--prompts", type=Path, metavar="FILE", help="more prompts, one per line")
-    add(
-        "--model",
-        required=True,
-        help=MODEL_HELP,
-    )
+    add("--model", required=True, help=MODEL_HELP)
     add("--negative-prompt", help="what to avoid (the card's, or nothing)")
     add("--num-images", type=int, default=1, metavar="N", help="samples per prompt (1)")
     add("--seed", type=int, default=0, help="of the first sample (0)")

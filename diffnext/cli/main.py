@@ -7,7 +7,8 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from diffnext.cli.parsing import Parser, nearest, quiet_imports
+from diffnext.cli.parsing import Parser, quiet_imports
+from diffnext.utils.messages import nearest
 from diffnext.version import __version__
 
 COMMANDS = {  # name: (module, what it does)
@@ -81,15 +82,13 @@ def build_parser() -> Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"diffnext {__version__}")
-    parser.add_argument(
-        "command", type=_command, choices=COMMANDS, metavar="COMMAND", help="one of those above"
-    )
+    parser.add_argument("command", type=_command, metavar="COMMAND", help="one of those above")
     return parser
 
 
 def _command(word: str) -> str:
     if word not in COMMANDS:
-        raise argparse.ArgumentTypeError(f"there is no {word!r}{nearest(word, list(COMMANDS))}")
+        raise argparse.ArgumentTypeError(f"there is no {word!r}{nearest(word, COMMANDS)}")
     return word
 
 

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import logging
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-__all__ = ["Parser", "add_device_options", "command_parser", "nearest", "quiet_imports", "run"]
+from diffnext.utils.messages import nearest
 
+__all__ = ["Parser", "add_device_options", "command_parser", "quiet_imports", "run"]
+
+MODEL_HELP = (
+    "release folder, training checkpoint, Hub id, or the output folder of a training run, of which "
+    "the newest checkpoint is taken, with averaged weights if it has them"
+)
 PRECISIONS = ("auto", "float16", "bfloat16", "float32", "float64")
 
 # Loggers that warn, at import, of parts of other libraries that nothing here uses.
@@ -42,12 +47,6 @@ class Parser(argparse.ArgumentParser):
                 message = f"unknown option {word}{nearest(word, known)}"
                 break
         self.exit(2, f"error: {message} (see {self.prog} --help)\n")
-
-
-def nearest(word: str, known: Sequence[str]) -> str:
-    """The end of a message about an unknown word."""
-    close = difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean {close[0]}?" if close else ""
 
 
 def command_parser(name: str, description: str, epilog: str | None = None) -> Parser:

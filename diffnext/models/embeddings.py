@@ -39,6 +39,7 @@ __all__ = [
 ]
 
 MAX_PERIOD = 10000.0
+NULL_TOKENS = 512  # of the null prompt, in every checkpoint
 PositionFunction = Callable[[Tensor], Tensor]  # turns queries or keys (B, H, L, d) by position
 
 
@@ -427,7 +428,7 @@ class TextEmbed(nn.Module):
             arXiv:2207.12598).
 
     Raises:
-        ValueError: If ``num_tokens`` is out of range: the null prompt has 512 vectors.
+        ValueError: If ``num_tokens`` is out of range: the null prompt has ``NULL_TOKENS`` vectors.
 
     Attributes:
         encoders: ``[tokenizer, text_encoder]`` for callers that give this module prompts as
@@ -441,8 +442,8 @@ class TextEmbed(nn.Module):
         self, token_dim: int, embed_dim: int, num_tokens: int = 256, dropout: float = 0.1
     ) -> None:
         super().__init__()
-        if not isinstance(num_tokens, int) or not 1 <= num_tokens <= 512:
-            raise ValueError(f"num_tokens must be 1 to 512, got {num_tokens!r}")
+        if not isinstance(num_tokens, int) or not 1 <= num_tokens <= NULL_TOKENS:
+            raise ValueError(f"num_tokens must be 1 to {NULL_TOKENS}, got {num_tokens!r}")
         self.token_dim = token_dim
         self.num_tokens = num_tokens
         self.dropout = dropout
@@ -450,7 +451,7 @@ class TextEmbed(nn.Module):
         self.proj = nn.Linear(token_dim, embed_dim)
         self.norm = nn.LayerNorm(embed_dim)
         # A buffer, not a parameter: it was never trained, but checkpoints hold it.
-        self.register_buffer("weight", torch.zeros(512, token_dim))
+        self.register_buffer("weight", torch.zeros(NULL_TOKENS, token_dim))
         nn.init.normal_(self.weight, std=0.02)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TextEmbed:

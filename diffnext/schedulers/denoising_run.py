@@ -40,7 +40,8 @@ def check_scheduler(scheduler: Any, flow_shift: float | None = None) -> None:
 
     Raises:
         ValueError: If it has another interface, takes another prediction than the noise or the
-            flow, needs a learned variance, has a shift out of range, or cannot be shifted.
+            flow, has a variance that NOVA cannot use, has a shift out of range, or cannot be
+            shifted.
     """
     name = type(scheduler).__name__
     if not all(hasattr(scheduler, method) for method in ("set_timesteps", "step", "config")):
@@ -72,7 +73,7 @@ def check_scheduler(scheduler: Any, flow_shift: float | None = None) -> None:
     variance_type = scheduler.config.get("variance_type")
     if variance_type in ("fixed_large_log", "learned", "learned_range"):
         raise ValueError(
-            f"{name} has the variance_type {variance_type!r}, which NOVA has not learnt"
+            f"{name} has the variance_type {variance_type!r}, with which NOVA cannot denoise"
         )
     if flow_shift is not None and not hasattr(scheduler, "set_shift"):
         raise ValueError(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import textwrap
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -183,15 +183,19 @@ def _check_json(path: Path, content: dict[str, Any], files: dict[str, Path]) -> 
         is_sound = isinstance(shards, dict) and isinstance(content.get("metadata"), dict)
         if not is_sound or not shards:
             raise FileError(f"{path} must hold metadata, and in weight_map a file for each weight")
-        for shard in shards.values():
-            if not isinstance(shard, str) or shard not in files or "/" in shard:
-                raise FileError(f"{path}: weight_map must name files beside it, got {shard!r}")
-    names = content.get("fast_tokenizer_files", [])
-    if not isinstance(names, list) or any(n not in files or "/" in n for n in names):
-        raise FileError(f"{path}: fast_tokenizer_files must name files beside it, got {names!r}")
+        _check_names(path, "weight_map", shards.values(), files)
+    names = content.get("fast_tokenizer_files")
+    _check_names(path, "fast_tokenizer_files", names if isinstance(names, list) else (), files)
     for key in ("attn_implementation", "_attn_implementation"):
         if "/" in str(content.get(key)):
             raise FileError(f"{path}: {key} must not name code of the Hub, got {content[key]!r}")
+
+
+def _check_names(path: Path, key: str, names: Iterable[Any], files: dict[str, Path]) -> None:
+    """Check that the names under a key are those of files in the same folder."""
+    for name in names:
+        if not isinstance(name, str) or name not in files or "/" in name:
+            raise FileError(f"{path}: {key} must name files beside it, got {name!r}")
 
 
 def _check_header(path: Path) -> None:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ["did_you_mean", "explain", "naming", "one_line"]
+__all__ = ["did_you_mean", "explain", "naming", "nearest", "one_line"]
 
 # Rules in other words than pydantic's.
 _RULES = {
@@ -68,6 +68,12 @@ def did_you_mean(path: Path) -> str:
             whole = found / path.relative_to(place)
             return f"; did you mean {whole if whole.exists() else found}?"
     return ""
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """The end of a message about an unknown word: a known one that is nearly the same."""
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {close[0]}?" if close else ""
 
 
 def one_line(value: Any) -> str:

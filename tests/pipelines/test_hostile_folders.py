@@ -239,6 +239,13 @@ def texts(folder, path, text):
     value=["tokenizer.4.0.0.json/../../../outside/any.txt"],
 )
 @case(
+    "a tokenizer in a list",
+    "fast_tokenizer_files",
+    path="tokenizer/tokenizer_config.json",
+    key="fast_tokenizer_files",
+    value=[["tokenizer.json"]],
+)
+@case(
     "a length in words",
     "transformer",
     path="transformer/config.json",

@@ -164,14 +164,18 @@ class NOVAPipeline(GenerationPipeline, TextComponents):
             embed = self._text_embed()
             limits = (embed.num_tokens, embed.token_dim)
             states = encode_texts(self.tokenizer, self.text_encoder, prompts, *limits)
-            full = zip(prompts, states, strict=True)
-            for text in dict.fromkeys(t for t, s in full if len(s) == embed.num_tokens):
-                count = count_tokens(self.tokenizer, text, self.text_encoder)
-                if count > embed.num_tokens:
-                    cut = "a prompt has %d tokens, of which the model reads the first %d: %s"
-                    logger.warning(cut, count, embed.num_tokens, one_line(text))
+            pairs = zip(prompts, states, strict=True)
+            self._report_cut({t for t, s in pairs if len(s) == embed.num_tokens}, embed.num_tokens)
             prompts = embed.pad_states(states)
         return prompts.repeat_interleave(num_images_per_prompt, dim=0)
+
+    def _report_cut(self, texts: set[str], most: int) -> None:
+        """Warn of those among some texts that have more tokens than the model reads."""
+        for text in sorted(texts):
+            count = count_tokens(self.tokenizer, text, self.text_encoder)
+            if count > most:
+                cut = "a prompt has %d tokens, of which the model reads the first %d: %s"
+                logger.warning(cut, count, most, one_line(text))
 
     def _text_embed(self) -> TextEmbed:
         text_embed = None if self.transformer is None else self.transformer.text_embed
