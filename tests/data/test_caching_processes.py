@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -221,6 +222,30 @@ def test_one_process_has_a_claim(tmp_path):
         one.give_back("chunk")
         assert other.take("chunk") and not one.take("chunk")
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("leave", ["nothing", "another claim"])
+def test_a_claim_that_is_given_back_while_it_is_taken_over(tmp_path, monkeypatch, leave):
+    """The last process of a build removes the folder of claims; one before may only give back."""
+    leave_claim(tmp_path / "claims", "chunk", "owner", claims_module._machine(), 10)
+    rename = os.rename
+
+    def rename_late(source, target):
+        monkeypatch.setattr(os, "rename", rename)
+        if leave == "another claim":
+            other.__enter__()
+            os.unlink(source)
+            assert other.take("chunk")
+        rename(source, target)
+        if leave == "nothing":
+            shutil.rmtree(tmp_path / "claims")
+
+    other = Claims(tmp_path / "claims")
+    with Claims(tmp_path / "claims") as claims:
+        monkeypatch.setattr(os, "rename", rename_late)
+        assert claims.take("chunk") is (leave == "nothing")
+        assert other.take("chunk") is False
+    other.__exit__()
 
 
 def test_a_build_takes_over_from_a_machine_that_went_down(tmp_path, vae, monkeypatch):

@@ -70,7 +70,7 @@ class Claims:
                 with open(path, "x", encoding="utf-8") as file:
                     file.write(self._owner)
             except FileNotFoundError:  # another process has finished, and removed the folder
-                self._folder.mkdir(parents=True, exist_ok=True)
+                self._renew()
             except FileExistsError:
                 if not self._remove_abandoned(path):
                     return False
@@ -113,12 +113,12 @@ class Claims:
         moved = path.with_name(f"{path.name}.{self._owner}")
         try:
             os.rename(path, moved)
-        except FileNotFoundError:
-            return True
-        if _read(moved) != owner:
-            os.rename(moved, path)
-            return False
-        moved.unlink()
+            if _read(moved) != owner:
+                os.rename(moved, path)
+                return False
+            moved.unlink()
+        except FileNotFoundError:  # it is given back, or the folder removed by one that finished
+            pass
         return True
 
     def _is_alive(self, owner: str, claim: Path) -> bool:
