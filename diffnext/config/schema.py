@@ -79,6 +79,13 @@ def _dataset(value: Any) -> Any:
     return value
 
 
+def _model_name(value: str) -> str:
+    others = ("scheduler", "state", "text_encoder", "tokenizer", "vae")
+    if value in others:
+        raise ValueError(f"must not be another part of a checkpoint ({', '.join(others)})")
+    return value
+
+
 def not_empty(value: tuple[Any, ...]) -> tuple[Any, ...]:
     """Require something in a list."""
     if not value:
@@ -107,7 +114,9 @@ Precision = Annotated[
     Literal["no", "fp16", "bf16"], BeforeValidator(precision_name), "no, fp16 or bf16"
 ]
 Folder = Annotated[str, AfterValidator(os.path.expanduser), "str"]
-Name = Annotated[str, Field(pattern=r"^\w[\w.-]*$"), "plain name"]
+ModelName = Annotated[
+    str, Field(pattern=r"^\w[\w.-]*$"), AfterValidator(_model_name), "plain name"
+]
 Dataset = Annotated[
     str | list[Any], AfterValidator(_dataset), "str | list of str or {folder: str, weight: float}"
 ]
@@ -201,7 +210,11 @@ class LoraOptions(Section):
 class ModelConfig(Section):
     """The trained component."""
 
-    name: Name = key("Folder name of the trained component inside a checkpoint.", "transformer")
+    name: ModelName = key(
+        "Folder name of the trained component inside a checkpoint; only as `transformer` is the "
+        "checkpoint a pipeline, too.",
+        "transformer",
+    )
     gradient_checkpointing: Level = key(
         "0: off; recompute in 1: video encoder, 2: also image encoder, 3: also diffusion MLP.", 0
     )

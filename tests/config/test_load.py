@@ -77,7 +77,10 @@ def test_valid_parameters_follow_the_target():
         ),
         # What refers to one of these is not worth a line.
         ("OUT training.seed=${training.sed} model.name=${nosuch}", "model.name training.seed"),
-        ("experiment=null training=3 ema.params=3", "ema.params experiment.output_dir training"),
+        (
+            "experiment=null training=3 ema.params=3 model.name=state",
+            "ema.params experiment.output_dir model.name training",
+        ),
         (
             "experiment.output_dir=??? training.seed=${training.batch_size} "
             "training.batch_size=${training.seed} training.gradient_accumulation_steps='1' "
