@@ -114,9 +114,7 @@ Precision = Annotated[
     Literal["no", "fp16", "bf16"], BeforeValidator(precision_name), "no, fp16 or bf16"
 ]
 Folder = Annotated[str, AfterValidator(os.path.expanduser), "str"]
-ModelName = Annotated[
-    str, Field(pattern=r"^\w[\w.-]*$"), AfterValidator(_model_name), "plain name"
-]
+ModelName = Annotated[str, Field(pattern=r"^\w[\w.-]*$"), AfterValidator(_model_name), "plain name"]
 Dataset = Annotated[
     str | list[Any], AfterValidator(_dataset), "str | list of str or {folder: str, weight: float}"
 ]

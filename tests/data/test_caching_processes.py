@@ -11,6 +11,7 @@ import time
 import psutil
 import pytest
 
+from diffnext.data.caching import building
 from diffnext.data.caching import claims as claims_module
 from diffnext.data.caching.building import build_cache
 from diffnext.data.caching.claims import Claims
@@ -216,6 +217,26 @@ def test_claims_outlive_their_process_for_a_while(tmp_path, host, age, is_free):
         assert claims.take("another")
 
 
+def test_a_chunk_is_not_built_again_after_another_process_finished(tmp_path, vae, monkeypatch):
+    """One looks for missing chunks; by the time it has the claim of one, all is finished."""
+    write_pictures(tmp_path / "in", 3)
+    settings = make_settings(tmp_path / "in", tmp_path / "out", vae, workers=1)
+    missing = building._missing_chunks
+    looks = []
+
+    def look_early(work):
+        found = missing(work)
+        looks.append(found)
+        if len(looks) == 2:
+            build_cache(settings)
+            monkeypatch.setattr(building._ChunkBuilder, "add", lambda *args: pytest.fail("again"))
+        return found
+
+    monkeypatch.setattr(building, "_missing_chunks", look_early)
+    assert build_cache(settings).examples == 3
+    assert not (tmp_path / "out" / ".building").exists()
+
+
 def test_one_process_has_a_claim(tmp_path):
     with Claims(tmp_path) as one, Claims(tmp_path) as other:
         assert one.take("chunk") and not other.take("chunk")
@@ -226,26 +247,24 @@ def test_one_process_has_a_claim(tmp_path):
 
 @pytest.mark.parametrize("leave", ["nothing", "another claim"])
 def test_a_claim_that_is_given_back_while_it_is_taken_over(tmp_path, monkeypatch, leave):
-    """The last process of a build removes the folder of claims; one before may only give back."""
+    """Its process gives it back and another takes it, or somebody removes the whole folder."""
     leave_claim(tmp_path / "claims", "chunk", "owner", claims_module._machine(), 10)
     rename = os.rename
 
     def rename_late(source, target):
         monkeypatch.setattr(os, "rename", rename)
         if leave == "another claim":
-            other.__enter__()
             os.unlink(source)
             assert other.take("chunk")
         rename(source, target)
         if leave == "nothing":
             shutil.rmtree(tmp_path / "claims")
 
-    other = Claims(tmp_path / "claims")
-    with Claims(tmp_path / "claims") as claims:
+    with Claims(tmp_path / "claims") as claims, Claims(tmp_path / "claims") as other:
         monkeypatch.setattr(os, "rename", rename_late)
         assert claims.take("chunk") is (leave == "nothing")
         assert other.take("chunk") is False
-    other.__exit__()
+    assert os.listdir(tmp_path / "claims") == []
 
 
 def test_a_build_takes_over_from_a_machine_that_went_down(tmp_path, vae, monkeypatch):

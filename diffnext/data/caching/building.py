@@ -121,7 +121,9 @@ def build_cache(settings: CacheSettings, on_progress: Progress | None = None) ->
     with work.claims() as claims:
         with claims.alone("plan"):
             changes = _prepare(settings, items, plan, work, claims)
-            if changes is not None:
+            if changes is None:
+                work.remove()  # what a kill left after the dataset was complete
+            else:
                 claims.join()
         if changes is not None:
             _build_chunks(settings, items, work, claims, on_progress or (lambda done, total: None))
@@ -137,7 +139,6 @@ def build_cache(settings: CacheSettings, on_progress: Progress | None = None) ->
             f"none of the {len(items)} items can be used: see {settings.output / SKIPPED_NAME}; "
             f"{skipped.source}: {skipped.reason}"
         )
-    work.remove()
     return replace(report, unread=listing.unread, changes=changes or Changes())
 
 
@@ -312,7 +313,8 @@ def _choose_tasks(
     for chunk in missing:
         if not claims.take(_claim(chunk)):
             continue
-        if work.chunk_folder(chunk).is_dir():  # another process was faster
+        # The order counts: a process that finishes the dataset removes the plan before the chunks.
+        if work.chunk_folder(chunk).is_dir() or not work.is_begun:  # another process was faster
             claims.give_back(_claim(chunk))
             continue
         places = work.items_of(chunk)

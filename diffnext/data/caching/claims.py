@@ -31,6 +31,9 @@ POLL = 0.5  # seconds between two looks at a claim that another process holds
 class Claims:
     """The claims of this process; all are given back at the end of the ``with`` block.
 
+    What processes that are gone have left is removed then, too, so the last one leaves an empty
+    folder.
+
     Args:
         folder: Where the claims of all processes are; made if it does not exist.
     """
@@ -43,16 +46,23 @@ class Claims:
         self._identity = {"host": self._host, "pid": process.pid, "started": process.create_time()}
         self._held: set[str] = set()
         self._ended = threading.Event()
+        self._renewing = threading.Thread(target=self._keep_renewing, name="claims", daemon=True)
 
     def __enter__(self) -> Claims:
         self._renew()
-        threading.Thread(target=self._keep_renewing, name="claims", daemon=True).start()
+        self._renewing.start()
         return self
 
     def __exit__(self, *error: object) -> None:
         self._ended.set()
+        self._renewing.join()
         for name in list(self._held):
             self.give_back(name)
+        for path in self._folder.glob("*.claim*"):
+            self._remove_abandoned(path)
+        for path in self._folder.glob("*.alive"):
+            if not self._is_alive(path.stem, path):
+                path.unlink(missing_ok=True)
         self._alive_file(self._owner).unlink(missing_ok=True)
 
     def take(self, name: str) -> bool:
@@ -69,7 +79,7 @@ class Claims:
             try:
                 with open(path, "x", encoding="utf-8") as file:
                     file.write(self._owner)
-            except FileNotFoundError:  # another process has finished, and removed the folder
+            except FileNotFoundError:  # somebody removed the folder
                 self._renew()
             except FileExistsError:
                 if not self._remove_abandoned(path):
@@ -117,7 +127,7 @@ class Claims:
                 os.rename(moved, path)
                 return False
             moved.unlink()
-        except FileNotFoundError:  # it is given back, or the folder removed by one that finished
+        except FileNotFoundError:  # it was given back, or somebody removed the folder
             pass
         return True
 
@@ -149,11 +159,16 @@ class Claims:
 
     def _renew(self) -> None:
         path = self._alive_file(self._owner)
-        try:
-            os.utime(path)
-        except (FileNotFoundError, NotADirectoryError):  # the next line names the folder
-            self._folder.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(self._identity), encoding="utf-8")
+        while True:
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                os.utime(path)
+                return
+            with contextlib.suppress(
+                FileNotFoundError
+            ):  # others remove an empty folder
+                self._folder.mkdir(parents=True, exist_ok=True)
+                path.write_text(json.dumps(self._identity), encoding="utf-8")
+                return
 
     def _alive_file(self, owner: str) -> Path:
         return self._folder / f"{owner}.alive"

@@ -39,6 +39,7 @@ from diffnext.data.shards import INDEX_SUFFIX, SUFFIXES
 from diffnext.utils.json_files import naming_place, write_json, write_lines
 
 WORK_NAME = ".building"
+CLAIMS = "claims"
 SKIPPED_NAME = "skipped.jsonl"
 
 
@@ -90,11 +91,11 @@ class WorkFolder:
                     )
                 raise CacheError(f"{self.output} {problem}")
         try:
-            with Claims(self.path / "claims") as claims:
+            with Claims(self.path / CLAIMS) as claims:
                 yield claims
         finally:
             with contextlib.suppress(OSError):  # others still work, or a build is left
-                (self.path / "claims").rmdir()
+                (self.path / CLAIMS).rmdir()
                 self.path.rmdir()
 
     # Beginning, continuing, updating: only while ``claims.alone`` is held.
@@ -161,12 +162,17 @@ class WorkFolder:
         return [part for part in parts if (part / SOURCES_NAME).is_file()]
 
     def remove(self) -> None:
-        """Remove the whole folder, which a finished dataset does not need.
+        """Remove what a finished dataset does not need.
 
-        The plan goes first: while it exists, all chunks exist.
+        The plan goes first: while it exists, all chunks exist. The claims stay, as other processes
+        may still have some: :meth:`claims` removes them with the last process.
         """
         (self.path / "plan.json").unlink(missing_ok=True)
-        shutil.rmtree(self.path, ignore_errors=True)
+        for path in self.path.iterdir():
+            if path.is_dir() and path.name != CLAIMS:
+                shutil.rmtree(path, ignore_errors=True)
+            elif path.is_file():
+                path.unlink()
 
     # Chunks
 
