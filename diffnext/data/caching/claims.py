@@ -55,7 +55,7 @@ class Claims:
 
     def __exit__(self, *error: object) -> None:
         self._ended.set()
-        self._renewing.join()
+        self._renewing.join(RENEWAL)  # it may wait for a folder that is away
         for name in list(self._held):
             self.give_back(name)
         for path in self._folder.glob("*.claim*"):
@@ -163,9 +163,7 @@ class Claims:
             with contextlib.suppress(FileNotFoundError, NotADirectoryError):
                 os.utime(path)
                 return
-            with contextlib.suppress(
-                FileNotFoundError
-            ):  # others remove an empty folder
+            with contextlib.suppress(FileNotFoundError):  # others remove an empty folder
                 self._folder.mkdir(parents=True, exist_ok=True)
                 path.write_text(json.dumps(self._identity), encoding="utf-8")
                 return
