@@ -209,8 +209,8 @@ class ModelConfig(Section):
     """The trained component."""
 
     name: ModelName = key(
-        "Folder name of the trained component inside a checkpoint; only as `transformer` is the "
-        "checkpoint a pipeline, too.",
+        "Folder name of the trained component inside a checkpoint; with any other name than "
+        "`transformer`, no pipeline can load the checkpoint.",
         "transformer",
     )
     gradient_checkpointing: Level = key(

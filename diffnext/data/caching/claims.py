@@ -31,8 +31,8 @@ POLL = 0.5  # seconds between two looks at a claim that another process holds
 class Claims:
     """The claims of this process; all are given back at the end of the ``with`` block.
 
-    What processes that are gone have left is removed then, too, so the last one leaves an empty
-    folder.
+    The end of the block also removes what dead processes have left, so the last process leaves an
+    empty folder.
 
     Args:
         folder: Where the claims of all processes are; made if it does not exist.
@@ -160,6 +160,7 @@ class Claims:
     def _renew(self) -> None:
         path = self._alive_file(self._owner)
         while True:
+            # If a parent is not a folder, the error of mkdir names it.
             with contextlib.suppress(FileNotFoundError, NotADirectoryError):
                 os.utime(path)
                 return
