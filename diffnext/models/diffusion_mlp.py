@@ -7,12 +7,15 @@ p patch size, C latent channels.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from diffnext.models.compilation import compile_static
+from diffnext.models.direct_calls import Layer, direct
 from diffnext.models.embeddings import (
     PatchEmbed,
     PatchMatrix,
@@ -39,10 +42,61 @@ class Modulation(NamedTuple):
     shift: Tensor
     gate: Tensor | None = None
 
-    def select(self, index: int) -> Modulation:
-        """The statistics at an index of the first dimension."""
-        gate = None if self.gate is None else self.gate[index]
-        return Modulation(self.factor[index], self.shift[index], gate)
+    def unbind(self) -> list[Modulation]:
+        """The statistics at each index of the first dimension."""
+        parts = [part.unbind() for part in self if part is not None]
+        return [Modulation(*one) for one in zip(*parts, strict=True)]
+
+
+class BlockLayers(NamedTuple):
+    """What a block calls for modulated tokens, in order."""
+
+    norm1: Layer
+    fc1: Layer
+    activation: Layer
+    fc2: Layer
+    norm2: Layer
+
+    def modulate(self, x: Tensor, modulation: Modulation) -> Tensor:
+        """As :meth:`DiffusionBlock.forward`, with the statistics of the condition."""
+        factor, shift, gate = modulation
+        assert gate is not None  # only the last norm has none
+        h = torch.addcmul(shift, self.norm1(x), factor)
+        h = self.fc2(self.activation(self.fc1(h)))
+        return torch.addcmul(x, gate, self.norm2(h))
+
+
+class HeadLayers(NamedTuple):
+    """What the head calls for modulated tokens.
+
+    Attributes:
+        embed: Projects patches.
+        blocks: Of every block.
+        norm: The last norm.
+        head: Projects to patches.
+    """
+
+    embed: PatchMatrix
+    blocks: Sequence[BlockLayers]
+    norm: Layer
+    head: Layer
+
+    def denoise(self, patches: Tensor, modulations: Sequence[Modulation]) -> Tensor:
+        """As :meth:`DiffusionMLP.denoise`, with the statistics of the condition.
+
+        Args:
+            patches: (..., n, p*p*C), broadcastable to the statistics: passes of guidance may
+                share their patches.
+            modulations: Of :meth:`DiffusionMLP.prepare_modulations`, each (..., n, Dd).
+
+        Returns:
+            (..., n, p*p*C) of the statistics' shape.
+        """
+        y = F.linear(patches, *self.embed)
+        *inner, last = modulations
+        for block, modulation in zip(self.blocks, inner, strict=True):
+            y = block.modulate(y, modulation)
+        return self.head(torch.addcmul(last.shift, self.norm(y), last.factor))
 
 
 class DiffusionBlock(nn.Module):
@@ -68,11 +122,9 @@ class DiffusionBlock(nn.Module):
         h = run_checkpointed(self.mlp_checkpointing, self.proj, h)
         return x + gate * self.norm2(h)
 
-    def modulate(self, x: Tensor, modulation: Modulation) -> Tensor:
-        """As :meth:`forward`, with the statistics of the condition; shapes broadcast."""
-        assert modulation.gate is not None  # only the last norm has none
-        h = torch.addcmul(modulation.shift, self.norm1.norm(x), modulation.factor)
-        return torch.addcmul(x, modulation.gate, self.norm2(self.proj(h)))
+    def layers(self) -> tuple[nn.Module, ...]:
+        """What :class:`BlockLayers` holds."""
+        return self.norm1.norm, *self.proj.layers(), self.norm2
 
 
 class TimeCondEmbed(nn.Module):
@@ -142,23 +194,32 @@ class DiffusionMLP(nn.Module):
 
     @property
     def is_compiled(self) -> bool:
-        """Whether :meth:`denoise_step` is compiled; numbers of tokens are then padded."""
+        """Whether :meth:`denoiser` is compiled; numbers of tokens are then padded."""
         return self._compiled is not None
 
     def compile_denoising(self, **options: Any) -> None:
-        """Compile :meth:`denoise_modulated`; options of ``torch.compile``."""
-        self._compiled = compile_static(type(self).denoise_modulated, **options)
+        """Compile :meth:`denoiser`; options of ``torch.compile``."""
+        self._compiled = compile_static(type(self)._denoise_modulated, **options)
 
     def compile_training(self, **options: Any) -> None:
         """Compile the blocks for when gradients are recorded; options of ``torch.compile``."""
         self._training_block = torch.compile(DiffusionBlock.__call__, **options)
 
-    def denoise_step(
-        self, patches: Tensor, modulations: Sequence[Modulation], matrix: PatchMatrix
+    def denoiser(self) -> Callable[[Tensor, Sequence[Modulation]], Tensor]:
+        """:meth:`HeadLayers.denoise` with the present parameters, for all steps of a set."""
+        matrix = self.patch_embed.matrix()
+        if self._compiled is not None:
+            return partial(self._compiled, self, matrix)
+        return self._layers(matrix, direct).denoise
+
+    def _denoise_modulated(
+        self, matrix: PatchMatrix, patches: Tensor, modulations: Sequence[Modulation]
     ) -> Tensor:
-        """:meth:`denoise_modulated`, compiled after :meth:`compile_denoising`."""
-        denoise = self._compiled or type(self).denoise_modulated
-        return denoise(self, patches, modulations, matrix)
+        return self._layers(matrix, lambda layer: layer).denoise(patches, modulations)
+
+    def _layers(self, matrix: PatchMatrix, take: Callable[[nn.Module], Layer]) -> HeadLayers:
+        blocks = [BlockLayers(*map(take, block.layers())) for block in self._typed_blocks]
+        return HeadLayers(matrix, blocks, take(self.norm.norm), take(self.head))
 
     def forward(
         self, x: Tensor, timestep: Tensor, z: Tensor, pred_ids: Tensor | None = None
@@ -213,26 +274,6 @@ class DiffusionMLP(nn.Module):
         activated = self.norm.activation(z)
         norms = [*(block.norm1 for block in self._typed_blocks), self.norm]
         return [_ready(*norm.statistics(activated)) for norm in norms]
-
-    def denoise_modulated(
-        self, patches: Tensor, modulations: Sequence[Modulation], matrix: PatchMatrix
-    ) -> Tensor:
-        """As :meth:`denoise`, with the statistics of :meth:`prepare_modulations`.
-
-        Args:
-            patches: (..., n, p*p*C), broadcastable to the statistics: passes of guidance may
-                share their patches.
-            modulations: Each (..., n, Dd).
-            matrix: Projects patches, from ``patch_embed``, made once for all steps.
-
-        Returns:
-            (..., n, p*p*C) of the statistics' shape.
-        """
-        y = self.patch_embed.embed_patches(patches, matrix)
-        *inner, last = modulations
-        for block, modulation in zip(self._typed_blocks, inner, strict=True):
-            y = block.modulate(y, modulation)
-        return self.head(torch.addcmul(last.shift, self.norm.norm(y), last.factor))
 
 
 def _ready(scale: Tensor, shift: Tensor, gate: Tensor | None = None) -> Modulation:

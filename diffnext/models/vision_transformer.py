@@ -67,6 +67,10 @@ class Projector(nn.Module):
         """Map (..., dim) to (..., out_dim)."""
         return self.fc2(self.activation(self.fc1(x)))
 
+    def layers(self) -> tuple[nn.Module, ...]:
+        """What :meth:`forward` calls, in order."""
+        return self.fc1, self.activation, self.fc2
+
 
 class MLP(Projector):
     """Two-layer perceptron with GELU, from tokens to tokens.

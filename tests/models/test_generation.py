@@ -288,6 +288,51 @@ def test_rows_that_are_not_predicted_cannot_leak():
         assert torch.equal(denoise(model, GuidanceScaler(), run, steps, z, noise, ids), clean)
 
 
+def _flipped(value):
+    return value.flip(-1)
+
+
+def _hook(layer):
+    layer.register_forward_hook(lambda *args: _flipped(args[2]))
+
+
+def _pre_hook(layer):
+    layer.register_forward_pre_hook(lambda _, args: tuple(map(_flipped, args)))
+
+
+def _replaced(layer):  # as accelerate does for offloading
+    layer.forward = lambda x, forward=layer.forward: forward(_flipped(x))
+
+
+def _other_class(layer):  # as adapters and quantisation do
+    name = f"Flipped{type(layer).__name__}"
+    forward = lambda self, x: _flipped(super(type(self), self).forward(x))  # noqa: E731
+    layer.__class__ = type(name, (type(layer),), {"forward": forward})
+
+
+@pytest.mark.parametrize("change", [_hook, _pre_hook, _replaced, _other_class])
+@pytest.mark.parametrize(
+    "name",
+    ["head", "blocks.1.norm1.norm", "blocks.0.norm2", "blocks.0.proj.fc1", "blocks.1.proj.fc2"],
+)
+def test_changed_layers_of_the_head_are_called(name, change):
+    model = make_model()
+    before = model(generation_inputs())["x"]
+    layer = model.image_decoder.get_submodule(name)
+    change(layer)
+    assert not torch.equal(model(generation_inputs())["x"], before)
+
+
+def test_weights_are_read_at_each_generation():
+    model = make_model()
+    before = model(generation_inputs())["x"]
+    layer = model.image_decoder.blocks[0].proj.fc1
+    kept, layer.weight = layer.weight, torch.nn.Parameter(2 * layer.weight.detach())
+    assert not torch.equal(model(generation_inputs())["x"], before)
+    layer.weight = kept
+    assert torch.equal(model(generation_inputs())["x"], before)
+
+
 def test_diffusers_schedulers_sample_the_same():
     import diffusers
 

@@ -699,13 +699,12 @@ def _denoise_tokens(
         guidance: Guidance weights, except the prompt's.
         steps: The schedule; every step is linear.
     """
-    decoder = model.image_decoder
-    matrix = decoder.patch_embed.matrix()
+    head = model.image_decoder.denoiser()
     noises = iter(fresh)
     for step, step_guidance, modulations in modulate_steps(
         model, guidance, Schedule(steps, embeddings), z
     ):
-        predicted = decoder.denoise_step(sample, modulations, matrix).flatten(0, 1)
+        predicted = head(sample, modulations).flatten(0, 1)
         predicted = step_guidance.scale(predicted, scale)
         update = step.update
         assert update is not None  # as `denoise` asked
@@ -729,13 +728,13 @@ def _denoise_frame(
 ) -> Tensor:
     embed = model.image_decoder.patch_embed
     hw = embed.grid(noise.shape)
-    matrix = embed.matrix()
+    head = model.image_decoder.denoiser()
     run.scheduler.restart()
     sample = run.scheduler.scale_noise(noise)
     for step, step_guidance, modulations in modulate_steps(model, guidance, schedule, z):
         patches = embed.patchify(run.scheduler.model_input(sample, step.timestep))  # (B, N, p*p*C)
         noisy = gather_tokens(patches, ids)  # (B, n, p*p*C)
-        predicted = model.image_decoder.denoise_step(noisy, modulations, matrix).flatten(0, 1)
+        predicted = head(noisy, modulations).flatten(0, 1)
         rows = step_guidance.expand(ids)
         output = scatter_tokens(step_guidance.expand(patches), rows, predicted.to(patches.dtype))
         output = embed.unpatchify(step_guidance.scale(output, scale), hw)
@@ -748,7 +747,7 @@ def modulate_steps(
     guidance: GuidanceScaler,
     schedule: Schedule,
     z: Tensor,
-) -> Iterator[tuple[DenoisingStep, GuidanceScaler, list[Modulation]]]:
+) -> Iterator[tuple[DenoisingStep, GuidanceScaler, tuple[Modulation, ...]]]:
     """All steps with the guidance in force and what the head computes from the condition.
 
     The head's modulations are computed for many steps at once, as memory allows.
@@ -773,8 +772,9 @@ def modulate_steps(
         for start in range(begin, end, at_once):
             chunk = slice(start, min(start + at_once, end))
             modulations = decoder.prepare_modulations(part_condition + schedule.embeddings[chunk])
-            for index, step in enumerate(schedule.steps[chunk]):
-                yield step, part_guidance, [one.select(index) for one in modulations]
+            by_step = zip(*(one.unbind() for one in modulations), strict=True)
+            for step, of_step in zip(schedule.steps[chunk], by_step, strict=True):
+                yield step, part_guidance, of_step
         begin = end
 
 
