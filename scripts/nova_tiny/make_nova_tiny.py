@@ -4,9 +4,9 @@
     python scripts/nova_tiny/make_nova_tiny.py --work try --scale 0.1 --seed 1 --only nova-tiny
 
 Every stage is a command of this repository; it is shown, and skipped if its result is there. The
-same command continues after an interruption. NOVA learns pictures in two lessons, first what words
-say and then all kinds; the model of clips starts from the weights of the model of pictures. The
-work folder receives
+same command continues after an interruption. NOVA learns pictures in three lessons: what words
+say, all kinds, and that any shape can have any colour. The model of clips starts from the weights
+of the model of pictures. The work folder receives
 
     nova-tiny/, nova-tiny-video/  release folders: the average of the weights (EMA), in float16
     *_scores/                     scores.json, scores.md and a sheet of pictures of each
@@ -60,6 +60,8 @@ class Lesson:
         repeats: Whether it uses the records of the lesson before as well.
         hides_all: Whether all tokens are hidden in every step, so that only words explain a
             picture; else as many as the config says.
+        more_shapes: Whether half of the shapes in new examples are others than those of
+            evaluations.
     """
 
     name: str
@@ -70,22 +72,32 @@ class Lesson:
     rates: tuple[float, float] | None = None
     repeats: bool = False
     hides_all: bool = False
+    more_shapes: bool = False
 
 
 # Words are learnt where only they explain a picture: with everything hidden, from pictures whose
 # captions say most. Otherwise the model first learns from neighbouring tokens.
 NAMED_COLORS = ("colors", "attribution", "attribution", "position")
 ALL_KINDS = (*CATEGORIES, "colors", "attribution")
+COUNTED_AND_COLORED = (*CATEGORIES, "counting", "colors", "attribution")
 COLORED_CLIPS = ("single", "two", "colors", "colors", "attribution", "attribution")
 PICTURE_LESSONS = (
     Lesson("named_colors", NAMED_COLORS, 80000, 1250, hides_all=True),
     Lesson("all_kinds", ALL_KINDS, 200000, 24000),
+    Lesson("more_shapes", COUNTED_AND_COLORED, 50000, 5000, rates=(7e-4, 1e-5), more_shapes=True),
 )
 CLIP_LESSONS = (
     Lesson("clips", COLORED_CLIPS, 10000, 3000, is_clip=True, rates=(1e-3, 5e-4)),
     Lesson("more_clips", COLORED_CLIPS, 16000, 11500, is_clip=True, repeats=True),
     Lesson("same_clips", (), 0, 3400, is_clip=True, rates=(5e-4, 1e-5), repeats=True),
     Lesson("new_clips", COLORED_CLIPS, 16000, 6000, is_clip=True, rates=(7e-4, 1e-5), repeats=True),
+    Lesson(
+        *("clips_of_more_shapes", COLORED_CLIPS, 12000, 5000),
+        is_clip=True,
+        rates=(7e-4, 1e-5),
+        repeats=True,
+        more_shapes=True,
+    ),
 )
 CLIP_DECODER_STEPS = 1400  # of one clip
 HELD_OUT_PICTURES = Lesson("held_out", CATEGORIES, 512, steps=0)
@@ -240,6 +252,7 @@ def render_stage(args: argparse.Namespace, lesson: Lesson, seed: int) -> Stage:
         *("--categories", *lesson.categories),
         *(["--bf16"] if HAS_BF16 else []),
         *(["--clips"] if lesson.is_clip else []),
+        *(["--more-shapes"] if lesson.more_shapes else []),
     )
     return Stage(output.name, output, command)
 

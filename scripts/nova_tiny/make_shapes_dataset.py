@@ -39,7 +39,7 @@ from diffnext.models.autoencoders.autoencoder_kl_opensora import AutoencoderKLOp
 from diffnext.models.autoencoders.loading import load_autoencoder
 from shapes_world.captions import write_caption, write_prompt
 from shapes_world.rendering import draw_example
-from shapes_world.scenes import CATEGORIES, CLIP_CATEGORIES
+from shapes_world.scenes import CATEGORIES, CLIP_CATEGORIES, MIXED_SHAPES, SHAPES
 
 FEATURES = {"moments": "bytes", "caption": "string", "text": "string", "shape": ["int64"]}
 FRAMES_PER_SECOND = 8  # of GIFs
@@ -104,6 +104,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         choices=CATEGORIES,
         help="kinds of pictures, drawn evenly; naming one twice doubles it (all)",
     )
+    add("--more-shapes", action="store_true", help="half of the shapes are others than those of evaluations")
     add("--batch-size", type=int, default=16, help="pictures encoded at once (16)")
     add("--device", default="cpu", help="where to encode: cpu, cuda (cpu)")
     add("--bf16", action="store_true", help="encode in bfloat16: errors below the posterior's noise")
@@ -123,7 +124,8 @@ def make_example(args: argparse.Namespace, index: int) -> Example:
     """Render one example."""
     rng = np.random.default_rng([args.seed, index])
     num_frames = args.num_frames if args.clips else None
-    description, frames, flow = draw_example(rng, args.categories, args.size, num_frames)
+    known = MIXED_SHAPES if args.more_shapes else SHAPES
+    description, frames, flow = draw_example(rng, args.categories, args.size, num_frames, known)
     return Example(write_caption(rng, description), write_prompt(description), frames, flow)
 
 

@@ -23,7 +23,11 @@ GLOSS = 0.28  # how much lighter, or darker, the rounded edge is
 
 
 def draw_example(
-    rng: np.random.Generator, categories: Sequence[str], size: int, num_frames: int | None = None
+    rng: np.random.Generator,
+    categories: Sequence[str],
+    size: int,
+    num_frames: int | None = None,
+    known_shapes: Sequence[str] = scenes.SHAPES,
 ) -> tuple[scenes.Description, ndarray, float]:
     """Draw a training picture or, of some frames, a clip.
 
@@ -32,9 +36,9 @@ def draw_example(
     """
     category = scenes.choose(rng, categories)
     if num_frames is None:
-        description = scenes.draw_description(rng, category)
+        description = scenes.draw_description(rng, category, known_shapes)
         return description, render_scene(scenes.draw_scene(rng, description), size)[None], 0.0
-    description = scenes.draw_clip_description(rng, category)
+    description = scenes.draw_clip_description(rng, category, known_shapes)
     clip = scenes.draw_clip(rng, description)
     return description, render_clip(clip, num_frames, size), clip.flow
 
@@ -138,6 +142,77 @@ def _star(x: ndarray, y: ndarray, inner: float = 0.38) -> ndarray:
     return -((along - tip[0]) * normal[0] + (across - tip[1]) * normal[1])
 
 
+def _disc(x: ndarray, y: ndarray, center: scenes.Point, radius: float) -> ndarray:
+    return radius - np.hypot(x - center[0], y - center[1])
+
+
+def _polygon(x: ndarray, y: ndarray, *corners: scenes.Point) -> ndarray:
+    """A convex one; its corners are named clockwise."""
+    depth = np.full_like(x, np.inf)
+    for (left, top), (right, bottom) in zip(corners, (*corners[1:], corners[0]), strict=True):
+        along, down = right - left, bottom - top
+        side = (along * (y - top) - down * (x - left)) / math.hypot(along, down)
+        depth = np.minimum(depth, side)
+    return depth
+
+
+def _box(x: ndarray, y: ndarray, left: float, top: float, right: float, bottom: float) -> ndarray:
+    return _polygon(x, y, (left, top), (right, top), (right, bottom), (left, bottom))
+
+
+def _heart(x: ndarray, y: ndarray) -> ndarray:
+    lobes = _disc(np.abs(x), y, (0.4, -0.3), 0.46)
+    return np.maximum(lobes, _polygon(x, y, (-0.82, -0.12), (0.82, -0.12), (0, 0.95)))
+
+
+def _moon(x: ndarray, y: ndarray) -> ndarray:
+    return np.minimum(_disc(x, y, (0, 0), 0.92), -_disc(x, y, (0.5, 0), 0.72))
+
+
+def _arrow(x: ndarray, y: ndarray) -> ndarray:
+    head = _polygon(x, y, (0.05, -0.75), (0.95, 0), (0.05, 0.75))
+    return np.maximum(head, _box(x, y, -0.92, -0.26, 0.2, 0.26))
+
+
+def _drop(x: ndarray, y: ndarray) -> ndarray:
+    tip = _polygon(x, y, (0, -0.98), (0.52, 0.1), (-0.52, 0.1))
+    return np.maximum(tip, _disc(x, y, (0, 0.32), 0.58))
+
+
+def _bar(x: ndarray, y: ndarray) -> ndarray:
+    return _box(x, y, -0.92, -0.33, 0.92, 0.33)
+
+
+def _kite(x: ndarray, y: ndarray) -> ndarray:
+    return _polygon(x, y, (0, -0.98), (0.6, -0.2), (0, 0.98), (-0.6, -0.2))
+
+
+def _corner(x: ndarray, y: ndarray) -> ndarray:
+    return np.maximum(_box(x, y, -0.75, -0.75, -0.2, 0.75), _box(x, y, -0.75, 0.2, 0.75, 0.75))
+
+
+def _house(x: ndarray, y: ndarray) -> ndarray:
+    roof = _polygon(x, y, (0, -0.95), (0.9, -0.1), (-0.9, -0.1))
+    return np.maximum(roof, _box(x, y, -0.6, -0.3, 0.6, 0.78))
+
+
+def _cloud(x: ndarray, y: ndarray) -> ndarray:
+    puffs = np.maximum(_disc(np.abs(x), y, (0.5, 0.15), 0.42), _disc(x, y, (0, -0.15), 0.54))
+    return np.maximum(puffs, _box(x, y, -0.5, 0.0, 0.5, 0.57))
+
+
+def _flower(x: ndarray, y: ndarray) -> ndarray:
+    return 0.66 + 0.24 * np.cos(5 * np.arctan2(x, -y)) - np.hypot(x, y)
+
+
+def _bow(x: ndarray, y: ndarray) -> ndarray:
+    return _polygon(np.abs(x), y, (-0.12, 0), (0.9, -0.66), (0.9, 0.66))
+
+
+def _arch(x: ndarray, y: ndarray) -> ndarray:
+    return np.minimum(0.26 - np.abs(np.hypot(x, y - 0.2) - 0.66), 0.35 - y)
+
+
 # Depth inside the outline for coordinates in radii, positive inside.
 OUTLINES = {
     "circle": _circle,
@@ -146,4 +221,16 @@ OUTLINES = {
     "cross": _cross,
     "triangle": _triangle,
     "star": _star,
+    "heart": _heart,
+    "moon": _moon,
+    "arrow": _arrow,
+    "drop": _drop,
+    "bar": _bar,
+    "kite": _kite,
+    "corner": _corner,
+    "house": _house,
+    "cloud": _cloud,
+    "flower": _flower,
+    "bow": _bow,
+    "arch": _arch,
 }

@@ -36,6 +36,12 @@ BACKGROUNDS: dict[str, Color] = {
     "navy": (20, 24, 70),
 }
 SHAPES = ("circle", "square", "triangle", "star", "ring", "cross")
+# Never asked for, and in all colours: they teach that any outline can have any colour.
+MORE_SHAPES = (
+    *("heart", "moon", "arrow", "drop", "bar", "kite"),
+    *("corner", "house", "cloud", "flower", "bow", "arch"),
+)
+MIXED_SHAPES = (*SHAPES, *SHAPES, *MORE_SHAPES)  # as many of each kind
 SIZES = {"small": 0.15, "medium": 0.18, "large": 0.21}  # radii
 CLIP_SIZES = ("medium", "large")  # smaller shapes blur when they move
 RELATIONS: dict[str, Point] = {
@@ -255,16 +261,19 @@ def choose(rng: np.random.Generator, options: Sequence[str]) -> str:
     return options[int(rng.integers(len(options)))]
 
 
-def draw_description(rng: np.random.Generator, category: str) -> Description:
+def draw_description(
+    rng: np.random.Generator, category: str, known_shapes: Sequence[str] = SHAPES
+) -> Description:
     """Draw a training description, in which nothing is held out.
 
     Args:
         rng: Source of randomness.
         category: One of ``CATEGORIES``.
+        known_shapes: What there may be.
     """
-    shapes = [choose(rng, SHAPES)]
+    shapes = [choose(rng, known_shapes)]
     if category in ("two", "position", "attribution"):
-        others = [s for s in SHAPES if s != shapes[0] and (shapes[0], s) not in HELD_OUT_PAIRS]
+        others = [s for s in known_shapes if s != shapes[0] and (shapes[0], s) not in HELD_OUT_PAIRS]
         shapes.append(choose(rng, others))
     is_colored = category in ("colors", "attribution") or (
         category in ("counting", "position") and rng.random() < 0.6
@@ -376,14 +385,17 @@ def _are_related(centers: Sequence[Point], relation: str) -> bool:
     return along > 0 and aside < 0.5 * along
 
 
-def draw_clip_description(rng: np.random.Generator, category: str) -> Description:
+def draw_clip_description(
+    rng: np.random.Generator, category: str, known_shapes: Sequence[str] = SHAPES
+) -> Description:
     """Draw a training description of a clip; its first shape moves in a way that can be seen.
 
     Args:
         rng: Source of randomness.
         category: One of ``CLIP_CATEGORIES``.
+        known_shapes: What there may be.
     """
-    description = draw_description(rng, category)
+    description = draw_description(rng, category, known_shapes)
     mentions = tuple(replace(mention, size=None) for mention in description.mentions)
     names = [name for name in MOTIONS if name != "turning" or mentions[0].shape not in ROUND]
     return replace(description, mentions=mentions, motion=choose(rng, names))

@@ -25,13 +25,15 @@ from shapes_world.evaluation import (
     name_motion,
     select_descriptions,
 )
-from shapes_world.rendering import render_clip, render_scene
+from shapes_world.rendering import coverage, places, render_clip, render_scene
 from shapes_world.scenes import (
     CATEGORIES,
     CLIP_CATEGORIES,
     COLORS,
     HELD_OUT_COLORINGS,
     HELD_OUT_PAIRS,
+    MIXED_SHAPES,
+    MORE_SHAPES,
     SHAPES,
     Description,
     Item,
@@ -47,9 +49,9 @@ ASSETS = Path(__file__).parents[3] / "assets"
 VAE_FOLDERS = {"image": ASSETS / "nova-tiny" / "vae", "video": ASSETS / "nova-tiny-video" / "vae"}
 
 
-def draw_scenes(number, category):
+def draw_scenes(number, category, known_shapes=SHAPES):
     rng = np.random.default_rng(1)
-    descriptions = [draw_description(rng, category) for _ in range(number)]
+    descriptions = [draw_description(rng, category, known_shapes) for _ in range(number)]
     return [(d, draw_scene(rng, d)) for d in descriptions]
 
 
@@ -94,6 +96,24 @@ def test_every_shape_has_every_color_on_every_size_of_picture(shape):
             assert (found.shape, found.color) == (shape, color)
 
 
+@pytest.mark.parametrize("shape", MORE_SHAPES)
+def test_more_shapes_stay_in_their_circle_and_have_their_colors(shape):
+    for color in COLORS:
+        scene = Scene("gray", (Item(shape, color, 0.3, (0.5, 0.5)),))
+        (found,) = detect(render_scene(scene)).items
+        assert found.color == color
+    cover = coverage(scene.items[0], 64)
+    x, y = places(64)
+    assert not cover[np.hypot(x - 0.5, y - 0.5) > 0.34].any()
+    assert 0.06 < cover.mean() < 0.2
+
+
+def test_more_shapes_are_half_of_all():
+    shapes = [scene.items[0].shape for _, scene in draw_scenes(400, "single", MIXED_SHAPES)]
+    assert 0.45 < np.mean([shape in MORE_SHAPES for shape in shapes]) < 0.55
+    assert set(shapes) == {*SHAPES, *MORE_SHAPES}
+
+
 def test_an_empty_picture_has_no_shapes():
     assert detect(render_scene(Scene("navy", ()))).items == ()
 
@@ -125,9 +145,10 @@ def test_a_fifth_of_the_combinations_is_held_out():
         assert not any(d.is_held_out for d in select_descriptions(category, False, 20, seed=0))
 
 
+@pytest.mark.parametrize("known_shapes", [SHAPES, MIXED_SHAPES])
 @pytest.mark.parametrize("category", CATEGORIES)
-def test_training_never_shows_what_is_held_out(category):
-    for description, scene in draw_scenes(300, category):
+def test_training_never_shows_what_is_held_out(category, known_shapes):
+    for description, scene in draw_scenes(300, category, known_shapes):
         assert not description.is_held_out
         assert not {(item.color, item.shape) for item in scene.items} & HELD_OUT_COLORINGS
         assert description.fulfilled_by(scene.items)
